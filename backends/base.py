@@ -1,0 +1,279 @@
+"""What a backend is. A new one is one file with `_compile` and `_load`, and a line in BACKENDS.
+
+The public methods own the guards, the cache and the lifecycle; subclasses write only the
+underscored ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from core.errors import AddbenchError, PreconditionError
+
+if TYPE_CHECKING:
+    import torch
+
+    from backends.pipeline import Pipeline
+    from export.bundle import Bundle, Spec
+    from export.lower import Profile
+
+
+class BackendError(AddbenchError):
+    """A compile, a load or a run failed."""
+
+
+class OutOfMemoryError(BackendError):
+    """Host or device memory ran out; a sweep records it as `oom`."""
+
+
+class UnsupportedError(PreconditionError):
+    """A combination that this backend, compiler or card does not do; says the nearest that works."""
+
+
+class UnavailableError(PreconditionError):
+    """The backend cannot be used on this machine; carries the probe's words."""
+
+
+@dataclass(frozen=True)
+class Capability:
+    """What `probe` found. `why` and `next` speak when `usable` is False."""
+
+    usable: bool
+    what: str
+    why: str = ""
+    next: str = ""
+    version: str = ""
+    devices: tuple[str, ...] = ()
+
+    def require(self, name: str) -> None:
+        if not self.usable:
+            raise UnavailableError(f"backend {name} cannot be used: {self.what}", self.why, self.next)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A backend option: its default, what it means and the values it takes (None: any text)."""
+
+    default: str
+    help: str
+    choices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes one compile is for. A backend with named axes may ignore `batch`."""
+
+    batch: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a backend compiled for one part: a folder in the cache, or None when nothing is kept."""
+
+    backend: str
+    part: str
+    key: str
+    path: Path | None
+    compile_s: float
+    cached: bool
+    info: Mapping[str, object] = field(default_factory=dict)
+
+
+class Session(ABC):
+    """A loaded artifact that runs one part: tensors in, tensors out, on `device`."""
+
+    inputs: Mapping[str, Spec]
+    outputs: Mapping[str, Spec]
+    device: str = "cpu"
+    load_s: float = 0.0
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if inputs.keys() != self.inputs.keys():
+            raise BackendError(
+                f"the inputs {sorted(inputs)} do not fit",
+                f"this graph takes {sorted(self.inputs)}",
+                "pass exactly these",
+            )
+        return self._run(inputs)
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+
+    def synchronize(self) -> None:
+        """Wait for the device. Nothing to wait for on synchronous backends."""
+
+    def close(self) -> None:
+        """Release what the session holds. Called once, by the pipeline or the `with` block."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Backend(ABC):
+    """A compiler plus its runtime. Cheap to construct; nothing heavy before `probe` said usable."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    option_types: ClassVar[Mapping[str, Option]] = {}
+    interpreter: Path | None = None
+    """Another environment's python, for packages that clash; the worker runs there."""
+    device: str = "cpu"
+    asynchronous: ClassVar[bool] = False
+
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        given = dict(options or {})
+        for key, value in given.items():
+            known = self.option_types.get(key)
+            if known is None:
+                raise PreconditionError(
+                    f"backend {self.name} has no option {key!r}",
+                    f"its options: {', '.join(self.option_types) or 'none'}",
+                    f"write --backend {self.name}:key=value with one of these",
+                )
+            if known.choices is not None and value not in known.choices:
+                raise PreconditionError(
+                    f"{self.name}:{key}={value} is not a value of this option",
+                    f"it takes: {', '.join(known.choices)}",
+                    f"write --backend {self.name}:{key}={known.choices[0]}",
+                )
+        self.given = dict(sorted(given.items()))
+        """The options as the user wrote them, sorted: part of a cell's name."""
+        self.options = {
+            key: given.get(key, option.default) for key, option in sorted(self.option_types.items())
+        }
+
+    @abstractmethod
+    def probe(self) -> Capability:
+        """Usable here? Imports nothing heavy, needs no privileges, never raises."""
+
+    @abstractmethod
+    def profile(self, part: str) -> Profile:
+        """The form of the graph that this compiler wants."""
+
+    @abstractmethod
+    def precision(self, bundle: Bundle) -> str:
+        """Dtype of the arithmetic: `fp32`, `fp16`, `int8`."""
+
+    def storage(self, bundle: Bundle) -> str:
+        """Dtype of the stored weights."""
+        return bundle.dtype
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """What an artifact depends on beside graph, profile and options: compiler version, ISA."""
+
+    def compile(self, bundle: Bundle, part: str, shapes: Shapes) -> Artifact:
+        """Compile one part, or find it in the cache. Locked: two processes compile it once."""
+        from backends.cache import ArtifactCache
+
+        self.probe().require(self.name)
+        started = time.perf_counter()
+        cache = ArtifactCache()
+        key = cache.key(self, bundle, part, shapes)
+        path, cached = cache.get_or_make(
+            key,
+            label=f"{bundle.name} {part}",
+            make=lambda folder: self._compile(bundle, part, shapes, folder),
+        )
+        return Artifact(
+            backend=self.name,
+            part=part,
+            key=key,
+            path=path,
+            compile_s=time.perf_counter() - started,
+            cached=cached,
+        )
+
+    def load(self, bundle: Bundle, artifact: Artifact) -> Session:
+        """A session over `artifact`; its `load_s` says how long that took."""
+        started = time.perf_counter()
+        session = self._load(bundle, artifact)
+        session.load_s = time.perf_counter() - started
+        return session
+
+    def pipeline(
+        self, bundle: Bundle, decoder: str, shapes: Shapes, *, embedding_cache: int = 0
+    ) -> Pipeline:
+        """Prompts to images over sessions. A backend that owns the order overrides this."""
+        from backends.pipeline import Pipeline
+
+        return Pipeline(self, bundle, decoder, shapes, embedding_cache=embedding_cache)
+
+    @abstractmethod
+    def _compile(self, bundle: Bundle, part: str, shapes: Shapes, folder: Path) -> None:
+        """Write the artifact of `part` into the empty `folder`."""
+
+    @abstractmethod
+    def _load(self, bundle: Bundle, artifact: Artifact) -> Session: ...
+
+
+def parse_backend(text: str) -> Backend:
+    """`name[:key=value,...]` -> an instance. A backend whose module fails to import says why."""
+    from backends import BACKENDS
+
+    name, _, rest = text.partition(":")
+    if name not in BACKENDS:
+        raise PreconditionError(
+            f"there is no backend called {name!r}",
+            f"known backends: {', '.join(BACKENDS)}",
+            "`python -m backends` lists them and says which can be used here",
+        )
+    options: dict[str, str] = {}
+    for piece in rest.split(",") if rest else ():
+        key, equals, value = piece.partition("=")
+        if not equals or not key or not value or key in options:
+            raise PreconditionError(
+                f"{text!r} is not a backend",
+                f"the piece {piece!r} is not key=value, or its key stands twice",
+                f"write {name}:key=value,key=value",
+            )
+        options[key] = value
+    module, _, cls = BACKENDS[name].partition(":")
+    try:
+        backend: type[Backend] = getattr(importlib.import_module(module), cls)
+    except ImportError as error:
+        raise UnavailableError(
+            f"backend {name} cannot be used: its module does not import",
+            str(error),
+            "install what is missing, or pick another backend",
+        ) from error
+    return backend(options)
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0))
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+
+
+def each_backend() -> Iterator[tuple[str, Backend | None, Capability]]:
+    """Every registered backend with what its probe says; a broken module is an unusable entry."""
+    from backends import BACKENDS
+
+    for name in BACKENDS:
+        try:
+            backend = parse_backend(name)
+        except UnavailableError as error:
+            yield name, None, Capability(False, error.what, error.why, error.next)
+        else:
+            yield name, backend, backend.probe()
+
+
+def stage_parts(parts: Sequence[str], decoder: str) -> tuple[str, ...]:
+    """The parts one pipeline needs: every text encoder, the UNet and one decoder."""
+    other = {"vae": "taesd_decoder", "taesd": "vae_decoder"}[decoder]
+    return tuple(part for part in parts if part != other)

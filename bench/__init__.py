@@ -1,0 +1,1 @@
+"""Pipeline -> results -> verdicts."""

@@ -1,0 +1,1 @@
+"""What every room shares: errors, files, the command-line shell. Imports nothing heavy."""

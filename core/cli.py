@@ -1,0 +1,75 @@
+"""The shell around every command: errors to exit codes, the flags that all commands share.
+
+A command module defines `main(argv: Sequence[str] | None = None) -> int` with an argparse parser
+built before anything heavy is imported, and ends with `raise SystemExit(run(main))`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from core.errors import EXIT_BUG, EXIT_INTERRUPTED, AddbenchError, PreconditionError
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+def run(main: Main, argv: Sequence[str] | None = None) -> int:
+    """Run `main` and turn what it raises into an exit code and a message on stderr."""
+    try:
+        return main(argv)
+    except AddbenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `... | head` is not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        traceback.print_exc()
+        print("error: this is a bug in addbench; the lines above say where", file=sys.stderr)
+        return EXIT_BUG
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with its own errors in the three-part form."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise PreconditionError(
+            f"{self.prog}: {message}", "the command line is not valid", f"{self.prog} --help"
+        )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """`--model NAME|PATH`, `--weights`, `--dtype`: which bundle a command works on."""
+    parser.add_argument(
+        "--model", default=default, metavar="NAME|PATH", help="model name or a bundle's folder"
+    )
+    parser.add_argument(
+        "--weights", default=None, help="hub, random or folder: which bundle of that model"
+    )
+    parser.add_argument("--dtype", default=None, choices=("fp16", "fp32"), help="weights' dtype")
+
+
+def int_list(text: str) -> list[int]:
+    """`1,2,4` -> [1, 2, 4]; positive, no duplicates."""
+    try:
+        values = [int(piece) for piece in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma list of integers") from None
+    if not values or min(values) < 1 or len(set(values)) != len(values):
+        raise argparse.ArgumentTypeError(f"{text!r} wants distinct integers of at least 1")
+    return values
+
+
+def word_list(text: str) -> list[str]:
+    """`vae,taesd` -> ["vae", "taesd"]; no empties, no duplicates."""
+    words = [piece.strip() for piece in text.split(",")]
+    if not all(words) or len(set(words)) != len(words):
+        raise argparse.ArgumentTypeError(f"{text!r} wants distinct, non-empty words")
+    return words

@@ -1,0 +1,1 @@
+"""Checkpoint -> bundle. Imports no backend."""
