@@ -11,7 +11,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -33,8 +33,12 @@ class OutOfMemoryError(BackendError):
     """Host or device memory ran out; a sweep records it as `oom`."""
 
 
+class NonFiniteError(BackendError):
+    """The output holds NaN or infinity; a sweep records it as `non_finite`."""
+
+
 class UnsupportedError(PreconditionError):
-    """A combination that this backend, compiler or card does not do; says the nearest that works."""
+    """A combination that this backend or card does not do; says the nearest that works."""
 
 
 class UnavailableError(PreconditionError):
@@ -54,7 +58,9 @@ class Capability:
 
     def require(self, name: str) -> None:
         if not self.usable:
-            raise UnavailableError(f"backend {name} cannot be used: {self.what}", self.why, self.next)
+            raise UnavailableError(
+                f"backend {name} cannot be used: {self.what}", self.why, self.next
+            )
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,6 @@ class Artifact:
     path: Path | None
     compile_s: float
     cached: bool
-    info: Mapping[str, object] = field(default_factory=dict)
 
 
 class Session(ABC):
@@ -127,6 +132,8 @@ class Backend(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     option_types: ClassVar[Mapping[str, Option]] = {}
+    keeps_artifacts: ClassVar[bool] = True
+    """False where a compile leaves nothing on disk (torch runs the checkpoint's own modules)."""
     interpreter: Path | None = None
     """Another environment's python, for packages that clash; the worker runs there."""
     device: str = "cpu"
@@ -174,6 +181,10 @@ class Backend(ABC):
     def fingerprint(self) -> dict[str, str]:
         """What an artifact depends on beside graph, profile and options: compiler version, ISA."""
 
+    def compile_options(self) -> Mapping[str, str]:
+        """The options that change the compiled result, and so the cache key."""
+        return self.options
+
     def compile(self, bundle: Bundle, part: str, shapes: Shapes) -> Artifact:
         """Compile one part, or find it in the cache. Locked: two processes compile it once."""
         from backends.cache import ArtifactCache
@@ -182,19 +193,14 @@ class Backend(ABC):
         started = time.perf_counter()
         cache = ArtifactCache()
         key = cache.key(self, bundle, part, shapes)
+        if not self.keeps_artifacts:
+            return Artifact(self.name, part, key, None, 0.0, True)
         path, cached = cache.get_or_make(
             key,
             label=f"{bundle.name} {part}",
             make=lambda folder: self._compile(bundle, part, shapes, folder),
         )
-        return Artifact(
-            backend=self.name,
-            part=part,
-            key=key,
-            path=path,
-            compile_s=time.perf_counter() - started,
-            cached=cached,
-        )
+        return Artifact(self.name, part, key, path, time.perf_counter() - started, cached)
 
     def load(self, bundle: Bundle, artifact: Artifact) -> Session:
         """A session over `artifact`; its `load_s` says how long that took."""
@@ -211,9 +217,9 @@ class Backend(ABC):
 
         return Pipeline(self, bundle, decoder, shapes, embedding_cache=embedding_cache)
 
-    @abstractmethod
     def _compile(self, bundle: Bundle, part: str, shapes: Shapes, folder: Path) -> None:
-        """Write the artifact of `part` into the empty `folder`."""
+        """Write the artifact of `part` into the empty `folder` (backends that keep artifacts)."""
+        raise BackendError(f"{self.name} compiles nothing", "it keeps no artifacts", "load it")
 
     @abstractmethod
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session: ...
@@ -258,6 +264,19 @@ def physical_cores() -> int:
 
     allowed = len(os.sched_getaffinity(0))
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+
+
+def thread_count(text: str) -> int:
+    """`auto` or a positive number, as the `threads` option of the CPU backends takes it."""
+    if text == "auto":
+        return physical_cores()
+    if not text.isdigit() or int(text) < 1:
+        raise PreconditionError(
+            f"threads={text} is not a number of threads",
+            "it is auto or a positive integer",
+            "use threads=auto",
+        )
+    return int(text)
 
 
 def each_backend() -> Iterator[tuple[str, Backend | None, Capability]]:

@@ -12,6 +12,8 @@ TextEncoderForm = Literal["penultimate", "final"]
 
 Decoder = Literal["vae", "taesd"]
 DECODERS: tuple[Decoder, ...] = ("vae", "taesd")
+PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "taesd_decoder")
+"""Every part, in the order in which a pipeline runs them."""
 
 
 @dataclass(frozen=True)

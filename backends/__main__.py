@@ -1,0 +1,142 @@
+"""`python -m backends`: list backends, fill and look after the artifact cache, check parity."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from core.cli import Parser, add_model_arguments, int_list, run, word_list
+from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
+from export.models import DEFAULT_MODEL
+
+
+def parser() -> Parser:
+    top = Parser(prog="python -m backends", description=__doc__)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+
+    commands.add_parser("list", help="every backend, usable or not and why (the default)")
+
+    compile_ = commands.add_parser("compile", help="compile a model's parts into the cache")
+    add_model_arguments(compile_, DEFAULT_MODEL)
+    compile_.add_argument(
+        "--backend", action="append", metavar="NAME[:KEY=VALUE,...]", help="repeatable"
+    )
+    compile_.add_argument("--batch", type=int_list, default=[1], metavar="1,4")
+    compile_.add_argument("--decoder", type=word_list, default=["vae", "taesd"])
+
+    cache = commands.add_parser("cache", help="the artifact cache")
+    actions = cache.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("ls", help="what it holds")
+    actions.add_parser("verify", help="hash every file")
+    prune = actions.add_parser("prune", help="drop least recently used artifacts")
+    prune.add_argument(
+        "--max-gb", type=float, default=None, help="keep at most this much (default: the cap)"
+    )
+
+    parity = commands.add_parser("parity", help="hold a bundle's parts and images to torch FP32")
+    parity.add_argument("model", metavar="NAME|PATH", help="model name or a bundle's folder")
+    parity.add_argument("--weights", default=None)
+    parity.add_argument("--dtype", default=None, choices=("fp16", "fp32"))
+    parity.add_argument("--backend", default="ort")
+    parity.add_argument("--force", action="store_true", help="run it again")
+    return top
+
+
+def list_backends() -> int:
+    from backends.base import each_backend
+
+    for name, backend, found in each_backend():
+        state = "usable" if found.usable else "not usable"
+        print(f"{name:<10} {state:<11} {found.version:<10} {found.what}")
+        if not found.usable:
+            print(f"{'':<22} why:  {found.why or found.what}\n{'':<22} next: {found.next}")
+        for key, option in backend.option_types.items() if backend else ():
+            values = f" ({', '.join(option.choices)})" if option.choices else ""
+            print(f"{'':<10} :{key}={option.default}  {option.help}{values}")
+    return EXIT_OK
+
+
+def compile_parts(args: argparse.Namespace) -> int:
+    from backends.base import Shapes, parse_backend, stage_parts
+
+    chosen = [parse_backend(text) for text in args.backend or ["ort"]]
+    for backend in chosen:
+        backend.probe().require(backend.name)
+    from backends.pipeline import check_decoder
+    from export.bundle import find_bundle
+
+    bundle = find_bundle(args.model, args.weights, args.dtype)
+    for decoder in args.decoder:
+        check_decoder(bundle, decoder)
+    wanted = [stage_parts(tuple(bundle.parts), decoder) for decoder in args.decoder]
+    parts = [part for part in bundle.parts if any(part in some for some in wanted)]
+    width, height = bundle.size
+    for backend in chosen:
+        for batch in args.batch:
+            for part in parts:
+                artifact = backend.compile(bundle, part, Shapes(batch, width, height))
+                how = "cached" if artifact.cached else "compiled"
+                print(
+                    f"{backend.name} {bundle.path.name} {part} batch {batch}: {how} in"
+                    f" {artifact.compile_s:.1f} s, {artifact.path or 'nothing to keep'}"
+                )
+    return EXIT_OK
+
+
+def cache(args: argparse.Namespace) -> int:
+    from backends.cache import ArtifactCache, Entry
+
+    store = ArtifactCache()
+
+    def show(entry: Entry) -> None:
+        print(f"{entry.key}  {entry.bytes / 1e9:8.3f} GB  {entry.label}")
+
+    if args.action == "prune":
+        if args.max_gb is not None and args.max_gb < 0:
+            raise PreconditionError("--max-gb is negative", "it is a size", "use 0 to drop all")
+        removed = store.prune(store.cap_gb if args.max_gb is None else args.max_gb)
+        for entry in removed:
+            show(entry)
+        print(f"removed {len(removed)}, {sum(e.bytes for e in removed) / 1e9:.3f} GB")
+        return EXIT_OK
+    if args.action == "verify":
+        found = store.verify()
+        for key, sound in found.items():
+            print(f"{key}  {'sound' if sound else 'damaged: the next compile replaces it'}")
+        return EXIT_OK if all(found.values()) else EXIT_FAILED
+    entries = store.entries()
+    for entry in entries:
+        show(entry)
+    total = sum(entry.bytes for entry in entries) / 1e9
+    print(f"{len(entries)} artifacts, {total:.3f} GB of {store.cap_gb:g} GB, in {store.root}")
+    return EXIT_OK
+
+
+def parity(args: argparse.Namespace) -> int:
+    from backends.base import parse_backend
+
+    backend = parse_backend(args.backend)
+    backend.probe().require(backend.name)
+    from backends.parity import check, report
+    from export.bundle import find_bundle
+
+    bundle = find_bundle(args.model, args.weights, args.dtype)
+    print(f"parity of {bundle.path.name}: {args.backend} against torch FP32", flush=True)
+    record = check(bundle, args.backend, args.force, say=lambda line: print(line, flush=True))
+    print(report(record))
+    return EXIT_OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.command == "compile":
+        return compile_parts(args)
+    if args.command == "cache":
+        return cache(args)
+    if args.command == "parity":
+        return parity(args)
+    return list_backends()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,176 @@
+"""The artifact cache: content key, file lock, atomic rename, verification, size cap.
+
+An entry is a folder named by its key; `entry.json`, written last, lists every file with its size,
+modification time and hash. A file whose size or time differs is hashed again before it is
+believed, so a torn or edited artifact is compiled anew instead of loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from core.errors import AddbenchError, PreconditionError
+from core.files import build_root, read_json, sha256_file, sha256_json, staged_folder, write_json
+
+if TYPE_CHECKING:
+    from backends.base import Backend, Shapes
+    from export.bundle import Bundle
+
+ENTRY = "entry.json"
+SCHEMA = 1
+JUST_USED_S = 600
+"""Entries used within this time are never pruned automatically: a process may be loading them."""
+
+
+def default_cap_gb() -> float:
+    text = os.environ.get("ADDBENCH_CACHE_GB", "30")
+    try:
+        return float(text)
+    except ValueError:
+        raise PreconditionError(
+            f"ADDBENCH_CACHE_GB={text} is not a number", "it is the cache's cap in GB", "set 30"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One artifact on disk."""
+
+    key: str
+    path: Path
+    label: str
+    bytes: int
+    used: float
+
+    @property
+    def record(self) -> dict[str, Any]:
+        record: dict[str, Any] = read_json(self.path / ENTRY)
+        return record
+
+
+class ArtifactCache:
+    def __init__(self, root: Path | None = None, cap_gb: float | None = None) -> None:
+        self.root = root or build_root() / "cache"
+        self.cap_gb = default_cap_gb() if cap_gb is None else cap_gb
+
+    @staticmethod
+    def key(backend: Backend, bundle: Bundle, part: str, shapes: Shapes) -> str:
+        """Hash of everything the compiled result depends on."""
+        profile = backend.profile(part)
+        parts = {
+            "schema": SCHEMA,
+            "backend": backend.name,
+            "graph": bundle.parts[part].hash,
+            "profile": asdict(profile),
+            "options": dict(backend.compile_options()),
+            "fingerprint": dict(backend.fingerprint()),
+            # A profile that keeps the batch axis named gives one artifact for all batches.
+            "batch": None if profile.batch is None else shapes.batch,
+            "size": [shapes.width, shapes.height],
+        }
+        return sha256_json(parts)[:24]
+
+    def get_or_make(self, key: str, label: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
+        """The folder of `key` and whether it was there. One process makes it, others wait."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / f".{key}.lock"):
+            folder = self.root / key
+            if self._sound(folder):
+                os.utime(folder / ENTRY)
+                return folder, True
+            with staged_folder(folder) as scratch:
+                make(scratch)
+                self._seal(scratch, key, label)
+        self.prune(self.cap_gb, keep=key, spare_recent=True)
+        return folder, False
+
+    @staticmethod
+    def _seal(folder: Path, key: str, label: str) -> None:
+        files = {
+            str(file.relative_to(folder)): {**_stamp(file), "sha256": sha256_file(file)}
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        if not files:
+            raise AddbenchError(
+                f"compiling {label} wrote nothing",
+                "the backend's compiler ended without output",
+                "run it again with --backend NAME and look at the messages above",
+            )
+        record = {"schema": SCHEMA, "key": key, "label": label, "files": files}
+        write_json(folder / ENTRY, record | {"created": time.time()})
+
+    @staticmethod
+    def _sound(folder: Path, deep: bool = False) -> bool:
+        """Whether the entry's files are the ones that were written; `deep` hashes all of them."""
+        try:
+            record = read_json(folder / ENTRY)
+            if record["schema"] != SCHEMA:
+                return False
+            for name, known in record["files"].items():
+                found = _stamp(folder / name)
+                if found["bytes"] != known["bytes"]:
+                    return False
+                changed = found["mtime_ns"] != known["mtime_ns"]
+                if (changed or deep) and sha256_file(folder / name) != known["sha256"]:
+                    return False
+        except (OSError, AddbenchError, KeyError, TypeError):
+            return False
+        return True
+
+    def entries(self) -> list[Entry]:
+        """Every complete entry, least recently used first."""
+        found = []
+        for marker in self.root.glob(f"*/{ENTRY}"):
+            try:
+                record = read_json(marker)
+                size = sum(file["bytes"] for file in record["files"].values())
+                entry = Entry(
+                    record["key"], marker.parent, record["label"], size, marker.stat().st_mtime
+                )
+            except (OSError, AddbenchError, KeyError, TypeError):
+                continue  # torn or foreign: get_or_make replaces it, verify reports it
+            found.append(entry)
+        return sorted(found, key=lambda entry: entry.used)
+
+    def verify(self) -> dict[str, bool]:
+        """Hash every file of every entry: folder name -> sound."""
+        return {
+            marker.parent.name: self._sound(marker.parent, deep=True)
+            for marker in sorted(self.root.glob(f"*/{ENTRY}"))
+        }
+
+    def prune(
+        self, cap_gb: float, keep: str | None = None, spare_recent: bool = False
+    ) -> list[Entry]:
+        """Remove least recently used entries until at most `cap_gb` remain; returns them."""
+        entries = self.entries()
+        total = sum(entry.bytes for entry in entries)
+        removed = []
+        for entry in entries:
+            if total <= cap_gb * 1e9:
+                break
+            recent = time.time() - entry.used < JUST_USED_S
+            if entry.key == keep or (spare_recent and recent):
+                continue
+            try:
+                with FileLock(self.root / f".{entry.key}.lock", timeout=0):
+                    shutil.rmtree(entry.path)
+            except (Timeout, FileNotFoundError):
+                continue  # being made or removed by another process
+            total -= entry.bytes
+            removed.append(entry)
+        return removed
+
+
+def _stamp(file: Path) -> dict[str, int]:
+    status = file.stat()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}

@@ -1,0 +1,249 @@
+"""ONNX Runtime on the CPU: the embedded default.
+
+Compiling optimises the graph once, in a process of its own, and stores the result with its weights
+as they are laid out for this CPU's kernels ("prepacked"); loading maps that file into memory.
+FP16 weights are stored as FP16 in the bundle and computed in FP32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends.base import (
+    Artifact,
+    Backend,
+    BackendError,
+    Capability,
+    Option,
+    OutOfMemoryError,
+    Session,
+    Shapes,
+    thread_count,
+)
+from core.files import require_disk, require_memory
+from export.lower import CPU, Profile, lower
+
+if TYPE_CHECKING:
+    import torch
+
+    from export.bundle import Bundle
+
+MODEL = "model.onnx"
+LEVELS = {
+    "off": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+ISA_FLAGS = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile")
+SMALL = 64 * 2**20
+"""Fixed memory of a compile or load beside the weights (bytes)."""
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def isa() -> str:
+    """The instruction sets that decide which kernels, and so which weight layout, are used."""
+    import platform
+
+    flags: set[str] = set()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        line = next((x for x in cpuinfo.read_text().splitlines() if x.startswith("flags")), "")
+        flags = set(line.split())
+    return " ".join([platform.machine(), *(flag for flag in ISA_FLAGS if flag in flags)])
+
+
+class OrtSession(Session):
+    """An onnxruntime session on host tensors; inputs are shared, not copied."""
+
+    def __init__(self, model: Path, options: Mapping[str, str], bundle: Bundle, part: str) -> None:
+        import onnxruntime
+
+        self.session = onnxruntime.InferenceSession(
+            str(model), session_options(options, optimise=False), ["CPUExecutionProvider"]
+        )
+        info = bundle.parts[part]
+        self.inputs, self.outputs = (
+            {value.name: replace(known[value.name], dtype=TYPES[value.type]) for value in values}
+            for values, known in (
+                (self.session.get_inputs(), {spec.name: spec for spec in info.inputs}),
+                (self.session.get_outputs(), {spec.name: spec for spec in info.outputs}),
+            )
+        )
+
+    def _run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        import torch
+
+        arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}
+        try:
+            results = self.session.run(None, arrays)
+        except Exception as error:  # onnxruntime's errors share no base class of their own
+            raise translate(error, "running the graph") from error
+        return {
+            name: torch.from_numpy(array) for name, array in zip(self.outputs, results, strict=True)
+        }
+
+    def close(self) -> None:
+        del self.session
+
+
+class OrtBackend(Backend):
+    name = "ort"
+    summary = "ONNX Runtime on the CPU, FP32 arithmetic: the embedded default"
+    option_types: Mapping[str, Option] = {
+        "threads": Option("auto", "intra-op threads (auto: physical cores)"),
+        "level": Option("all", "graph optimisation level", tuple(LEVELS)),
+        "prepack": Option("1", "store weights in the kernels' layout: twice the disk", ("0", "1")),
+        "arena": Option("1", "keep freed memory for the next call", ("0", "1")),
+        "spin": Option("1", "threads spin while they wait for work", ("0", "1")),
+    }
+
+    def probe(self) -> Capability:
+        cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
+        if cpu and gpu:
+            return Capability(
+                False,
+                "onnxruntime and onnxruntime-gpu are both installed",
+                "they are the same module: whichever came last has overwritten the other's files",
+                "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install -e '.[cpu]'",
+            )
+        if importlib.util.find_spec("onnxruntime") is None:
+            return Capability(
+                False, "the package onnxruntime is missing", "", "pip install -e '.[cpu]'"
+            )
+        return Capability(True, self.summary, version=cpu or gpu or "unknown", devices=("cpu",))
+
+    def profile(self, part: str) -> Profile:
+        return CPU
+
+    def precision(self, bundle: Bundle) -> str:
+        return "fp32"
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"onnxruntime": self.probe().version, "isa": isa()}
+
+    def compile_options(self) -> Mapping[str, str]:
+        return {key: self.options[key] for key in ("level", "prepack")}
+
+    def _compile(self, bundle: Bundle, part: str, shapes: Shapes, folder: Path) -> None:
+        require_disk(folder, self.disk_need(bundle, part), f"compiling {bundle.name} {part}")
+        require_memory(self.memory_need(bundle, part), f"compiling {bundle.name} {part}")
+        # A process of its own: its peak memory is not the caller's, and a kill is only a failure.
+        context = multiprocessing.get_context("spawn")
+        receive, send = context.Pipe(duplex=False)
+        graph = bundle.parts[part].graph
+        child = context.Process(target=optimise, args=(graph, folder, dict(self.options), send))
+        child.start()
+        send.close()
+        try:
+            message = receive.recv()
+        except EOFError:
+            child.join()
+            message = None
+        finally:
+            if child.is_alive():
+                child.join()
+        if message is None:
+            kind = OutOfMemoryError if child.exitcode == -9 else BackendError
+            raise kind(
+                f"compiling {part} for onnxruntime died with exit code {child.exitcode}",
+                "-9 is the system's out-of-memory kill" if child.exitcode == -9 else "a crash",
+                f"free memory (it needs about {self.memory_need(bundle, part) / 1e9:.1f} GB), "
+                "or use ort:prepack=0",
+            )
+        if message:
+            raise BackendError(
+                f"compiling {part} for onnxruntime failed",
+                message,
+                "try ort:level=basic; `python -m export verify` checks the bundle",
+            )
+
+    def _fp32_bytes(self, bundle: Bundle, part: str) -> int:
+        return bundle.parts[part].weight_bytes * (2 if bundle.dtype == "fp16" else 1)
+
+    def disk_need(self, bundle: Bundle, part: str) -> int:
+        """Bytes a compile writes: the FP32 weights, and once more in the kernels' layout."""
+        copies = 2 if self.options["prepack"] == "1" else 1
+        return copies * self._fp32_bytes(bundle, part) + SMALL
+
+    def memory_need(self, bundle: Bundle, part: str) -> int:
+        """Peak bytes of a compile."""
+        copies = 1.9  # measured: 19.4 GB for 10.3 GB of FP32 weights, prepacked or not
+        return int(copies * self._fp32_bytes(bundle, part)) + SMALL
+
+    def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
+        path = artifact.path
+        if path is None:
+            raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
+        try:
+            return OrtSession(path / MODEL, self.options, bundle, artifact.part)
+        except Exception as error:
+            raise translate(error, f"loading {artifact.part}") from error
+
+
+def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
+    import onnxruntime
+
+    made = onnxruntime.SessionOptions()
+    made.log_severity_level = 3
+    made.intra_op_num_threads = thread_count(options["threads"])
+    made.inter_op_num_threads = 1
+    made.enable_cpu_mem_arena = options["arena"] == "1"
+    made.add_session_config_entry("session.intra_op.allow_spinning", options["spin"])
+    level = LEVELS[options["level"]] if optimise else "ORT_DISABLE_ALL"
+    made.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    return made
+
+
+def optimise(graph: Path, folder: Path, options: Mapping[str, str], send: Any) -> None:
+    """Child process: lower the graph, let onnxruntime optimise it, and write what it made.
+
+    Sends "" when all went well, else the reason.
+    """
+    import onnxruntime
+
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".staging-lower-") as scratch:
+            lowered = Path(scratch)
+            lower(graph, CPU, lowered / MODEL)
+            made = session_options(options, optimise=True)
+            made.optimized_model_filepath = str(folder / MODEL)
+            for key, value in {
+                "session.optimized_model_external_initializers_file_name": f"{MODEL}.data",
+                "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+                "session.save_external_prepacked_constant_initializers": options["prepack"],
+            }.items():
+                made.add_session_config_entry(key, value)
+            onnxruntime.InferenceSession(str(lowered / MODEL), made, ["CPUExecutionProvider"])
+        send.send("")
+    except BaseException as error:
+        send.send(f"{type(error).__name__}: {error}"[:4000])
+        raise SystemExit(1) from None
+
+
+def translate(error: Exception, doing: str) -> BackendError:
+    """onnxruntime's exception as ours; allocation failures become OutOfMemoryError."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "bad_alloc" in text or "Failed to allocate" in text:
+        return OutOfMemoryError(
+            f"onnxruntime ran out of memory {doing}",
+            text[:500],
+            "use a smaller batch, or close other programs",
+        )
+    return BackendError(
+        f"onnxruntime failed {doing}", text[:2000], "`python -m backends cache verify`, then retry"
+    )

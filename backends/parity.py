@@ -1,0 +1,441 @@
+"""Each part and the whole image against torch FP32, a part per subprocess.
+
+Both runtimes walk the same chain - text encoders, UNet, decoders - one process per part, tensors
+handed on in files, so that the peak is one part's and never the pipeline's. The torch run also
+watches every op's largest absolute value: FP16 overflow is judged there, because a CPU computes
+FP16 graphs in FP32 and would never show it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.errors import AddbenchError
+from core.files import ROOT, read_json, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from export.bundle import Bundle
+
+PROMPT = "a small red circle on the left of a large blue square, on a white background"
+SEED = 0
+STEPS = (1, 2, 4)
+FP16_MAX = 65504.0
+HEADROOM = 0.5
+"""Beyond this fraction of the FP16 maximum an op is judged to overflow: other prompts go higher."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What counts as the same: relative L2 error of a part, PSNR and SSIM of the uint8 image."""
+
+    relative_error: float
+    psnr_db: float
+    ssim: float
+
+
+GATES = {
+    # FP32 weights and arithmetic: only the order of sums differs.
+    "fp32": Gate(relative_error=1e-3, psnr_db=50.0, ssim=0.999),
+    # FP16 weights, arithmetic in FP32: the weights' rounding error (2**-11), amplified by depth.
+    "fp16": Gate(relative_error=2e-2, psnr_db=30.0, ssim=0.95),
+}
+"""Gate by the coarser of storage and precision."""
+
+
+def gate_for(storage: str, precision: str) -> Gate:
+    return GATES["fp16" if "fp16" in (storage, precision) else "fp32"]
+
+
+@dataclass(frozen=True)
+class ImageDistance:
+    """PSNR in dB (infinite for equal images, given as 100) and SSIM of two uint8 images."""
+
+    psnr_db: float
+    ssim: float
+
+    def passes(self, gate: Gate) -> bool:
+        return self.psnr_db >= gate.psnr_db and self.ssim >= gate.ssim
+
+
+def image_distance(image: NDArray[np.uint8], reference: NDArray[np.uint8]) -> ImageDistance:
+    """Distance of two uint8 [height, width, 3] images."""
+    import numpy as np
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    if np.array_equal(image, reference):
+        return ImageDistance(100.0, 1.0)
+    return ImageDistance(
+        min(100.0, float(peak_signal_noise_ratio(reference, image, data_range=255))),
+        float(structural_similarity(reference, image, channel_axis=2, data_range=255)),
+    )
+
+
+# ---- one part, in a subprocess
+
+
+def run_part(job: Mapping[str, Any]) -> None:
+    """Child process: run one part on seeded inputs, then its stage of the reference image."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from backends.base import Shapes, parse_backend
+    from backends.pipeline import Conditioning
+    from export.bundle import Bundle
+
+    folder, part = Path(job["folder"]), job["part"]
+    bundle = Bundle.open(Path(job["bundle"]))
+    width, height = bundle.size
+    decoder = part.removesuffix("_decoder") if part.endswith("_decoder") else "taesd"
+    backend = parse_backend(job["backend"])
+    out: dict[str, torch.Tensor] = {}
+    with (
+        torch.inference_mode(),
+        backend.pipeline(bundle, decoder, Shapes(1, width, height)) as pipeline,
+    ):
+        watch = Watch()
+        module = getattr(pipeline.session(part), "module", None)
+        if module is not None:
+            watch.attach(module)
+        with watch:
+            seeded = load_file(folder / f"{part}.inputs.safetensors")
+            for name, tensor in pipeline.run(part, **seeded).items():
+                out[f"part.{name}"] = tensor.float()
+            if part.startswith("text_encoder"):
+                index = list(bundle.parts).index(part)
+                ids = pipeline.tokenise([PROMPT])[index]
+                for name, tensor in pipeline.run(part, input_ids=ids).items():
+                    out[f"stage.{name}"] = tensor.float()
+            elif part == "unet":
+                encoded = [stage(folder / f"{p}.safetensors") for p in encoders(bundle)]
+                conditioning: Conditioning = pipeline.join(encoded)
+                for steps in STEPS:
+                    out[f"stage.{steps}"] = pipeline.denoise(conditioning, steps, [SEED])[0]
+            else:
+                for steps, latents in stage(folder / "unet.safetensors").items():
+                    images = pipeline.to_uint8(pipeline.decode(latents))
+                    out[f"stage.{steps}"] = torch.from_numpy(images)
+    save_file({k: v.contiguous() for k, v in out.items()}, folder / f"{part}.safetensors")
+    write_json(folder / f"{part}.json", {"overflow": watch.report()})
+
+
+def encoders(bundle: Bundle) -> list[str]:
+    return [part for part in bundle.parts if part.startswith("text_encoder")]
+
+
+def stage(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {
+        name.removeprefix("stage."): tensor
+        for name, tensor in load_file(file).items()
+        if name.startswith("stage.")
+    }
+
+
+class Watch:
+    """Largest absolute output of every op, by module path; the FP16 overflow judgement.
+
+    A dispatch mode sees each aten op; forward hooks say in which module it ran.
+    """
+
+    def __init__(self) -> None:
+        self.largest: dict[tuple[str, str], float] = {}
+        self._stack: list[str] = [""]
+        self._hooks: list[Any] = []
+        self._mode: Any = None
+
+    def attach(self, module: torch.nn.Module) -> None:
+        def enter(name: str) -> Callable[..., None]:
+            return lambda *_: self._stack.append(name)
+
+        def leave(*_: object) -> None:  # a value returned here would replace the output
+            self._stack.pop()
+
+        for name, child in module.named_modules():
+            self._hooks.append(child.register_forward_pre_hook(enter(name)))
+            self._hooks.append(child.register_forward_hook(leave, always_call=True))
+
+    def __enter__(self) -> Watch:
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        watch = self
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                result = func(*args, **(kwargs or {}))
+                # Views repeat what an op gave; only ops inside the part count.
+                if len(watch._stack) > 1 and not func.is_view:
+                    for value in result if isinstance(result, tuple | list) else (result,):
+                        if isinstance(value, torch.Tensor) and value.is_floating_point():
+                            watch._see(str(func.name()), value)
+                return result
+
+        if self._hooks:
+            self._mode = Mode()
+            self._mode.__enter__()
+        return self
+
+    def _see(self, op: str, value: torch.Tensor) -> None:
+        import torch
+
+        if value.numel() == 0:
+            return
+        low, high = torch.aminmax(value)
+        largest = max(abs(float(low)), abs(float(high)))
+        key = (self._stack[-1], op)
+        if not largest <= self.largest.get(key, 0.0):  # NaN counts as larger
+            self.largest[key] = largest
+
+    def __exit__(self, *error: object) -> None:
+        if self._mode is not None:
+            self._mode.__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def report(self, keep: int = 5) -> list[dict[str, Any]]:
+        """The ops with the largest outputs, largest first."""
+        ranked = sorted(self.largest.items(), key=lambda item: -_rank(item[1]))
+        return [
+            {"module": module, "op": op, "largest": value} for (module, op), value in ranked[:keep]
+        ]
+
+
+def _rank(value: float) -> float:
+    return value if value == value else float("inf")
+
+
+# ---- the parent
+
+
+def check(
+    bundle: Bundle, backend: str = "ort", force: bool = False, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Run parity of `backend`, write `parity.json` and the reference images; returns the record.
+
+    Raises:
+        AddbenchError: a gate is missed or an op overflows FP16; the record is written first.
+    """
+    from export.bundle import write_references
+
+    file = bundle.path / "parity.json"
+    if not force and file.exists() and bundle.references() is not None:
+        record: dict[str, Any] = read_json(file)
+        if record.get("bundle_hash") == bundle.hash and record.get("backend") == backend:
+            say(f"parity of {bundle.path.name} is on record ({file.name}); --force runs it again")
+            judge(record)
+            return record
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="addbench-parity-") as scratch:
+        runs = {
+            runtime: walk(bundle, runtime, Path(scratch) / f"{n}", say)
+            for n, runtime in enumerate(("torch", backend))
+        }
+        record = compare(bundle, backend, runs)
+        images = {
+            (part.removesuffix("_decoder"), int(steps)): image.numpy()[0]
+            for part in bundle.parts
+            if part.endswith("_decoder")
+            for steps, image in stage(Path(scratch) / "0" / f"{part}.safetensors").items()
+        }
+    record["seconds"] = round(time.perf_counter() - started, 1)
+    write_references(bundle, images, PROMPT, SEED)
+    write_json(file, record)
+    judge(record)
+    return record
+
+
+def walk(
+    bundle: Bundle, runtime: str, folder: Path, say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Every part of the bundle on `runtime`, in a process each; part -> tensors and cost."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(SEED)
+    results: dict[str, dict[str, Any]] = {}
+    for part, info in bundle.parts.items():
+        seeded = seeded_inputs(info.inputs, generator)
+        save_file(seeded, folder / f"{part}.inputs.safetensors")
+        job = {
+            "folder": str(folder),
+            "bundle": str(bundle.path),
+            "part": part,
+            "backend": runtime,
+        }
+        started = time.perf_counter()
+        peak = spawn(job)
+        seconds = time.perf_counter() - started
+        say(f"  {runtime:>6} {part:<16} {seconds:7.1f} s  {peak / 1e9:5.1f} GB")
+        results[part] = {
+            "tensors": load_file(folder / f"{part}.safetensors"),
+            "overflow": read_json(folder / f"{part}.json")["overflow"],
+            "peak_memory_mb": round(peak / 1e6),
+        }
+    return results
+
+
+def seeded_inputs(specs: Sequence[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Inputs of a part at batch 1: random token ids, normal floats, a timestep in the middle."""
+    import torch
+
+    inputs = {}
+    for spec in specs:
+        shape = [size if isinstance(size, int) else 1 for size in spec.shape]
+        if spec.name == "input_ids":
+            tensor = torch.randint(1, 400, shape, generator=generator)
+        elif spec.name == "timestep":
+            tensor = torch.full(shape, 499.0)
+        elif spec.name == "time_ids":
+            tensor = torch.tensor([[512.0, 512.0, 0.0, 0.0, 512.0, 512.0]])
+        else:
+            tensor = torch.randn(shape, generator=generator)
+        inputs[spec.name] = tensor
+    return inputs
+
+
+def spawn(job: Mapping[str, Any]) -> int:
+    """Run `run_part` in a fresh process; returns its peak memory in bytes."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "backends.parity"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+    )
+    try:
+        _, errors = process.communicate(json.dumps(job))
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    if process.returncode:
+        killed = process.returncode == -signal.SIGKILL
+        raise AddbenchError(
+            f"{job['part']} on {job['backend']} died with exit code {process.returncode}",
+            "the system ran out of memory" if killed else errors.strip()[-2000:],
+            "free memory" if killed else "`python -m export verify` checks the bundle's files",
+        )
+    peak = read_json(Path(job["folder"]) / f"{job['part']}.peak.json")
+    return int(peak["bytes"])
+
+
+def compare(bundle: Bundle, backend: str, runs: Mapping[str, Any]) -> dict[str, Any]:
+    """The record: relative error per part output, image distances, the largest values per op."""
+    from backends.base import parse_backend
+
+    chosen = parse_backend(backend)
+    storage, precision = chosen.storage(bundle), chosen.precision(bundle)
+    gate = gate_for(storage, precision)
+    reference, measured = runs["torch"], runs[backend]
+    parts: dict[str, Any] = {}
+    images: dict[str, Any] = {}
+    for part in bundle.parts:
+        errors = {}
+        for name, expected in reference[part]["tensors"].items():
+            got = measured[part]["tensors"][name]
+            if name.startswith("part."):
+                difference = (got - expected).norm() / expected.norm().clamp_min(1e-12)
+                errors[name.removeprefix("part.")] = float(difference)
+            elif part.endswith("_decoder"):
+                key = f"{part.removesuffix('_decoder')}-{name.removeprefix('stage.')}"
+                distance = image_distance(got.numpy()[0], expected.numpy()[0])
+                images[key] = asdict(distance) | {"ok": distance.passes(gate)}
+        parts[part] = {
+            "relative_error": errors,
+            "ok": all(error <= gate.relative_error for error in errors.values()),
+            "largest_values": reference[part]["overflow"],
+            "peak_memory_mb": {name: run[part]["peak_memory_mb"] for name, run in runs.items()},
+        }
+    return {
+        "schema": 1,
+        "bundle_hash": bundle.hash,
+        "backend": backend,
+        "storage": storage,
+        "precision": precision,
+        "weights": bundle.weights,
+        "gate": asdict(gate),
+        "parts": parts,
+        "images": images,
+        "fp16_limit": HEADROOM * FP16_MAX if bundle.dtype == "fp16" else None,
+    }
+
+
+def judge(record: Mapping[str, Any]) -> None:
+    """Raise when a part, an image or an op's largest value is beyond its gate."""
+    limit = record["fp16_limit"]
+    for part, found in record["parts"].items():
+        for op in found["largest_values"]:
+            if limit is not None and not op["largest"] <= limit:
+                raise AddbenchError(
+                    f"{part} overflows FP16: {op['op']} in {op['module']} reaches"
+                    f" {op['largest']:.0f}",
+                    f"FP16 ends at {FP16_MAX:.0f} and the limit is {limit:.0f}, since other prompts"
+                    " reach further; seen in an FP32 run",
+                    "pass an FP16-safe checkpoint (--vae ... for the decoder), or --dtype fp32",
+                )
+    bad = [f"{part}: {found['relative_error']}" for part, found in record["parts"].items()
+           if not found["ok"]]  # fmt: skip
+    bad += [
+        f"image {key}: PSNR {found['psnr_db']:.1f} dB, SSIM {found['ssim']:.4f}"
+        for key, found in record["images"].items()
+        if not found["ok"]
+    ]
+    if bad:
+        raise AddbenchError(
+            f"{record['backend']} does not match torch FP32",
+            "; ".join(bad) + f" (gate: {record['gate']})",
+            "the numbers are in parity.json; look at the first part in the list that is off",
+        )
+
+
+def report(record: Mapping[str, Any]) -> str:
+    """The record as lines for a terminal."""
+    lines = [
+        f"storage {record['storage']}, precision {record['precision']}, weights {record['weights']}"
+    ]
+    for part, found in record["parts"].items():
+        errors = ", ".join(f"{k} {v:.2e}" for k, v in found["relative_error"].items())
+        largest = max((op["largest"] for op in found["largest_values"]), default=0.0)
+        lines.append(f"  {part:<16} relative error {errors}; largest value {largest:.0f}")
+    for key, found in record["images"].items():
+        lines.append(f"  image {key:<10} PSNR {found['psnr_db']:.1f} dB, SSIM {found['ssim']:.5f}")
+    return "\n".join(lines)
+
+
+def _child() -> None:
+    import ctypes
+    import resource
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
+    if os.getppid() == 1:
+        raise SystemExit("the parent is gone")
+    job = json.loads(sys.stdin.read())
+    run_part(job)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    write_json(Path(job["folder"]) / f"{job['part']}.peak.json", {"bytes": peak})
+
+
+if __name__ == "__main__":
+    try:
+        _child()
+    except AddbenchError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,80 @@
+"""The CPU backend: what it compiles to, and what it says when it cannot."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import onnx
+import pytest
+
+from backends import ort
+from backends.base import BackendError, Shapes, parse_backend
+from core.errors import PreconditionError
+from export.bundle import Bundle
+
+
+def test_arithmetic_is_fp32_by_construction(tiny_bundle: Bundle) -> None:
+    width, height = tiny_bundle.size
+    artifact = parse_backend("ort").compile(tiny_bundle, "unet", Shapes(1, width, height))
+    assert artifact.path is not None
+    graph = onnx.load(artifact.path / "model.onnx", load_external_data=False).graph
+    half = onnx.TensorProto.FLOAT16
+    assert not [tensor.name for tensor in graph.initializer if tensor.data_type == half]
+    assert not [v.name for v in graph.value_info if v.type.tensor_type.elem_type == half]
+    assert not [node.name for node in graph.node if node.op_type == "Cast"
+                if any(a.name == "to" and a.i == half for a in node.attribute)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("packages", "usable", "words"),
+    [
+        ({"onnxruntime": "1"}, True, ""),
+        ({"onnxruntime-gpu": "1"}, True, ""),
+        ({"onnxruntime": "1", "onnxruntime-gpu": "1"}, False, "same module"),
+    ],
+)
+def test_the_clash_of_the_two_packages_is_named(
+    packages: dict[str, str], usable: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        try:
+            return packages[package]
+        except KeyError:
+            raise PackageNotFoundError(package) from None
+
+    monkeypatch.setattr(ort, "version", version)
+    found = ort.OrtBackend().probe()
+    assert found.usable == usable
+    assert words in found.why
+
+
+def test_a_compile_that_does_not_fit_is_refused_with_the_estimate(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    width, height = tiny_bundle.size
+    shapes = Shapes(1, width, height)
+    monkeypatch.setattr(ort.OrtBackend, "disk_need", lambda *_: 10**18)
+    with pytest.raises(PreconditionError, match=r"needs 1000000000.0 GB of disk"):
+        parse_backend("ort").compile(tiny_bundle, "unet", shapes)
+    monkeypatch.undo()
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    monkeypatch.setattr(ort.OrtBackend, "memory_need", lambda *_: 10**18)
+    with pytest.raises(PreconditionError, match=r"1000000000.0 GB of memory"):
+        parse_backend("ort").compile(tiny_bundle, "unet", shapes)
+
+
+def test_a_damaged_graph_is_an_error_that_says_what_to_do(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_bundle.path, copy)
+    graph = copy / "taesd_decoder" / "model.onnx"
+    size = graph.stat().st_size
+    graph.write_bytes(b"\xff" * size)
+    with pytest.raises(BackendError, match="compiling taesd_decoder for onnxruntime failed"):
+        parse_backend("ort").compile(Bundle.open(copy), "taesd_decoder", Shapes(1, 64, 64))
