@@ -27,7 +27,7 @@ export: $(READY)
 	$(PY) -m export --model '$(MODEL)' --weights '$(WEIGHTS)' --dtype $(DTYPE)
 
 sweep: export
-	$(PY) -m bench.sweep --model '$(MODEL)' --weights '$(WEIGHTS)' --dtype $(DTYPE) --backend $(BACKEND) --steps $(STEPS) --batch $(BATCH) --decoder $(DECODER)
+	$(PY) -m bench.sweep --model '$(MODEL)' --weights '$(WEIGHTS)' --dtype $(DTYPE) --backend $(BACKEND) --steps $(STEPS) --batch $(BATCH) --decoder $(DECODER) $(SWEEP_FLAGS)
 
 image: export
 	$(PY) -m backends.generate '$(PROMPT)' --model '$(MODEL)' --weights '$(WEIGHTS)' --dtype $(DTYPE) --backend $(BACKEND) --out '$(OUT)'

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -105,7 +105,7 @@ class NullBackend(Backend):
     name = "null"
     summary = "a scripted device for tests: sleeps, returns reference images, fails on demand"
     keeps_artifacts = False
-    option_types: Mapping[str, Option] = {
+    option_types: ClassVar[Mapping[str, Option]] = {
         "text_ms": Option("1", "what each text encoder takes"),
         "unet_ms": Option("2", "what a UNet step takes"),
         "decode_ms": Option("1", "what the decoder takes"),

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from backends.base import (
     Artifact,
@@ -104,7 +104,7 @@ class OrtSession(Session):
 class OrtBackend(Backend):
     name = "ort"
     summary = "ONNX Runtime on the CPU, FP32 arithmetic: the embedded default"
-    option_types: Mapping[str, Option] = {
+    option_types: ClassVar[Mapping[str, Option]] = {
         "threads": Option("auto", "intra-op threads (auto: physical cores)"),
         "level": Option("all", "graph optimisation level", tuple(LEVELS)),
         "prepack": Option("1", "store weights in the kernels' layout: twice the disk", ("0", "1")),

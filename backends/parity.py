@@ -125,9 +125,9 @@ def run_part(job: Mapping[str, Any]) -> None:
                 for steps in STEPS:
                     out[f"stage.{steps}"] = pipeline.denoise(conditioning, steps, [SEED])[0]
             else:
-                for steps, latents in stage(folder / "unet.safetensors").items():
+                for count, latents in stage(folder / "unet.safetensors").items():
                     images = pipeline.to_uint8(pipeline.decode(latents))
-                    out[f"stage.{steps}"] = torch.from_numpy(images)
+                    out[f"stage.{count}"] = torch.from_numpy(images)
     save_file({k: v.contiguous() for k, v in out.items()}, folder / f"{part}.safetensors")
     write_json(folder / f"{part}.json", {"overflow": watch.report()})
 

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from backends.base import Artifact, Backend, Capability, Option, Session, thread_count
 from export.lower import CANONICAL, Profile
@@ -48,7 +48,7 @@ class TorchBackend(Backend):
     name = "torch"
     summary = "diffusers' modules as they are, eager FP32 on the CPU: the reference"
     keeps_artifacts = False
-    option_types: Mapping[str, Option] = {
+    option_types: ClassVar[Mapping[str, Option]] = {
         "threads": Option("auto", "intra-op threads (auto: physical cores)"),
     }
 

@@ -78,7 +78,8 @@ def test_help_is_quick_and_imports_nothing_heavy(module: str) -> None:
         "import runpy, sys; sys.argv = ['x', '--help']\n"
         f"try: runpy.run_module('{module}', run_name='__main__', alter_sys=True)\n"
         "except SystemExit as end: code = end.code\n"
-        "heavy = {'torch', 'diffusers', 'onnx', 'onnxruntime', 'pandas', 'numpy'} & set(sys.modules)\n"
+        "names = {'torch', 'diffusers', 'onnx', 'onnxruntime', 'pandas', 'numpy'}\n"
+        "heavy = names & set(sys.modules)\n"
         "sys.exit(f'{code} {heavy}' if code or heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -18,13 +20,12 @@ COMPUTING = [name for name in BACKENDS if name != "null"]
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def pipeline(request: pytest.FixtureRequest, tiny_bundle: Bundle) -> Pipeline:
+def pipeline(request: pytest.FixtureRequest, tiny_bundle: Bundle) -> Iterator[Pipeline]:
     found = parse_backend(request.param).probe()
     if not found.usable:
         pytest.skip(f"{request.param}: {found.what}")
-    made = load_pipeline(str(tiny_bundle.path), request.param, "taesd")
-    request.addfinalizer(made.close)
-    return made
+    with load_pipeline(str(tiny_bundle.path), request.param, "taesd") as made:
+        yield made
 
 
 def test_images_and_timings(pipeline: Pipeline, tiny_bundle: Bundle) -> None:
