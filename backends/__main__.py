@@ -57,12 +57,11 @@ def list_backends() -> int:
 
 
 def compile_parts(args: argparse.Namespace) -> int:
-    from backends.base import Shapes, parse_backend, stage_parts
+    from backends.base import Shapes, check_decoder, parse_backend, stage_parts
 
     chosen = [parse_backend(text) for text in args.backend or ["ort"]]
     for backend in chosen:
         backend.probe().require(backend.name)
-    from backends.pipeline import check_decoder
     from export.bundle import find_bundle
 
     bundle = find_bundle(args.model, args.weights, args.dtype)

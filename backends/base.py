@@ -296,3 +296,13 @@ def stage_parts(parts: Sequence[str], decoder: str) -> tuple[str, ...]:
     """The parts one pipeline needs: every text encoder, the UNet and one decoder."""
     other = {"vae": "taesd_decoder", "taesd": "vae_decoder"}[decoder]
     return tuple(part for part in parts if part != other)
+
+
+def check_decoder(bundle: Bundle, decoder: str) -> None:
+    known = [part.removesuffix("_decoder") for part in bundle.parts if part.endswith("_decoder")]
+    if decoder not in known:
+        raise PreconditionError(
+            f"there is no decoder called {decoder!r} in {bundle.name}",
+            f"its decoders: {', '.join(known)}",
+            f"use --decoder {known[0]}",
+        )

@@ -1,13 +1,14 @@
 """Each part and the whole image against torch FP32, a part per subprocess.
 
-Both runtimes walk the same chain - text encoders, UNet, decoders - one process per part, tensors
-handed on in files, so that the peak is one part's and never the pipeline's. The torch run also
-watches every op's largest absolute value: FP16 overflow is judged there, because a CPU computes
-FP16 graphs in FP32 and would never show it.
+Both runtimes walk the chain of text encoders, UNet and decoders, each on its own tensors; a process
+per part, tensors handed on in files, so that the peak is one part's and never the pipeline's. The
+torch run also watches every op's largest absolute value: FP16 overflow is judged there, because a
+CPU computes FP16 graphs in FP32 and would never show it.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 PROMPT = "a small red circle on the left of a large blue square, on a white background"
 SEED = 0
 STEPS = (1, 2, 4)
+REFERENCE = "torch"
 FP16_MAX = 65504.0
 HEADROOM = 0.5
 """Beyond this fraction of the FP16 maximum an op is judged to overflow: other prompts go higher."""
@@ -88,19 +90,32 @@ def image_distance(image: NDArray[np.uint8], reference: NDArray[np.uint8]) -> Im
 
 
 def run_part(job: Mapping[str, Any]) -> None:
-    """Child process: run one part on seeded inputs, then its stage of the reference image."""
+    """Child process: the part on torch, then on the backend; each walks its own chain."""
+    from export.bundle import Bundle
+
+    folder, part = Path(job["folder"]), job["part"]
+    bundle = Bundle.open(Path(job["bundle"]))
+    found = {}
+    for runtime in (REFERENCE, job["backend"]):
+        found[runtime] = run_stage(bundle, part, runtime, folder)
+        gc.collect()  # one runtime's weights are gone before the other's come
+    write_json(folder / f"{part}.json", {"overflow": found[REFERENCE]})
+
+
+def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dict[str, Any]]:
+    """One part on one runtime: seeded inputs, then its stage of the reference image.
+
+    Writes `part.*` and `stage.*` tensors; returns the largest values that the watch saw.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
     from backends.base import Shapes, parse_backend
     from backends.pipeline import Conditioning
-    from export.bundle import Bundle
 
-    folder, part = Path(job["folder"]), job["part"]
-    bundle = Bundle.open(Path(job["bundle"]))
     width, height = bundle.size
     decoder = part.removesuffix("_decoder") if part.endswith("_decoder") else "taesd"
-    backend = parse_backend(job["backend"])
+    backend = parse_backend(runtime)
     out: dict[str, torch.Tensor] = {}
     with (
         torch.inference_mode(),
@@ -115,21 +130,25 @@ def run_part(job: Mapping[str, Any]) -> None:
             for name, tensor in pipeline.run(part, **seeded).items():
                 out[f"part.{name}"] = tensor.float()
             if part.startswith("text_encoder"):
-                index = list(bundle.parts).index(part)
-                ids = pipeline.tokenise([PROMPT])[index]
+                ids = pipeline.tokenise([PROMPT])[encoders(bundle).index(part)]
                 for name, tensor in pipeline.run(part, input_ids=ids).items():
                     out[f"stage.{name}"] = tensor.float()
             elif part == "unet":
-                encoded = [stage(folder / f"{p}.safetensors") for p in encoders(bundle)]
+                encoded = [stage(tensors(folder, p, runtime)) for p in encoders(bundle)]
                 conditioning: Conditioning = pipeline.join(encoded)
                 for steps in STEPS:
                     out[f"stage.{steps}"] = pipeline.denoise(conditioning, steps, [SEED])[0]
             else:
-                for count, latents in stage(folder / "unet.safetensors").items():
+                for count, latents in stage(tensors(folder, "unet", runtime)).items():
                     images = pipeline.to_uint8(pipeline.decode(latents))
                     out[f"stage.{count}"] = torch.from_numpy(images)
-    save_file({k: v.contiguous() for k, v in out.items()}, folder / f"{part}.safetensors")
-    write_json(folder / f"{part}.json", {"overflow": watch.report()})
+        save_file({k: v.contiguous() for k, v in out.items()}, tensors(folder, part, runtime))
+        return watch.report()
+
+
+def tensors(folder: Path, part: str, runtime: str) -> Path:
+    """The file of what `part` gave on `runtime`."""
+    return folder / f"{part}-{'reference' if runtime == REFERENCE else 'backend'}.safetensors"
 
 
 def encoders(bundle: Bundle) -> list[str]:
@@ -243,16 +262,14 @@ def check(
             return record
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="addbench-parity-") as scratch:
-        runs = {
-            runtime: walk(bundle, runtime, Path(scratch) / f"{n}", say)
-            for n, runtime in enumerate(("torch", backend))
-        }
-        record = compare(bundle, backend, runs)
+        folder = Path(scratch)
+        peaks = walk(bundle, backend, folder, say)
+        record = compare(bundle, backend, folder, peaks)
         images = {
             (part.removesuffix("_decoder"), int(steps)): image.numpy()[0]
             for part in bundle.parts
             if part.endswith("_decoder")
-            for steps, image in stage(Path(scratch) / "0" / f"{part}.safetensors").items()
+            for steps, image in stage(tensors(folder, part, REFERENCE)).items()
         }
     record["seconds"] = round(time.perf_counter() - started, 1)
     write_references(bundle, images, PROMPT, SEED)
@@ -262,34 +279,28 @@ def check(
 
 
 def walk(
-    bundle: Bundle, runtime: str, folder: Path, say: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
-    """Every part of the bundle on `runtime`, in a process each; part -> tensors and cost."""
+    bundle: Bundle, backend: str, folder: Path, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Every part in a process of its own, on torch and `backend`; part -> peak memory in MB."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
-    folder.mkdir()
     generator = torch.Generator().manual_seed(SEED)
-    results: dict[str, dict[str, Any]] = {}
+    peaks: dict[str, float] = {}
     for part, info in bundle.parts.items():
-        seeded = seeded_inputs(info.inputs, generator)
-        save_file(seeded, folder / f"{part}.inputs.safetensors")
+        save_file(seeded_inputs(info.inputs, generator), folder / f"{part}.inputs.safetensors")
         job = {
             "folder": str(folder),
             "bundle": str(bundle.path),
             "part": part,
-            "backend": runtime,
+            "backend": backend,
         }
         started = time.perf_counter()
         peak = spawn(job)
         seconds = time.perf_counter() - started
-        say(f"  {runtime:>6} {part:<16} {seconds:7.1f} s  {peak / 1e9:5.1f} GB")
-        results[part] = {
-            "tensors": load_file(folder / f"{part}.safetensors"),
-            "overflow": read_json(folder / f"{part}.json")["overflow"],
-            "peak_memory_mb": round(peak / 1e6),
-        }
-    return results
+        say(f"  {part:<16} {seconds:7.1f} s  {peak / 1e9:5.1f} GB")
+        peaks[part] = round(peak / 1e6)
+    return peaks
 
 
 def seeded_inputs(specs: Sequence[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -329,7 +340,7 @@ def spawn(job: Mapping[str, Any]) -> int:
     if process.returncode:
         killed = process.returncode == -signal.SIGKILL
         raise AddbenchError(
-            f"{job['part']} on {job['backend']} died with exit code {process.returncode}",
+            f"{job['part']} died with exit code {process.returncode}, on torch or {job['backend']}",
             "the system ran out of memory" if killed else errors.strip()[-2000:],
             "free memory" if killed else "`python -m export verify` checks the bundle's files",
         )
@@ -337,20 +348,24 @@ def spawn(job: Mapping[str, Any]) -> int:
     return int(peak["bytes"])
 
 
-def compare(bundle: Bundle, backend: str, runs: Mapping[str, Any]) -> dict[str, Any]:
+def compare(
+    bundle: Bundle, backend: str, folder: Path, peaks: Mapping[str, float]
+) -> dict[str, Any]:
     """The record: relative error per part output, image distances, the largest values per op."""
+    from safetensors.torch import load_file
+
     from backends.base import parse_backend
 
     chosen = parse_backend(backend)
     storage, precision = chosen.storage(bundle), chosen.precision(bundle)
     gate = gate_for(storage, precision)
-    reference, measured = runs["torch"], runs[backend]
     parts: dict[str, Any] = {}
     images: dict[str, Any] = {}
     for part in bundle.parts:
+        measured = load_file(tensors(folder, part, backend))
         errors = {}
-        for name, expected in reference[part]["tensors"].items():
-            got = measured[part]["tensors"][name]
+        for name, expected in load_file(tensors(folder, part, REFERENCE)).items():
+            got = measured[name]
             if name.startswith("part."):
                 difference = (got - expected).norm() / expected.norm().clamp_min(1e-12)
                 errors[name.removeprefix("part.")] = float(difference)
@@ -361,8 +376,8 @@ def compare(bundle: Bundle, backend: str, runs: Mapping[str, Any]) -> dict[str, 
         parts[part] = {
             "relative_error": errors,
             "ok": all(error <= gate.relative_error for error in errors.values()),
-            "largest_values": reference[part]["overflow"],
-            "peak_memory_mb": {name: run[part]["peak_memory_mb"] for name, run in runs.items()},
+            "largest_values": read_json(folder / f"{part}.json")["overflow"],
+            "peak_memory_mb": peaks[part],
         }
     return {
         "schema": 1,

@@ -25,6 +25,7 @@ from backends.base import (
     Session,
     Shapes,
     UnsupportedError,
+    check_decoder,
     parse_backend,
     stage_parts,
 )
@@ -378,13 +379,3 @@ def load_pipeline(
     width, height = bundle.size
     shapes = Shapes(batch, width, height)
     return chosen.pipeline(bundle, decoder, shapes, embedding_cache=embedding_cache).prepare()
-
-
-def check_decoder(bundle: Bundle, decoder: str) -> None:
-    known = [part.removesuffix("_decoder") for part in bundle.parts if part.endswith("_decoder")]
-    if decoder not in known:
-        raise PreconditionError(
-            f"there is no decoder called {decoder!r} in {bundle.name}",
-            f"its decoders: {', '.join(known)}",
-            f"use --decoder {known[0]}",
-        )
