@@ -8,7 +8,7 @@ from typing import Literal
 from core.errors import PreconditionError
 
 TextEncoderForm = Literal["penultimate", "final"]
-"""`penultimate`: hidden state before the last layer, no final norm (SDXL); `final`: after it (SD)."""
+"""`penultimate`: before the last layer, no final norm (SDXL); `final`: after both (SD)."""
 
 Decoder = Literal["vae", "taesd"]
 DECODERS: tuple[Decoder, ...] = ("vae", "taesd")

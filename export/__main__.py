@@ -1,0 +1,222 @@
+"""`python -m export`: a checkpoint becomes a bundle. `python -m export verify PATH` checks one."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.cli import Parser, run
+from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
+from core.files import ROOT
+from export.models import DEFAULT_MODEL, MODELS, Model, find_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["verify"]:
+        return _verify(_verify_parser().parse_args(arguments[1:]).bundle)
+    return _export(_parser().parse_args(arguments))
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m export",
+        description="Export a checkpoint to a bundle: one ONNX graph for each part.",
+        epilog="`python -m export verify PATH` hashes a bundle again.",
+    )
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="NAME|PATH",
+        help=f"{', '.join(MODELS)}, or a folder of an SDXL-like checkpoint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="hub|random|ORG/NAME[@REVISION]|PATH",
+        help="the model's own hub repository, random numbers, another repository, or a folder in "
+        "diffusers format (default: hub, where the model has a repository)",
+    )
+    parser.add_argument(
+        "--dtype", default="fp16", choices=("fp16", "fp32"), help="of the weights (default: fp16)"
+    )
+    for flag, what in (("--vae", "AutoencoderKL"), ("--taesd", "AutoencoderTiny")):
+        parser.add_argument(flag, metavar="ID|PATH", help=f"{what} to use instead of the model's")
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the images (default: the model's)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="the bundle's own folder (default: build/<model>-<weights>-<dtype>)",
+    )
+    parser.add_argument("--force", action="store_true", help="export again what is there already")
+    parser.add_argument(
+        "--no-parity", action="store_true", help="skip the comparison with torch in FP32"
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read .bin files where there is no safetensors; reading a pickle RUNS CODE that is in "
+        "the file: only for files whose origin you trust",
+    )
+    return parser
+
+
+def _verify_parser() -> Parser:
+    parser = Parser(
+        prog="python -m export verify", description="Hash a bundle's files against its manifest."
+    )
+    parser.add_argument("bundle", type=Path, metavar="PATH", help="the bundle's folder")
+    return parser
+
+
+def _verify(path: Path) -> int:
+    from export.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    problems = bundle.verify()
+    for problem in problems:
+        print(problem)
+    if problems:
+        print(f"{bundle.path}: {len(problems)} problems; export it again with --force")
+        return EXIT_FAILED
+    print(f"{bundle.path}: {len(bundle.manifest['files'])} files, as they were exported")
+    return EXIT_OK
+
+
+def _export(args: argparse.Namespace) -> int:
+    from filelock import FileLock, Timeout
+    from rich.console import Console
+
+    from export.bundle import bundle_path
+    from export.request import make_request
+
+    console = Console()
+    model, weights = _model_and_weights(args.model, args.weights)
+    request = make_request(model, weights, args.vae, args.taesd, args.seed, args.allow_pickle)
+    asked = {"dtype": args.dtype, "size": args.size or model.size} | request.as_dict()
+    target: Path = args.out or bundle_path(model.name, request.weights.kind, args.dtype)
+    target = target.expanduser().absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(target.parent / f".{target.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"another export is making {target.name}: waiting for it", soft_wrap=True)
+        lock.acquire()
+    try:
+        if _is_there(target, model, asked, args.force):
+            print(f"{target} is there already and matches: nothing to do (--force exports again)")
+            return EXIT_OK
+        _build(args, model, weights, asked, target, console)
+    finally:
+        lock.release()
+    print(f"bundle: {target}")
+    return EXIT_OK if args.no_parity else _parity(target)
+
+
+def _build(
+    args: argparse.Namespace,
+    model: Model,
+    weights: str,
+    asked: dict[str, Any],
+    target: Path,
+    console: Console,
+) -> None:
+    from export.checkpoint import open_checkpoint
+
+    console.print(f"licence: {model.licence}", soft_wrap=True, highlight=False)
+    if model.licence_notice:
+        console.print(f"  {model.licence_notice}", soft_wrap=True, highlight=False)
+    checkpoint = open_checkpoint(
+        model,
+        weights,
+        vae=args.vae,
+        taesd=args.taesd,
+        allow_pickle=args.allow_pickle,
+        seed=args.seed,
+        dtype=args.dtype,
+    )
+    with console.status("loading torch"):
+        from export.build import Plan, build_bundle
+    build_bundle(Plan(checkpoint, args.dtype, asked["size"], asked["size"], asked), target, console)
+
+
+def _model_and_weights(model: str, weights: str | None) -> tuple[Model, str]:
+    """What `--model` and `--weights` mean together."""
+    from export.request import infer_model
+
+    path = Path(model).expanduser()
+    if model in MODELS or not (path.is_dir() or "/" in model):
+        entry = find_model(model)
+        return entry, weights or ("hub" if entry.checkpoint else "random")
+    if weights not in (None, "folder"):
+        raise PreconditionError(
+            f"--model {model} is a folder and --weights {weights} names another checkpoint",
+            "with a folder as the model, the weights are those in it",
+            f"leave --weights out, or write --model {next(iter(MODELS))} --weights {weights}",
+        )
+    return infer_model(path), str(path)
+
+
+def _is_there(target: Path, model: Model, asked: dict[str, Any], force: bool) -> bool:
+    """Whether `target` is a whole bundle of what is asked for. Raises when it is of something else.
+
+    Imports no torch: every verb of the Makefile that needs a bundle asks this first.
+    """
+    from export.bundle import MANIFEST, Bundle
+    from export.request import differences
+
+    if not target.exists():
+        return False
+    if not (target / MANIFEST).is_file():
+        raise PreconditionError(
+            f"{target} is there and is not a bundle",
+            f"it holds no {MANIFEST}; an export would replace the whole folder",
+            "name another folder with --out, or move this one away",
+        )
+    if force:
+        return False
+    try:
+        bundle = Bundle.open(target)
+    except PreconditionError as error:
+        print(f"{error.what} ({error.why}): exporting it again", file=sys.stderr)
+        return False
+    words = differences(bundle.manifest["request"], {"model": model.name} | asked)
+    if words:
+        raise PreconditionError(
+            f"{target} holds another bundle",
+            "; ".join(words),
+            "replace it with --force, or name another folder with --out",
+        )
+    return True
+
+
+def _parity(bundle: Path) -> int:
+    """Compare the bundle with torch, in a process of its own. Its exit code is the command's."""
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "backends", "parity", str(bundle)]
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if code:
+        print(
+            f"parity failed with exit code {code}: the bundle {bundle} is complete, its numbers are"
+            f" not vouched for\n  next: python -m backends parity {bundle}",
+            file=sys.stderr,
+        )
+    return code if code >= 0 else EXIT_FAILED  # a negative one is a signal
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,210 @@
+"""Checkpoint -> bundle: part after part, in a scratch folder that becomes the bundle at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import gc
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.errors import AddbenchError, PreconditionError
+from core.files import require_disk, require_memory, sha256_file, staged_folder, write_json
+from export.bundle import MANIFEST, SCHEMA, part_hash
+from export.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BATCH = 2
+"""Of the example inputs. The graph names the axis; 1 would be traced as a constant."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one export makes. `request` is kept in the manifest, to tell what a bundle is of."""
+
+    checkpoint: Checkpoint
+    dtype: str
+    width: int
+    height: int
+    request: dict[str, Any]
+
+
+def build_bundle(plan: Plan, target: Path, console: Console) -> None:
+    """Make the bundle at `target`, whole or not at all. Progress goes to `console`."""
+    from export.graphs import OPSET
+
+    checkpoint, model = plan.checkpoint, plan.checkpoint.model
+    skeletons = {part: checkpoint.skeleton(part) for part in model.parts}
+    scale, channels = check_sizes(plan, {part: m.config for part, m in skeletons.items()})
+    need = weight_bytes(plan, skeletons)
+    require_disk(target, int(sum(need.values()) * 1.02) + (16 << 20), f"the bundle {target.name}")
+    # Beside the weights of a part: 0.6 GB of libraries, a tenth for the traced graph.
+    require_memory(int(max(need.values()) * 1.1 + 0.6e9), f"exporting {model.name}")
+    with _disk_errors(target), staged_folder(target) as folder:
+        checkpoint.save_tokenizers(folder)
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.scheduler_config())
+        parts = {part: _export_part(plan, part, folder, console) for part in model.parts}
+        with console.status("hashing"):
+            files: dict[str, dict[str, Any]] = {
+                file.relative_to(folder).as_posix(): {
+                    "sha256": sha256_file(file),
+                    "bytes": file.stat().st_size,
+                }
+                for file in sorted(folder.rglob("*"))
+                if file.is_file()
+            }
+        for entry in parts.values():
+            names = [entry["graph"], *([entry["data"]] if entry["data"] else [])]
+            entry["hash"] = part_hash([files[name]["sha256"] for name in names])
+        manifest = {
+            "schema": SCHEMA,
+            "model": model.name,
+            "name": target.name,
+            "weights": checkpoint.kind,
+            "dtype": plan.dtype,
+            "size": [plan.width, plan.height],
+            "opset": OPSET,
+            "source": checkpoint.source,
+            "request": {"model": model.name} | plan.request,
+            "licence": model.licence,
+            "steps": model.steps,
+            "guidance": model.guidance,
+            "pipeline": dataclasses.asdict(model)
+            | {"vae_scale": scale, "latent_channels": channels},
+            "parts": parts,
+            "files": files,
+            "versions": _versions(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_json(folder / MANIFEST, manifest)
+
+
+def _export_part(plan: Plan, part: str, folder: Path, console: Console) -> dict[str, Any]:
+    """Export one part into its folder; its manifest entry, the hash apart. Frees all it loaded."""
+    from export.graphs import describe_graph, exported_graph, save_graph
+    from export.parts import example_inputs, output_names, wrap
+
+    started = time.perf_counter()
+    dtype = torch_dtype(plan.dtype)
+    model = plan.checkpoint.model
+    with console.status(f"{part}: reading the weights"):
+        module = plan.checkpoint.module(part, dtype)
+    read = time.perf_counter()
+    inputs = example_inputs(part, module, BATCH, plan.width, plan.height, dtype)
+    status = console.status(f"{part}: exporting the graph")
+    with (
+        status,
+        exported_graph(wrap(part, module, model), inputs, output_names(part, model), part) as graph,
+    ):
+        traced = time.perf_counter()
+        status.update(f"{part}: saving")
+        (folder / part).mkdir()
+        save_graph(graph, folder / part)
+        entry = describe_graph(graph)
+    del module, inputs, graph
+    gc.collect()  # what torch traced holds the weights in cycles
+    data = folder / part / "model.onnx.data"
+    entry["graph"] = f"{part}/model.onnx"
+    entry["data"] = f"{part}/{data.name}" if data.exists() else None
+    console.print(
+        f"{part:15} {entry['weight_bytes'] / 1e6:9.1f} MB  {sum(entry['ops'].values()):5} ops"
+        f"   weights {read - started:5.1f} s  graph {traced - read:5.1f} s"
+        f"  save {time.perf_counter() - traced:5.1f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return entry
+
+
+def weight_bytes(plan: Plan, skeletons: dict[str, Any]) -> dict[str, int]:
+    """Bytes of weights of each part's graph."""
+    from export.parts import wrap
+
+    bytes_each = 2 if plan.dtype == "fp16" else 4
+    model = plan.checkpoint.model
+    return {
+        part: bytes_each * sum(p.numel() for p in wrap(part, module, model).parameters())
+        for part, module in skeletons.items()
+    }
+
+
+def check_sizes(plan: Plan, configs: dict[str, Any]) -> tuple[int, int]:
+    """Check that the parts and the image size fit each other.
+
+    Args:
+        configs: of the modules, with the libraries' defaults filled in.
+
+    Returns:
+        Pixels along one side of a latent, and channels of the latents.
+    """
+    name = plan.checkpoint.model.name
+    unet, vae, taesd = (configs[part] for part in ("unet", "vae_decoder", "taesd_decoder"))
+    scale = int(2 ** (len(vae.block_out_channels) - 1))
+    multiple = scale * int(2 ** (len(unet.block_out_channels) - 1))
+    for side in (plan.width, plan.height):
+        if side < multiple or side % multiple:
+            raise PreconditionError(
+                f"--size {side} does not fit {name}",
+                f"its UNet halves latents of {scale} pixels: sides are multiples of {multiple}",
+                f"use --size {max(multiple, side // multiple * multiple)}",
+            )
+    channels = int(unet.in_channels)
+    encoders = [configs[part] for part in configs if part.startswith("text_encoder")]
+    pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+    tiny_scale = int(2 ** (len(taesd.num_decoder_blocks) - 1))
+    for what, found, wanted, fix in (
+        ("the VAE's latent channels", vae.latent_channels, channels, "pass another with --vae"),
+        ("TAESD's latent channels", taesd.latent_channels, channels, "pass another with --taesd"),
+        ("TAESD's scale", tiny_scale, scale, "pass another with --taesd"),
+        (
+            "the width of the text encoders",
+            sum(encoder.hidden_size for encoder in encoders),
+            unet.cross_attention_dim,
+            "pass a whole checkpoint of one model",
+        ),
+        (
+            "the width of the pooled embedding",
+            encoders[-1].projection_dim,
+            pooled,
+            "pass a whole checkpoint of one model",
+        ),
+    ):
+        if found != wanted:
+            why = f"{what} is {found}, and the UNet takes {wanted}"
+            raise PreconditionError(f"the parts of {name} do not fit each other", why, fix)
+    return scale, channels
+
+
+def torch_dtype(dtype: str) -> Any:
+    import torch
+
+    return {"fp16": torch.float16, "fp32": torch.float32}[dtype]
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "tokenizers")
+    return {name: version(name) for name in packages} | {"python": platform.python_version()}
+
+
+@contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """A full disk or a folder that cannot be written is the user's to know, not a bug."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise AddbenchError(
+            f"the bundle {target.name} could not be written; nothing is left of it",
+            f"the disk of {target.parent} is full" if full else str(error),
+            "free some room and export again" if full else "mend that and export again",
+        ) from error

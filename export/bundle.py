@@ -1,0 +1,362 @@
+"""The bundle: a folder of graphs and all that a pipeline needs beside them, and its manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from core.errors import AddbenchError, PreconditionError
+from core.files import build_root, read_json, sha256_file, sha256_json, write_atomic, write_json
+from export.models import PARTS, Model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from export.checkpoint import Checkpoint
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+WEIGHTS_ORDER = ("hub", "folder", "random")
+DTYPES = ("fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An input or output of a graph. A named axis is a str in `shape`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """One part of a bundle: its files, what it takes and gives, and what it is made of.
+
+    `hash` identifies graph and weights; `ops` counts the graph's nodes by op type.
+    """
+
+    name: str
+    graph: Path
+    data: Path | None
+    inputs: tuple[Spec, ...]
+    outputs: tuple[Spec, ...]
+    hash: str
+    weight_bytes: int
+    ops: dict[str, int]
+
+
+@dataclass(frozen=True)
+class References:
+    """What torch draws in FP32: uint8 [height, width, 3] by (decoder, steps)."""
+
+    seed: int
+    prompt: str
+    images: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.uint8]]]
+
+
+class Bundle:
+    """An exported model. `Bundle.open` checks it; the properties read its manifest."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """Open the bundle at `path`; PreconditionError when it is none or is not whole.
+
+        Files are checked by size, graphs for weights that lie outside the bundle; `verify` hashes.
+        """
+        path = Path(path).absolute()
+        if not (path / MANIFEST).is_file():
+            raise PreconditionError(
+                f"{path} is not a bundle", f"it holds no {MANIFEST}", "make one: python -m export"
+            )
+        try:
+            manifest = read_json(path / MANIFEST)
+        except AddbenchError as error:
+            raise PreconditionError(error.what, error.why, _again(path)) from error
+        if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+            found = manifest.get("schema") if isinstance(manifest, dict) else None
+            raise PreconditionError(
+                f"{path} is not a bundle that this version reads",
+                f"its manifest has schema {found}, this version reads {SCHEMA}",
+                _again(path),
+            )
+        for name, entry in manifest["files"].items():
+            _inside(path, name)
+            file = path / name
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                state = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+                raise PreconditionError(
+                    f"the bundle {path} is not whole",
+                    f"{name} is {state}; the manifest says {entry['bytes']} bytes",
+                    _again(path),
+                )
+        bundle = cls(path, manifest)
+        for part in bundle.parts.values():
+            _check_external_data(part.graph)
+        return bundle
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["model"])
+
+    @property
+    def weights(self) -> str:
+        """hub, folder or random."""
+        return str(self.manifest["weights"])
+
+    @property
+    def dtype(self) -> str:
+        """fp16 or fp32: of the weights and of the graphs' float inputs and outputs."""
+        return str(self.manifest["dtype"])
+
+    @property
+    def licence(self) -> str:
+        return str(self.manifest["licence"])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the images in pixels. The graphs are made for this size."""
+        width, height = self.manifest["size"]
+        return width, height
+
+    @property
+    def steps(self) -> int:
+        return int(self.manifest["steps"])
+
+    @property
+    def guidance(self) -> float:
+        return float(self.manifest["guidance"])
+
+    @property
+    def pooled(self) -> bool:
+        return bool(self.manifest["pipeline"]["pooled"])
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels along one side of a latent."""
+        return int(self.manifest["pipeline"]["vae_scale"])
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.manifest["pipeline"]["latent_channels"])
+
+    @property
+    def scheduler_name(self) -> str:
+        return str(self.manifest["pipeline"]["scheduler"])
+
+    @property
+    def model(self) -> Model:
+        """The entry of the model as it was when the bundle was made."""
+        pipeline = self.manifest["pipeline"]
+        fields = {f.name: pipeline[f.name] for f in dataclasses.fields(Model)}
+        return Model(**fields | {"text_encoders": tuple(pipeline["text_encoders"])})
+
+    @cached_property
+    def hash(self) -> str:
+        """Identity of the content: graphs, weights, tokenizers, scheduler; not path or time."""
+        files = self.manifest["files"]
+        return sha256_json({name: files[name]["sha256"] for name in files})
+
+    @cached_property
+    def parts(self) -> dict[str, PartInfo]:
+        entries = self.manifest["parts"]
+        return {name: self._part(name, entries[name]) for name in PARTS if name in entries}
+
+    def _part(self, name: str, entry: dict[str, Any]) -> PartInfo:
+        data = entry["data"]
+        return PartInfo(
+            name=name,
+            graph=self.path / entry["graph"],
+            data=self.path / data if data else None,
+            inputs=_specs(entry["inputs"]),
+            outputs=_specs(entry["outputs"]),
+            hash=entry["hash"],
+            weight_bytes=entry["weight_bytes"],
+            ops=entry["ops"],
+        )
+
+    def scheduler(self) -> Any:
+        """A fresh diffusers scheduler: schedulers hold the state of a run."""
+        import diffusers
+
+        config = read_json(self.path / "scheduler" / "scheduler_config.json")
+        return getattr(diffusers, self.scheduler_name).from_config(config)
+
+    def tokenizers(self) -> list[Any]:
+        """One transformers CLIP tokenizer for each text encoder."""
+        from export.checkpoint import load_tokenizers
+
+        return load_tokenizers(self.model, self.path)
+
+    def checkpoint(self) -> Checkpoint:
+        """Open again what the bundle was made from; CheckpointError when it is gone."""
+        from export.checkpoint import reopen
+        from export.request import require_unchanged
+
+        require_unchanged(self.manifest["request"])
+        return reopen(self.model, self.manifest["source"], self.dtype)
+
+    def references(self) -> References | None:
+        """The reference images, or None when parity has not been run."""
+        import numpy as np
+        from PIL import Image
+
+        index = self.path / "reference" / "reference.json"
+        if not index.is_file():
+            return None
+        recorded = read_json(index)
+        images = {}
+        for key, entry in recorded["images"].items():
+            content = (index.parent / entry["file"]).read_bytes()
+            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                raise AddbenchError(
+                    f"the reference image {index.parent / entry['file']} has changed",
+                    "its hash is not the one in reference.json",
+                    f"draw it again: python -m backends parity {self.path}",
+                )
+            decoder, _, steps = key.rpartition("-")
+            images[decoder, int(steps)] = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        return References(recorded["seed"], recorded["prompt"], images)
+
+    def verify(self) -> list[str]:
+        """Hash everything again. Returns the problems found, empty when there are none."""
+        problems = []
+        for name, entry in self.manifest["files"].items():
+            if sha256_file(self.path / name) != entry["sha256"]:
+                problems.append(f"{name}: the content is not what was exported (sha256 differs)")
+        for name, entry in self.manifest["parts"].items():
+            hashes = [self.manifest["files"][entry["graph"]]["sha256"]]
+            if entry["data"]:
+                hashes.append(self.manifest["files"][entry["data"]]["sha256"])
+            if part_hash(hashes) != entry["hash"]:
+                problems.append(f"{name}: the manifest contradicts itself (part hash)")
+        try:
+            self.references()
+        except (AddbenchError, OSError, KeyError) as error:
+            problems.append(f"reference images: {error}")
+        return problems
+
+
+def find_bundle(model: str, weights: str | None = None, dtype: str | None = None) -> Bundle:
+    """The bundle of a model by NAME (below the build folder), or the one at a PATH.
+
+    When several fit: hub before folder before random, fp16 before fp32.
+    """
+    if os.sep in model or Path(model, MANIFEST).is_file():
+        return Bundle.open(Path(model))
+    for kind in WEIGHTS_ORDER if weights is None else (weights,):
+        for one in DTYPES if dtype is None else (dtype,):
+            path = bundle_path(model, kind, one)
+            if (path / MANIFEST).is_file():
+                return Bundle.open(path)
+    raise PreconditionError(
+        f"there is no bundle of {model}",
+        f"looked for {bundle_path(model, weights or '*', dtype or '*')}",
+        f"python -m export --model {model} --weights {weights or _default_weights(model)}"
+        f" --dtype {dtype or 'fp16'}",
+    )
+
+
+def _default_weights(model: str) -> str:
+    from export.models import MODELS
+
+    return "random" if model in MODELS and MODELS[model].checkpoint is None else "hub"
+
+
+def bundle_path(model: str, weights: str, dtype: str) -> Path:
+    return build_root() / f"{model}-{weights}-{dtype}"
+
+
+def write_references(
+    bundle: Bundle,
+    images: Mapping[tuple[str, int], np.ndarray[Any, np.dtype[np.uint8]]],
+    prompt: str,
+    seed: int = 0,
+) -> None:
+    """Write the reference images into the bundle: the PNGs first, then the index that names them.
+
+    Args:
+        images: uint8 [height, width, 3] by (decoder, steps).
+    """
+    from PIL import Image
+
+    entries = {}
+    for (decoder, steps), image in images.items():
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "png")
+        content = buffer.getvalue()
+        key = f"{decoder}-{steps}"
+        write_atomic(bundle.path / "reference" / f"{key}.png", content)
+        entries[key] = {"file": f"{key}.png", "sha256": hashlib.sha256(content).hexdigest()}
+    record = {"seed": seed, "prompt": prompt, "images": entries}
+    write_json(bundle.path / "reference" / "reference.json", record)
+
+
+def part_hash(file_hashes: list[str]) -> str:
+    """Identity of a part, from the sha256 of its graph and of its data file."""
+    return sha256_json(file_hashes)
+
+
+def _specs(entries: list[dict[str, Any]]) -> tuple[Spec, ...]:
+    return tuple(Spec(e["name"], e["dtype"], tuple(e["shape"])) for e in entries)
+
+
+def _again(path: Path) -> str:
+    return f"export it again with --force, or delete {path}"
+
+
+def _inside(folder: Path, location: str) -> None:
+    """Refuse a relative path that is absolute or climbs out."""
+    pure = PurePosixPath(location)
+    if pure.is_absolute() or ".." in pure.parts or not location:
+        raise PreconditionError(
+            f"the bundle {folder} refers to {location!r}, which is outside it",
+            "a bundle holds all its files; such a path could read any file of this machine",
+            "do not use this bundle; export it again from a checkpoint you trust",
+        )
+
+
+def _check_external_data(graph: Path) -> None:
+    """Every external-data path of `graph` is a plain file name in the graph's own folder."""
+    for location in external_locations(graph):
+        _inside(graph.parent, location)
+        target = graph.parent / location
+        if target.is_symlink() or not target.is_file():
+            raise PreconditionError(
+                f"{graph} keeps weights in {location!r}, which is no plain file of its folder",
+                "the file is missing, or a link that may lead out of the bundle",
+                _again(graph.parent.parent),
+            )
+
+
+def external_locations(graph: Path) -> set[str]:
+    """Where `graph` keeps weights outside itself. Reads the graph, not the weights."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    return {
+        entry.value
+        for tensor in _tensors(model.graph)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Every tensor in a GraphProto: initializers and attributes, subgraphs included."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from [attribute.t, *attribute.tensors]
+            for subgraph in [attribute.g, *attribute.graphs]:
+                yield from _tensors(subgraph)

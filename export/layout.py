@@ -1,0 +1,158 @@
+"""Diffusers folder format: where each module, its weights and the tokenizers lie, and if whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from core.errors import AddbenchError, PreconditionError
+from core.files import read_json
+
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+)
+
+
+class CheckpointError(PreconditionError):
+    """The checkpoint cannot be had, or is not what it should be."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """How diffusers format stores the module of a part."""
+
+    folder: str
+    library: Literal["transformers", "diffusers"]
+    cls: str
+
+    @property
+    def stem(self) -> str:
+        """Of the weights' file names."""
+        return "model" if self.library == "transformers" else "diffusion_pytorch_model"
+
+
+COMPONENTS = {
+    "text_encoder": Component("text_encoder", "transformers", "CLIPTextModel"),
+    "text_encoder_2": Component("text_encoder_2", "transformers", "CLIPTextModelWithProjection"),
+    "unet": Component("unet", "diffusers", "UNet2DConditionModel"),
+    "vae_decoder": Component("vae", "diffusers", "AutoencoderKL"),
+    "taesd_decoder": Component("taesd", "diffusers", "AutoencoderTiny"),
+}
+"""part -> the module that it is cut from."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Weights files of one module: names in its folder, which variant, whether a pickle."""
+
+    files: tuple[str, ...]
+    variant: str | None
+    pickle: bool
+
+
+def pick_weights(names: Iterable[str], stem: str, prefer: str, pickle: bool) -> Stored | None:
+    """The files that hold a module's weights, out of the `names` in its folder.
+
+    Args:
+        stem: `Component.stem`.
+        prefer: "fp16" or "fp32"; the other one serves when this one is not there.
+        pickle: look for .bin files rather than safetensors.
+    """
+    names = sorted(names)
+    ending = "bin" if pickle else "safetensors"
+    if pickle and stem == "model":
+        stem = "pytorch_model"
+    for variant in ("fp16", None) if prefer == "fp16" else (None, "fp16"):
+        infix = rf"\.{variant}" if variant else ""
+        single_or_shard = rf"{stem}{infix}(-\d{{5}}-of-\d{{5}})?\.{ending}"
+        index = rf"{stem}\.{ending}\.index{infix}\.json"
+        pattern = re.compile(rf"{single_or_shard}|{index}")
+        files = tuple(name for name in names if pattern.fullmatch(name))
+        if any(not name.endswith(".json") for name in files):
+            return Stored(files, variant, pickle)
+    return None
+
+
+def find_weights(folder: Path, part: str, prefer: str, allow_pickle: bool) -> Stored:
+    """The weights of one module in its local `folder`, checked to be there and whole."""
+    component = COMPONENTS[part]
+    read_config(folder)
+    names = [file.name for file in folder.iterdir() if file.is_file()]
+    stored = pick_weights(names, component.stem, prefer, pickle=False)
+    if stored is None and allow_pickle:
+        stored = pick_weights(names, component.stem, prefer, pickle=True)
+    if stored is None:
+        pickles = sorted(name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth")))
+        if pickles:
+            raise CheckpointError(
+                f"{folder} holds its weights as a pickle only: {pickles[0]}",
+                "reading a pickle can run code that is in the file",
+                "get the safetensors, or pass --allow-pickle if you trust where it is from",
+            )
+        raise CheckpointError(
+            f"{folder} holds no weights",
+            f"there is no {component.stem}.safetensors",
+            "download the checkpoint again",
+        )
+    for name in stored.files:
+        if name.endswith(".safetensors"):
+            require_whole(folder / name)
+        shard = re.search(r"-of-(\d{5})\.", name)
+        count = sum(not file.endswith(".json") for file in stored.files)
+        if shard and int(shard[1]) != count:
+            raise CheckpointError(
+                f"{folder} holds {count} of {int(shard[1])} files of its weights",
+                f"beside {name} some are missing",
+                "download the checkpoint again",
+            )
+    return stored
+
+
+def require_whole(file: Path) -> None:
+    """A safetensors file says in its header how long it is: a cut or foreign one is an error."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):
+            return
+    except (SafetensorError, OSError) as error:
+        why = str(error)
+    with file.open("rb") as start:
+        if start.read(20).startswith(b"version https://git"):
+            why = "it is a Git LFS pointer, not the file it points to (git lfs pull gets it)"
+    raise CheckpointError(f"{file} is not a whole safetensors file", why, "download it again")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of one module's folder."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is missing" if not folder.is_dir() else f"{folder} has no config.json",
+            "a checkpoint in diffusers format has a folder with a config.json for each part",
+            "download the checkpoint again, or pass the folder that holds its model_index.json",
+        )
+    try:
+        config: dict[str, Any] = read_json(folder / "config.json")
+    except AddbenchError as error:
+        raise CheckpointError(error.what, error.why, "download the checkpoint again") from error
+    return config
+
+
+def require_pipeline(root: Path, tokenizers: Iterable[str]) -> None:
+    """The scheduler's and the tokenizers' files are in a checkpoint's folder."""
+    wanted: dict[str, tuple[str, ...]] = {"scheduler": ("scheduler_config.json",)}
+    wanted |= {name: ("tokenizer.json", "vocab.json") for name in tokenizers}
+    for name, files in wanted.items():
+        if not any((root / name / file).is_file() for file in files):
+            raise CheckpointError(
+                f"{root / name} is missing or empty",
+                f"it should hold {' or '.join(files)}",
+                "download the checkpoint again, or pass the folder that holds its model_index.json",
+            )

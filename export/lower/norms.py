@@ -1,0 +1,78 @@
+"""GroupNormalization and LayerNormalization in elementary operators."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from export.lower.edit import (
+    Edit,
+    attribute,
+    dtype_and_rank,
+    operand,
+    required,
+    static_dim,
+)
+
+
+def decompose(model: ir.Model, statistics: str) -> None:
+    """Spell out every GroupNormalization (opset 21 form) and LayerNormalization.
+
+    Args:
+        statistics: `float32` computes mean and variance in the dtype that the operator's
+            `stash_type` asks for (FP32), `as-is` in the dtype of its input.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.domain == "" and node.op_type == "GroupNormalization":
+            _group(model, node, statistics)
+        elif node.domain == "" and node.op_type == "LayerNormalization":
+            _layer(model, node, statistics)
+
+
+def _group(model: ir.Model, node: ir.Node, statistics: str) -> None:
+    """X [N, C, ...], scale and bias [C]; mean and variance over each group of C/groups channels."""
+    edit = Edit(model, node)
+    x, scale, bias = (required(node, index) for index in range(3))
+    dtype, rank = dtype_and_rank(node, x)
+    groups = attribute(node, "num_groups", None)
+    grouped = edit("Reshape", x, [0, groups, -1])  # [N, groups, C/groups * ...]
+    normalized, _, _ = _standardize(edit, grouped, dtype, [2], statistics)
+    dims = [static_dim(x, axis) for axis in range(1, rank)]
+    # 0: N as it comes in. Sizes that are not numbers are read off x when the graph runs.
+    shape = edit("Shape", x) if None in dims else np.array([0, *dims], np.int64)
+    restored = edit("Reshape", normalized, shape)
+    if rank > 2:  # [C] -> [C, 1, 1]
+        inner = list(range(1, rank - 1))
+        scale, bias = edit("Unsqueeze", scale, inner), edit("Unsqueeze", bias, inner)
+    edit.replace(edit("Add", edit("Mul", restored, scale), bias))
+
+
+def _layer(model: ir.Model, node: ir.Node, statistics: str) -> None:
+    """X normalised over its axes from `axis` on; scale and optional bias broadcast."""
+    edit = Edit(model, node)
+    x, scale = required(node, 0), required(node, 1)
+    bias = operand(node, 2)
+    dtype, rank = dtype_and_rank(node, x)
+    first = attribute(node, "axis", -1) % rank
+    normalized, mean, inverse = _standardize(edit, x, dtype, list(range(first, rank)), statistics)
+    result = edit("Mul", normalized, scale)
+    if bias is not None:
+        result = edit("Add", result, bias)
+    edit.replace(result, mean, inverse)
+
+
+def _standardize(
+    edit: Edit, x: ir.Value, dtype: ir.DataType, axes: list[int], statistics: str
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """(x - mean) * inverse in x's dtype; the mean; inverse = 1 / sqrt(variance + epsilon)."""
+    work = ir.DataType(attribute(edit.node, "stash_type", 1)) if statistics == "float32" else dtype
+    epsilon = np.array(attribute(edit.node, "epsilon", 1e-5), work.numpy())
+    wide = edit("Cast", x, to=work.value) if work != dtype else x
+    mean = edit("ReduceMean", wide, axes, keepdims=1)
+    centred = edit("Sub", wide, mean)
+    variance = edit("ReduceMean", edit("Mul", centred, centred), axes, keepdims=1)
+    inverse = edit("Reciprocal", edit("Sqrt", edit("Add", variance, epsilon)))
+    normalized = edit("Mul", centred, inverse)
+    if work != dtype:
+        normalized = edit("Cast", normalized, to=dtype.value)
+    return normalized, mean, inverse

@@ -1,0 +1,186 @@
+"""The torch wrapper of each part: what its graph takes and gives. Only `batch` is a named axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.models import Model, TextEncoderForm
+
+TOKENS = 77
+"""Length of a tokenised prompt in every CLIP text encoder."""
+
+
+class TextEncoder(nn.Module):
+    """input_ids int64 [batch, 77] -> hidden_states [batch, 77, width] (, text_embeds [batch, n]).
+
+    Runs only the layers it needs: without the pooled embedding, a `penultimate` encoder stops one
+    layer early.
+    """
+
+    def __init__(self, module: nn.Module, form: TextEncoderForm, pooled: bool) -> None:
+        super().__init__()
+        text_model: Any = getattr(module, "text_model", module)
+        layers = list(text_model.encoder.layers)
+        self.taken = len(layers) - 1 if form == "penultimate" else len(layers)
+        self.form, self.pooled = form, pooled
+        self.embeddings = text_model.embeddings
+        self.layers = nn.ModuleList(layers if pooled else layers[: self.taken])
+        if pooled or form == "final":
+            self.final_layer_norm = text_model.final_layer_norm
+        if pooled:
+            self.end_of_text = text_model.config.eos_token_id
+            self.text_projection: Any = module.text_projection
+
+    def forward(self, input_ids: Tensor) -> Any:
+        hidden = self.embeddings(input_ids=input_ids)
+        taken = hidden
+        for index, layer in enumerate(self.layers, start=1):
+            hidden = layer(hidden, None, is_causal=True)
+            if index == self.taken:
+                taken = hidden
+        if self.pooled or self.form == "final":
+            hidden = self.final_layer_norm(hidden)
+        states = hidden if self.form == "final" else taken
+        if not self.pooled:
+            return states
+        ids = input_ids.to(torch.int32)
+        # Configs from before transformers 4.31 say 2, and mean the highest id.
+        is_end = ids if self.end_of_text == 2 else (ids == self.end_of_text).to(torch.int32)
+        at = is_end.argmax(-1)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return states, self.text_projection(hidden.gather(1, at)[:, 0])
+
+
+class UNet(nn.Module):
+    """One evaluation of the UNet; `timestep` and `time_ids` are float32, the rest in its dtype.
+
+    sample [batch, 4, h, w], timestep [1], encoder_hidden_states [batch, 77, width],
+    text_embeds [batch, n], time_ids [batch, 6] -> out_sample [batch, 4, h, w].
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.unet: Any = module
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+    ) -> Tensor:
+        # diffusers concatenates text_embeds with the FP32 sinusoid of time_ids, then casts: ONNX's
+        # Concat takes one type only, so both are FP32 there.
+        added = {"text_embeds": text_embeds.float(), "time_ids": time_ids}
+        return self.unet(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+        )[0]
+
+
+class VaeDecoder(nn.Module):
+    """latent_sample [batch, 4, h, w] -> sample [batch, 3, 8h, 8w] in about [-1, 1], not clamped."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        vae: Any = module
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(vae.config.shift_factor or 0.0)
+        self.post_quant_conv = vae.post_quant_conv
+        self.decoder = vae.decoder
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        latents = latent_sample / self.scale
+        if self.shift:
+            latents = latents + self.shift
+        if self.post_quant_conv is not None:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)
+
+
+class TaesdDecoder(nn.Module):
+    """latent_sample [batch, 4, h, w] -> sample [batch, 3, 8h, 8w] in about [-1, 1], not clamped."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        taesd: Any = module
+        self.scale = float(taesd.config.scaling_factor)
+        self.decoder = taesd.decoder
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        return self.decoder(latent_sample if self.scale == 1.0 else latent_sample / self.scale)
+
+
+def wrap(part: str, module: nn.Module, model: Model) -> nn.Module:
+    """The module with the signature of the part's graph. It shares the weights of `module`."""
+    if part.startswith("text_encoder"):
+        index = 0 if part == "text_encoder" else 1
+        pooled = model.pooled and index == len(model.text_encoders) - 1
+        return TextEncoder(module, model.text_encoders[index], pooled).eval()
+    return {"unet": UNet, "vae_decoder": VaeDecoder, "taesd_decoder": TaesdDecoder}[part](
+        module
+    ).eval()
+
+
+def output_names(part: str, model: Model) -> tuple[str, ...]:
+    """Names of the graph's outputs, in order."""
+    if part.startswith("text_encoder"):
+        last = part == ("text_encoder", "text_encoder_2")[len(model.text_encoders) - 1]
+        return ("hidden_states", "text_embeds") if model.pooled and last else ("hidden_states",)
+    return ("out_sample",) if part == "unet" else ("sample",)
+
+
+def example_inputs(
+    part: str,
+    module: nn.Module,
+    batch: int,
+    width: int,
+    height: int,
+    dtype: torch.dtype,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Seeded inputs of the kind that the pipeline gives this part, drawn in float32, then cast.
+
+    Args:
+        module: the diffusers or transformers module (`Checkpoint.module`); its config is read.
+        width, height: of the image, in pixels.
+        dtype: of the float inputs, `timestep` and `time_ids` apart, which are float32.
+    """
+    config: Any = module.config
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    if part.startswith("text_encoder"):
+        return {"input_ids": _token_ids(config, batch, generator)}
+    latents = normal(batch, latent_channels(part, config), height // 8, width // 8)
+    if part != "unet":
+        return {"latent_sample": latents}
+    size_width = config.addition_time_embed_dim
+    pooled_width = config.projection_class_embeddings_input_dim - 6 * size_width
+    return {
+        "sample": latents,
+        "timestep": torch.tensor([999.0]),
+        "encoder_hidden_states": normal(batch, TOKENS, config.cross_attention_dim),
+        "text_embeds": normal(batch, pooled_width),
+        "time_ids": torch.tensor([[height, width, 0, 0, height, width]] * batch).float(),
+    }
+
+
+def latent_channels(part: str, config: Any) -> int:
+    """Channels of the latents that a UNet or decoder takes."""
+    return int(config.in_channels if part == "unet" else config.latent_channels)
+
+
+def _token_ids(config: Any, batch: int, generator: torch.Generator) -> Tensor:
+    """Prompts of different lengths: start, words, end of text to the end."""
+    end = config.eos_token_id if config.eos_token_id != 2 else config.vocab_size - 1
+    ids = torch.full((batch, TOKENS), end)
+    for row in ids:
+        words = int(torch.randint(3, TOKENS - 1, (1,), generator=generator))
+        row[0] = config.bos_token_id or 0
+        row[1 : 1 + words] = torch.randint(1, config.vocab_size - 2, (words,), generator=generator)
+    return ids

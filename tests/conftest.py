@@ -1,0 +1,42 @@
+"""Fixtures that every room shares."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from core.files import ROOT
+from export.__main__ import main as export_main
+from export.bundle import Bundle
+
+
+def _tiny_key() -> str:
+    """What the content of the tiny bundle depends on."""
+    digest = hashlib.sha256()
+    names = ("build", "checkpoint", "graphs", "models", "parts", "random_weights", "tokenizer")
+    files = [ROOT / "export" / f"{name}.py" for name in names]
+    for file in [
+        *files,
+        *sorted((ROOT / "export" / "architectures" / "tiny-sdxl").rglob("*.json")),
+    ]:
+        digest.update(file.read_bytes())
+    for package in ("torch", "diffusers", "transformers", "onnx", "onnxscript"):
+        digest.update(version(package).encode())
+    return digest.hexdigest()[:12]
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle() -> Bundle:
+    """tiny-sdxl with random FP16 weights, exported once and kept below build/test."""
+    root = Path(os.environ.get("ADDBENCH_TEST_BUNDLES") or ROOT / "build" / "test")
+    target = root / f"tiny-sdxl-random-fp16-{_tiny_key()}"
+    argv = ["--model", "tiny-sdxl", "--weights", "random", "--dtype", "fp16", "--out", str(target)]
+    if importlib.util.find_spec("backends.parity") is None:
+        argv.append("--no-parity")
+    assert export_main(argv) == 0
+    return Bundle.open(target)

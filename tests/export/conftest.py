@@ -1,0 +1,63 @@
+"""A checkpoint in diffusers format, written as its libraries write it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.checkpoint import ARCHITECTURES, COMPONENTS, open_checkpoint
+from export.models import MODELS
+
+
+@pytest.fixture(scope="session")
+def _saved_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint = open_checkpoint(MODELS["tiny-sdxl"], "random", seed=5)
+    folder = tmp_path_factory.mktemp("saved") / "my-sdxl"
+    for part in checkpoint.model.parts:
+        module = checkpoint.module(part, torch.float32)
+        module.save_pretrained(folder / COMPONENTS[part].folder)  # type: ignore[operator]
+    checkpoint.save_tokenizers(folder)
+    architecture = ARCHITECTURES / "tiny-sdxl"
+    shutil.copytree(architecture / "scheduler", folder / "scheduler")
+    shutil.copy(architecture / "model_index.json", folder)
+    return folder
+
+
+@pytest.fixture
+def folder(_saved_folder: Path, tmp_path: Path) -> Path:
+    """tiny-sdxl of seed 5, FP32 safetensors, with a `taesd` of its own; the test may change it."""
+    return Path(shutil.copytree(_saved_folder, tmp_path / "my-sdxl"))
+
+
+@pytest.fixture
+def hub_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache that holds org/tiny (fp16 and fp32 weights) and org/taesd; no network."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for part in ("text_encoder", "text_encoder_2", "unet", "vae_decoder"):
+        component = COMPONENTS[part]
+        plain = folder / component.folder / f"{component.stem}.safetensors"
+        shutil.copy(plain, plain.with_suffix(".fp16.safetensors"))
+    shutil.move(folder / "taesd", tmp_path / "taesd")
+    lay_out(cache, "org/tiny", folder, "1" * 40)
+    lay_out(cache, "org/taesd", tmp_path / "taesd", "2" * 40)
+    return cache
+
+
+def lay_out(cache: Path, repo: str, files: Path, commit: str) -> None:
+    """Put `files` into a hub cache as one snapshot, as huggingface_hub lays it out."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(files, root / "snapshots" / commit)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+
+
+def edit_json(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
