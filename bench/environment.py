@@ -1,0 +1,140 @@
+"""What the machine was: recorded once per run, without host name, user or paths."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from core.files import ROOT
+
+PACKAGES = (
+    "torch",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnx",
+    "diffusers",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "OMP_PROC_BIND",
+    "OMP_WAIT_POLICY",
+    "KMP_AFFINITY",
+    "KMP_BLOCKTIME",
+    "MALLOC_ARENA_MAX",
+    "LD_PRELOAD",
+)
+ISA_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
+"""What decides how fast a CPU multiplies; the rest of /proc/cpuinfo's flags does not."""
+MACHINE_ID = Path("/etc/machine-id")
+
+
+def collect() -> dict[str, Any]:
+    """The environment of a run: CPU, memory, OS, versions, thread settings, load."""
+    import cpuinfo
+    import psutil
+
+    cpu = cpuinfo.get_cpu_info()
+    frequency = psutil.cpu_freq()
+    flags = set(cpu.get("flags", ()))
+    hardware = {
+        "cpu": cpu.get("brand_raw", platform.processor() or "unknown"),
+        "isa": [flag for flag in ISA_FLAGS if flag in flags],
+        "cores_physical": psutil.cpu_count(logical=False),
+        "cores_logical": psutil.cpu_count(logical=True),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+    }
+    return {
+        **hardware,
+        "machine": machine_hash(hardware["cpu"], hardware["cores_logical"]),
+        "cores_allowed": len(os.sched_getaffinity(0)),
+        "cpu_freq_max_mhz": frequency.max or None if frequency else None,
+        "governor": governor(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "threads_env": {
+            # LD_PRELOAD holds paths; the libraries' names are what matters
+            name: " ".join(Path(piece).name for piece in os.environ[name].split(":"))
+            for name in THREAD_VARIABLES
+            if name in os.environ
+        },
+        "load_avg": load_average(),
+        "swap_used_gb": round(psutil.swap_memory().used / 1e9, 1),
+    }
+
+
+def machine_hash(cpu: str, cores: int) -> str:
+    """Tells machines apart without naming one: a hash of the CPU and the installation's id."""
+    identity = MACHINE_ID.read_text().strip() if MACHINE_ID.exists() else ""
+    return hashlib.sha256(f"addbench {identity} {cpu} {cores}".encode()).hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def governor() -> str | None:
+    file = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    return file.read_text().strip() if file.exists() else None
+
+
+def load_average() -> float:
+    """The kernel's average over one minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+def cpu_freq_mhz() -> float | None:
+    """Mean over the cores, now."""
+    import psutil
+
+    frequency = psutil.cpu_freq()
+    return round(frequency.current, 1) if frequency else None
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the checkout and whether it holds uncommitted changes; null outside of git."""
+    commit = git("rev-parse", "HEAD")
+    status = git("status", "--porcelain") if commit else None
+    return {"git_commit": commit, "git_dirty": None if status is None else bool(status)}
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,211 @@
+"""What a sweep will measure, on what, and how long that takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.cell import Cell
+from bench.measure import FEWEST_SAMPLES, LONG_CALL_S, StopRule
+from bench.store import OK, Row, open_run, run_names
+from core.errors import AddbenchError, PreconditionError
+
+if TYPE_CHECKING:
+    from backends.base import Backend, Capability
+    from export.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every cell of a run is measured: kept in the header, equal for all its rows."""
+
+    rule: StopRule
+    rounds: int
+
+    def columns(self) -> dict[str, Any]:
+        return {"rounds": self.rounds, **asdict(self.rule)}
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Any]) -> Settings:
+        rest = dict(columns)
+        rounds = rest.pop("rounds")
+        return cls(StopRule(**rest), rounds)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend as asked for: `backend` is None when its module does not import."""
+
+    text: str
+    backend: Backend | None
+    found: Capability
+
+    @property
+    def key(self) -> str:
+        """As `Cell.backend_text` writes it: options sorted."""
+        if self.backend is None:
+            return self.text
+        given = ",".join(f"{key}={value}" for key, value in self.backend.given.items())
+        return f"{self.backend.name}:{given}" if given else self.backend.name
+
+
+def probe(texts: Sequence[str]) -> list[Candidate]:
+    """Every backend with what its probe says.
+
+    Raises:
+        PreconditionError: an unknown backend or option, one asked for twice, or none usable.
+    """
+    from backends.base import Capability, UnavailableError, parse_backend
+
+    candidates = []
+    for text in texts:
+        try:
+            backend = parse_backend(text)
+        except UnavailableError as error:
+            words = Capability(False, error.what, error.why, error.next)
+            candidates.append(Candidate(text, None, words))
+        else:
+            candidates.append(Candidate(text, backend, backend.probe()))
+    keys = [candidate.key for candidate in candidates]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise PreconditionError(
+                f"--backend {key} stands twice", "a cell is measured once a round", "drop one"
+            )
+    if not any(candidate.found.usable for candidate in candidates):
+        only = len(candidates) == 1
+        raise UnavailableError(
+            f"backend {keys[0]} cannot be used: {candidates[0].found.what}"
+            if only
+            else f"none of the backends {', '.join(keys)} can be used",
+            "; ".join(
+                f"{candidate.key}: {candidate.found.why or candidate.found.what}"
+                for candidate in candidates
+            ),
+            "; ".join(dict.fromkeys(candidate.found.next for candidate in candidates)),
+        )
+    return candidates
+
+
+def make_cells(
+    bundle: Bundle,
+    candidates: Sequence[Candidate],
+    *,
+    batches: Sequence[int],
+    decoders: Sequence[str],
+    steps: Sequence[int],
+    size: str | None,
+) -> list[Cell]:
+    """The product of the axes, in the order in which it is measured.
+
+    Raises:
+        PreconditionError: a decoder or a size that the bundle does not have.
+    """
+    from backends.base import check_decoder
+
+    own_size = "{}x{}".format(*bundle.size)
+    if size not in (None, own_size):
+        raise PreconditionError(
+            f"{bundle.name} cannot be run at {size}",
+            f"the graphs of this bundle are made for {own_size}",
+            f"drop --size, or export a bundle of {size}",
+        )
+    for decoder in decoders:
+        check_decoder(bundle, decoder)
+    return [
+        Cell(
+            model=bundle.name,
+            weights=bundle.weights,
+            backend=candidate.key.partition(":")[0],
+            options=candidate.key.partition(":")[2],
+            device=candidate.backend.device if candidate.backend else "unknown",
+            precision=candidate.backend.precision(bundle) if candidate.backend else "unknown",
+            storage=candidate.backend.storage(bundle) if candidate.backend else bundle.dtype,
+            size=own_size,
+            batch=batch,
+            decoder=decoder,
+            steps=count,
+            scheduler=bundle.scheduler_name,
+        )
+        for candidate in candidates
+        for batch in batches
+        for decoder in decoders
+        for count in steps
+    ]
+
+
+def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """Cells that one worker measures, in the order of the plan."""
+    return [list(group) for _, group in groupby(cells, key=lambda cell: cell.group)]
+
+
+# ---- how long it takes
+
+WORKER_START_S = 5.0
+"""Python, torch, diffusers and scikit-image, imported on two cores."""
+GFLOP = {
+    # sdxl-turbo at 512x512, batch 1, a multiply-add as two: counted on the exported graphs
+    ("sdxl-turbo", "512x512"): {"text": 110.1, "unet": 1588.8, "vae": 2514.5, "taesd": 141.4},
+}
+ROUGH_GFLOPS_PER_CORE = 70.0
+"""Order of magnitude of FP32 convolutions and matmuls on a core with AVX2."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds for a cell and where they come from. `bound`: at least so long, no more is known."""
+
+    seconds: float
+    source: str
+    bound: bool = False
+
+
+def estimate(cell: Cell, rule: StopRule, history: Mapping[Cell, Row]) -> Estimate:
+    """How long one round of `cell` takes: by an earlier row, else rough FLOPs, else a bound."""
+    if cell in history:
+        row = history[cell]
+        call_s, cold_s = row["median_ms"] / 1e3, row["cold_ms"] / 1e3
+        return Estimate(sampling_s(call_s, cold_s, rule), f"run {row['run']}")
+    work = GFLOP.get((cell.model, cell.size))
+    if work is not None and cell.device == "cpu" and cell.backend != "null":
+        import os
+
+        per_image = work["text"] + cell.steps * work["unet"] + work[cell.decoder]
+        cores = len(os.sched_getaffinity(0))
+        call_s = cell.batch * per_image / (ROUGH_GFLOPS_PER_CORE * cores)
+        return Estimate(sampling_s(call_s, call_s, rule), "rough FLOPs")
+    return Estimate(rule.min_time, "no figure yet", bound=True)
+
+
+def sampling_s(call_s: float, cold_s: float, rule: StopRule) -> float:
+    """Seconds of a cell whose calls take `call_s`: cold call, warm-up and samples."""
+    samples = max(rule.min_samples, math.ceil(rule.min_time / call_s))
+    if samples * call_s > rule.max_time:
+        samples = max(FEWEST_SAMPLES, math.ceil(rule.max_time / call_s))
+    warmup = 0 if cold_s > LONG_CALL_S else rule.warmup
+    return cold_s + (warmup + samples) * call_s
+
+
+def past_rows(out: Path, machine: str, newest: int = 20) -> dict[Cell, Row]:
+    """The last good row of every cell among the newest runs below `out` made on this machine."""
+    known: dict[Cell, Row] = {}
+    for name in run_names(out)[-newest:]:
+        try:
+            run = open_run(name, out)
+            if run.header["environment"]["machine"] != machine:
+                continue
+            known |= {Cell.of(row): row for row in run.rows() if row["status"] == OK}
+        except (AddbenchError, KeyError):
+            continue  # a damaged old run costs its estimates, not this sweep
+    return known
+
+
+def load_s(group: Sequence[Cell], history: Mapping[Cell, Row]) -> float:
+    """Seconds before a worker's first call: start, compile and load as an earlier row has them."""
+    rows = [history[cell] for cell in group if cell in history]
+    loads = [(row["load_s"] or 0.0) + (row["compile_s"] or 0.0) for row in rows]
+    return WORKER_START_S + max(loads, default=0.0)

@@ -1,0 +1,318 @@
+"""`python -m bench.plot RUN`: latency and images/s against steps, as SVG and PNG.
+
+A column per batch. Colour says the backend, marker and dash the decoder; the line through the
+points is the fit `fixed cost + steps x cost per step`, drawn to zero steps, where it meets the
+fixed cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.stats import Fit, fit_steps
+from bench.store import LATEST, RUNS, Row, Run, open_run
+from bench.table import Line, lines_of
+from core.cli import Parser, run
+from core.errors import EXIT_OK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: tells apart for all common forms of colour blindness. Yellow left out.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+SHAPES = {"vae": ("o", "-"), "taesd": ("^", (0, (5, 2)))}
+STYLE = {
+    "svg.hashsalt": "addbench",  # the same ids, and so the same bytes, every time
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.grid": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.titleweight": "bold",
+    "axes.titlesize": 10.5,
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """The points of one line: cells that differ in steps only, ok ones."""
+
+    label: str
+    colour: str
+    marker: str
+    dash: Any
+    lines: Sequence[Line]
+
+    def points(self, column: str) -> list[tuple[int, float]]:
+        values = [(line.cell.steps, line.median(column)) for line in self.lines]
+        return sorted((steps, value) for steps, value in values if value is not None)
+
+    @property
+    def fit(self) -> Fit | None:
+        return fit_steps(self.points("median_ms"))
+
+
+def series_of(lines: Sequence[Line]) -> dict[int, list[Series]]:
+    """Batch -> its series, backends in the order of the run, so that colours agree over columns."""
+    good = [line for line in lines if line.median("median_ms") is not None]
+    mixed = len({line.cell.numerics for line in good}) > 1
+    backends = list(dict.fromkeys((line.cell.backend_text, line.cell.numerics) for line in good))
+    found: dict[int, list[Series]] = {}
+    for batch in sorted({line.cell.batch for line in good}):
+        for place, key in enumerate(backends):
+            for decoder in dict.fromkeys(line.cell.decoder for line in good):
+                mine = [
+                    line
+                    for line in good
+                    if (line.cell.backend_text, line.cell.numerics) == key
+                    and line.cell.decoder == decoder
+                    and line.cell.batch == batch
+                ]
+                if not mine:
+                    continue
+                cell = mine[0].cell
+                numerics = f" ({cell.storage} weights, {cell.precision})" if mixed else ""
+                marker, dash = SHAPES.get(decoder, ("s", ":"))
+                found.setdefault(batch, []).append(
+                    Series(
+                        f"{cell.backend_text}, {decoder}{numerics}",
+                        COLOURS[place % len(COLOURS)],
+                        marker,
+                        dash,
+                        mine,
+                    )
+                )
+    return found
+
+
+def scale_of(largest_ms: float) -> tuple[float, str]:
+    """(milliseconds in a unit, unit) for an axis up to `largest_ms`."""
+    return (1e3, "s") if largest_ms >= 2000 else (1.0, "ms")
+
+
+def figure(target: Run, rows: Sequence[Row]) -> Figure | None:
+    """The figure, or None where no cell is ok."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    columns = series_of(lines_of(rows))
+    if not columns:
+        return None
+    with style.context(STYLE):
+        entries = max(len(found) for found in columns.values())
+        single = len(columns) == 1
+        width = 9.6 if single else max(9.6, 4.8 * len(columns))
+        legend_in = 0.24 * (entries + 1) + 0.3
+        head_in, panel_in = 0.75, 3.3
+        height = head_in + (panel_in if single else 2 * panel_in) + legend_in
+        drawn = Figure(figsize=(width, height))
+        heading(drawn, target, rows, height)
+        shape = (1, 2) if single else (2, len(columns))
+        axes = drawn.subplots(*shape, squeeze=False)
+        drawn.subplots_adjust(
+            left=0.75 / width,
+            right=1 - 0.2 / width,
+            top=1 - (head_in + 0.3) / height,
+            bottom=(legend_in + 0.5) / height,
+            wspace=0.24,
+            hspace=0.34,
+        )
+        for place, (batch, found) in enumerate(columns.items()):
+            above, below = (axes[0][0], axes[0][1]) if single else (axes[0][place], axes[1][place])
+            latency(above, found, batch)
+            throughput(below, found, batch)
+            box = (above if single else below).get_position()
+            legend(drawn, found, box.x0, (legend_in - 0.05) / height)
+    return drawn
+
+
+def heading(drawn: Figure, target: Run, rows: Sequence[Row], height: float) -> None:
+    first = rows[0]
+    machine = target.header["environment"]
+    drawn.text(
+        0.12 / drawn.get_figwidth(),
+        1 - 0.14 / height,
+        f"{first['model']} ({first['weights']} weights), {first['size'].replace('x', '×')} px",
+        va="top",
+        fontsize=13,
+        fontweight="bold",
+    )
+    drawn.text(
+        0.12 / drawn.get_figwidth(),
+        1 - 0.42 / height,
+        f"{machine['cpu']}, {machine['cores_allowed']} cores; end to end, warm; {target.name}",
+        va="top",
+        color="#555555",
+    )
+
+
+def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
+    import numpy as np
+
+    largest = max(value for series in found for _, value in series.points("median_ms"))
+    unit_ms, unit = scale_of(largest)
+    for series in found:
+        points = series.points("median_ms")
+        steps = [x for x, _ in points]
+        axes.plot(
+            steps,
+            [y / unit_ms for _, y in points],
+            series.marker,
+            color=series.colour,
+            markersize=6.5,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            zorder=3,
+            clip_on=False,
+        )
+        for line in series.lines:  # every round beside its median
+            spread = [row["median_ms"] / unit_ms for row in line.good]
+            if len(spread) > 1:
+                axes.plot([line.cell.steps] * len(spread), spread, "_", color=series.colour)
+        if series.fit:
+            reach = np.array([0, max(steps)])
+            axes.plot(
+                reach,
+                (series.fit.fixed_ms + series.fit.per_step_ms * reach) / unit_ms,
+                linestyle=series.dash,
+                color=series.colour,
+                linewidth=1.5,
+                alpha=0.75,
+            )
+    frame(axes, found, f"Latency, batch {batch}", f"latency ({unit})", from_zero=True)
+
+
+def throughput(axes: Axes, found: Sequence[Series], batch: int) -> None:
+    for series in found:
+        points = series.points("images_per_s")
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            marker=series.marker,
+            linestyle=series.dash,
+            color=series.colour,
+            linewidth=1.5,
+            markersize=6.5,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+            clip_on=False,
+            zorder=3,
+        )
+    frame(axes, found, f"Images per second, batch {batch}", "images/s", from_zero=False)
+
+
+def frame(axes: Axes, found: Sequence[Series], title: str, label: str, *, from_zero: bool) -> None:
+    """Titles, ticks at the measured steps, axes from zero: lengths can be compared by eye."""
+    steps = sorted({line.cell.steps for series in found for line in series.lines})
+    axes.set_title(title, loc="left")
+    axes.set_ylabel(label)
+    axes.set_xlabel("denoising steps")
+    axes.set_xticks([0, *steps] if from_zero else steps)
+    margin = 0.06 * max(steps)
+    axes.set_xlim(0 if from_zero else min(steps) - margin, max(steps) + margin)
+    axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
+
+
+def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> None:
+    """The series of one column with their fits, below it."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=series.colour,
+            marker=series.marker,
+            linestyle=series.dash,
+            markeredgecolor="white",
+            markersize=7,
+            label=f"{series.label}: {fit_text(series)}",
+        )
+        for series in found
+    ]
+    drawn.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(left, top),
+        borderaxespad=0,
+        frameon=False,
+        handlelength=3.2,
+        alignment="left",
+        title="fit through the medians: cost per step, fixed cost",
+        title_fontproperties={"size": 9},
+    )
+
+
+def fit_text(series: Series) -> str:
+    fit = series.fit
+    if fit is None:
+        return "one step count, no fit"
+    unit_ms, unit = scale_of(max(value for _, value in series.points("median_ms")))
+    per_step, fixed = fit.per_step_ms / unit_ms, fit.fixed_ms / unit_ms
+    sign = "+" if fixed >= 0 else "\u2212"
+    return f"{per_step:.3g} {unit}/step {sign} {abs(fixed):.3g} {unit}"
+
+
+def draw(target: Run, rows: Sequence[Row], stem: Path) -> list[Path]:
+    """`stem.svg` and `stem.png`; nothing where no cell is ok. The SVG is the same every time."""
+    import io
+
+    from matplotlib import style
+
+    from core.files import write_atomic
+
+    drawn = figure(target, rows)
+    if drawn is None:
+        return []
+    files = []
+    blank: dict[str, Any] = {"Date": None, "Creator": None}
+    with style.context(STYLE):
+        for suffix, options in (
+            (".svg", {"metadata": blank}),
+            (".png", {"dpi": 160, "metadata": {"Software": None}}),
+        ):
+            buffer = io.BytesIO()
+            drawn.savefig(buffer, format=suffix[1:], facecolor="white", **options)
+            file = stem.with_name(stem.name + suffix)
+            write_atomic(file, buffer.getvalue())
+            files.append(file)
+    return files
+
+
+def write(target: Run, rows: Sequence[Row]) -> list[Path]:
+    """`plot.svg` and `plot.png` into the run folder."""
+    return draw(target, rows, target.path / "plot")
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="python -m bench.plot",
+        description="Latency and images/s against steps, with the fitted cost per step.",
+    )
+    top.add_argument("run", nargs="?", default=LATEST, metavar="RUN|latest")
+    top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    target = open_run(args.run, args.out)
+    files = write(target, target.rows())
+    for file in files:
+        print(file)
+    if not files:
+        print(f"no cell of run {target.name} is ok: there is nothing to draw")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,194 @@
+"""`python -m bench.publish RUN`: copy a run's rows into results/published and redraw from there.
+
+What is committed - rows, tables, plots, the README's block - is derived from `results/published`
+alone; `--check` derives it again and says whether it still matches (exit code 4 if not).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.store import (
+    ABSOLUTE_PATH,
+    HEADER,
+    OK,
+    ROWS,
+    RUNS,
+    Run,
+    last_rows,
+    open_run,
+    read_rows,
+    run_names,
+)
+from core.cli import Parser, run
+from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
+from core.files import ROOT, write_atomic, write_json
+
+RESULTS = ROOT / "results"
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- results(?: (?P<run>[\w-]+))? -->\n).*?(<!-- /results -->)", re.DOTALL)
+"""A block of the README that is derived: `<!-- results -->` shows the newest published run,
+`<!-- results RUN -->` that one."""
+
+
+def private(value: Any) -> Iterator[str]:
+    """Strings in a JSON value that hold a path of somebody's machine."""
+    if isinstance(value, str):
+        if ABSOLUTE_PATH.search(value):
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from private(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from private(item)
+
+
+def publish(target: Run, results: Path) -> Path:
+    """Copy header and rows of a whole run; the later of two rows for one cell and round stays.
+
+    Raises:
+        PreconditionError: cells are missing or failed to be measured, or a path would get out.
+    """
+    rows = last_rows(target.all_rows())
+    missing = target.missing(rows)
+    if missing:
+        raise PreconditionError(
+            f"run {target.name} is not complete: {len(missing)} cells are missing",
+            f"the first is {missing[0][0]}",
+            f"python -m bench.sweep --resume {target.name}",
+        )
+    if not any(row["status"] == OK for row in rows):
+        raise PreconditionError(
+            f"run {target.name} has no row that is ok", "there is nothing to show", "sweep again"
+        )
+    for text in (*private(target.header), *private(rows)):
+        raise PreconditionError(
+            f"run {target.name} holds a path of this machine: {text[:200]!r}",
+            "published rows go to everyone",
+            f"edit it out of {HEADER} or {ROWS}",
+        )
+    folder = results / "published" / target.name
+    write_json(folder / HEADER, target.header)
+    write_atomic(folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def derive(results: Path, into: Path, readme: str | None) -> str | None:
+    """Tables and plots of every published run into `into`; the README's text with fresh blocks."""
+    from bench import plot, table
+
+    published = results / "published"
+    blocks = {}
+    for name in run_names(published):
+        target = open_run(str(published / name), published)
+        rows = last_rows(read_rows(target.path / ROWS))
+        text = table.markdown(target, rows)
+        write_atomic(into / "tables" / f"{name}.md", text)
+        write_atomic(into / "tables" / f"{name}.csv", table.csv(rows))
+        plot.draw(target, rows, into / "plots" / name)
+        blocks[name] = block(name, text)
+    return readme if readme is None else fill(readme, blocks)
+
+
+def block(name: str, table_text: str) -> str:
+    """What the README shows of a run: its conditions, its table, its plot."""
+    body = table_text.partition("\n\n")[2]
+    return (
+        f"{body}\n![Latency and images per second against steps](results/plots/{name}.svg)\n\n"
+        f"Rows: [results/published/{name}](results/published/{name})\n"
+    )
+
+
+def fill(readme: str, blocks: Mapping[str, str]) -> str:
+    """The README with every results block redrawn."""
+
+    def fresh(found: re.Match[str]) -> str:
+        name = found["run"] or max(blocks, default="")
+        if name not in blocks:
+            raise PreconditionError(
+                f"README.md asks for the results of run {name or '(the newest)'}",
+                f"results/published holds: {', '.join(blocks) or 'nothing'}",
+                "publish that run, or change the marker",
+            )
+        return f"{found[1]}{blocks[name]}{found[3]}"
+
+    return BLOCK.sub(fresh, readme)
+
+
+def stale(results: Path, readme: Path) -> list[str]:
+    """What differs from a fresh derivation, relative to `results`.
+
+    A PNG only has to exist: its pixels depend on the libraries that rasterise it.
+    """
+    text = readme.read_text() if readme.exists() else None
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch)
+        wanted_readme = derive(results, fresh, text)
+        wanted = derived_files(fresh)
+        found = derived_files(results)
+        problems = [f"{name}: missing" for name in sorted(wanted - found)]
+        problems += [f"{name}: of no published run, remove it" for name in sorted(found - wanted)]
+        problems += [
+            f"{name}: differs"
+            for name in sorted(wanted & found)
+            if not name.endswith(".png")
+            and (fresh / name).read_bytes() != (results / name).read_bytes()
+        ]
+    if wanted_readme != text:
+        problems.append(f"{readme.name}: its results block differs")
+    return problems
+
+
+def derived_files(folder: Path) -> set[str]:
+    return {
+        str(file.relative_to(folder))
+        for kind in ("tables", "plots")
+        for file in (folder / kind).glob("*")
+        if file.is_file() and not file.name.startswith(".")
+    }
+
+
+def parser() -> Parser:
+    top = Parser(prog="python -m bench.publish", description=__doc__)
+    top.add_argument("run", nargs="?", metavar="RUN|latest", help="none: only redraw")
+    top.add_argument("--check", action="store_true", help="write nothing; 4 if something is stale")
+    top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
+    top.add_argument("--results", type=Path, default=RESULTS, help="where results are published")
+    top.add_argument("--readme", type=Path, default=README, help="the file with the marked block")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.check:
+        if args.run:
+            raise PreconditionError(
+                "--check takes no run", "it checks what is published", "drop the run"
+            )
+        problems = stale(args.results, args.readme)
+        for problem in problems:
+            print(f"stale: {problem}")
+        if problems:
+            print("redraw with: python -m bench.publish")
+        else:
+            print("tables and plots match the published rows")
+        return EXIT_FAILED if problems else EXIT_OK
+    if args.run:
+        print(f"published: {publish(open_run(args.run, args.out), args.results)}")
+    text = args.readme.read_text() if args.readme.exists() else None
+    fresh = derive(args.results, args.results, text)
+    if fresh is not None and fresh != text:
+        write_atomic(args.readme, fresh)
+    expected = derived_files(args.results)
+    print(f"redrawn: {len(expected)} files in {args.results / 'tables'}, {args.results / 'plots'}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

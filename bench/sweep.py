@@ -1,0 +1,373 @@
+"""`python -m bench.sweep`: plan cells, measure each in a worker, keep every row as it comes.
+
+Exit code 0 if every planned cell has an ok row; 4 if one failed or is missing; 2 if nothing could
+start; 130 after Ctrl-C. A run that ended early is finished with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from bench.cell import Cell
+from bench.plan import Candidate, Settings
+from bench.store import LATEST, OK, RUNS, Row, RowWriter, Run, make_row
+from core.cli import Parser, add_model_arguments, int_list, run, word_list
+from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
+from export.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from bench.progress import Display
+    from bench.spawn import Limits
+    from export.bundle import Bundle
+
+AXES: dict[str, list[Any]] = {"steps": [1, 2, 4], "batch": [1], "decoder": ["vae", "taesd"]}
+METHOD = {"rounds": 1, "min_samples": 10, "min_time": 3.0, "max_time": 60.0, "warmup": 1}
+QUICK = METHOD | {"min_samples": 3, "min_time": 0.2, "max_time": 5.0}
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def calls(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="python -m bench.sweep",
+        description="Measure a model over backends, steps, batches and decoders.",
+    )
+    add_model_arguments(top, DEFAULT_MODEL)
+    top.set_defaults(model=None)
+    axes = top.add_argument_group("what to measure")
+    axes.add_argument(
+        "--backend", action="append", metavar="NAME[:KEY=VALUE,...]", help="repeatable (ort)"
+    )
+    axes.add_argument("--steps", type=int_list, metavar="1,2,4", help="denoising steps (1,2,4)")
+    axes.add_argument("--batch", type=int_list, metavar="1,4", help="images per call (1)")
+    axes.add_argument("--decoder", type=word_list, metavar="vae,taesd", help="(vae,taesd)")
+    axes.add_argument("--size", metavar="WxH", help="pixels; the bundle's own")
+    how = top.add_argument_group("how to measure")
+    how.add_argument("--rounds", type=count, help="fresh processes per cell (1)")
+    how.add_argument("--min-samples", type=count, help="samples per cell, at least (10)")
+    how.add_argument("--min-time", type=positive, metavar="S", help="sampling, at least (3)")
+    how.add_argument(
+        "--max-time", type=positive, metavar="S", help="wins once a cell has 3 samples (60)"
+    )
+    how.add_argument("--warmup", type=calls, metavar="N", help="calls after the cold one (1)")
+    how.add_argument("--quick", action="store_true", help="3 samples a cell, a first look")
+    how.add_argument(
+        "--timeout", type=positive, default=1800.0, metavar="S", help="per load and cell (1800)"
+    )
+    how.add_argument("--budget", type=positive, metavar="S", help="for the whole sweep")
+    where = top.add_argument_group("where")
+    where.add_argument("--out", type=Path, default=RUNS, help="runs land below it (results/runs)")
+    where.add_argument(
+        "--resume", nargs="?", const=LATEST, metavar="RUN|latest", help="measure what is missing"
+    )
+    where.add_argument("--retry-failed", action="store_true", help="and what failed")
+    where.add_argument("--dry-run", action="store_true", help="print the plan and its time")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(arguments)
+    check_arguments(args)
+    sweep = reopened(args) if args.resume else plan_new(args, arguments)
+    if args.dry_run:
+        return sweep.describe()
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return sweep.run(args.timeout, args.budget)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """SIGTERM ends a sweep as Ctrl-C does: worker ended, terminal restored."""
+    raise KeyboardInterrupt
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    if args.retry_failed and not args.resume:
+        raise PreconditionError(
+            "--retry-failed without --resume", "a new run has no failed cells", "add --resume RUN"
+        )
+    if args.resume and args.quick:
+        raise PreconditionError(
+            "--quick with --resume", "a run keeps the settings it began with", "drop --quick"
+        )
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    defaults = QUICK if args.quick else METHOD
+    given = {name: getattr(args, name) for name in METHOD}
+    chosen = {name: defaults[name] if given[name] is None else given[name] for name in METHOD}
+    if chosen["max_time"] < chosen["min_time"]:
+        raise PreconditionError(
+            f"--max-time {chosen['max_time']:g} is below --min-time {chosen['min_time']:g}",
+            "a cell cannot take at least one and at most the other",
+            "raise --max-time or lower --min-time",
+        )
+    return Settings.of(chosen)
+
+
+def shown(arguments: Sequence[str]) -> list[str]:
+    """The command line for the header: published, so without this machine's folders."""
+    from bench.store import portable
+
+    return [portable(argument) for argument in arguments]
+
+
+def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
+    from bench.plan import make_cells, probe
+
+    settings = settings_of(args)
+    candidates = probe(args.backend or ["ort"])
+    from export.bundle import find_bundle
+
+    bundle = find_bundle(args.model or DEFAULT_MODEL, args.weights, args.dtype)
+    cells = make_cells(
+        bundle,
+        candidates,
+        batches=args.batch or AXES["batch"],
+        decoders=args.decoder or AXES["decoder"],
+        steps=args.steps or AXES["steps"],
+        size=args.size,
+    )
+    from bench.environment import collect, git_state
+
+    header = {
+        "command": ["python", "-m", "bench.sweep", *shown(arguments)],
+        "settings": settings.columns(),
+        "bundle": bundle_columns(bundle),
+        "backends": {
+            candidate.key: {
+                "usable": candidate.found.usable,
+                "version": candidate.found.version,
+                "what": candidate.found.what,
+            }
+            for candidate in candidates
+        },
+        "environment": collect(),
+        **git_state(),
+        "plan": [cell.columns() for cell in cells],
+    }
+    work = [(cell, round_) for round_ in range(settings.rounds) for cell in cells]
+    return Sweep(bundle, candidates, settings, work, args.out, header)
+
+
+def bundle_columns(bundle: Bundle) -> dict[str, Any]:
+    return {
+        "name": bundle.name,
+        "weights": bundle.weights,
+        "dtype": bundle.dtype,
+        "licence": bundle.licence,
+        "hash": bundle.hash,
+    }
+
+
+def reopened(args: argparse.Namespace) -> Sweep:
+    from bench.resume import reopen
+
+    rest = reopen(args)
+    return Sweep(
+        rest.bundle, rest.candidates, rest.settings, rest.work, args.out, rest.run.header, rest.run
+    )
+
+
+class Sweep:
+    """The (cell, round) pairs to measure, and all that is needed to measure them."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        candidates: Sequence[Candidate],
+        settings: Settings,
+        work: Sequence[tuple[Cell, int]],
+        out: Path,
+        header: dict[str, Any],
+        old: Run | None = None,
+    ) -> None:
+        self.bundle, self.settings, self.work = bundle, settings, list(work)
+        self.candidates = {candidate.key: candidate for candidate in candidates}
+        self.out, self.header, self.old = out, header, old
+
+    def by_round(self) -> list[tuple[int, list[Cell]]]:
+        """Groups of cells in the order of measurement: all groups once, then the next round.
+
+        So a drift of the machine (heat, a neighbour) meets every cell, not the last ones.
+        """
+        from bench.plan import groups
+
+        rounds = sorted({round_ for _, round_ in self.work})
+        return [
+            (round_, group)
+            for round_ in rounds
+            for group in groups(cell for cell, other in self.work if other == round_)
+        ]
+
+    # ---- --dry-run
+
+    def describe(self) -> int:
+        from bench.plan import estimate, load_s, past_rows
+
+        history = past_rows(self.out, self.header["environment"]["machine"])
+        total, bounds = 0.0, 0
+        print(f"{len(self.work)} cells in {len(self.by_round())} processes, not measured now:")
+        for round_, group in self.by_round():
+            candidate = self.candidates[group[0].backend_text]
+            if candidate.found.usable:
+                total += load_s(group, history)
+            for cell in group:
+                line = f"  round {round_ + 1}  {cell}, {cell.numerics}: "
+                if not candidate.found.usable:
+                    print(f"{line}unavailable: {candidate.found.why or candidate.found.what}")
+                    continue
+                guess = estimate(cell, self.settings.rule, history)
+                total, bounds = total + guess.seconds, bounds + guess.bound
+                least = "at least " if guess.bound else "about "
+                print(f"{line}{least}{guess.seconds:.0f} s ({guess.source})")
+        least = "at least" if bounds else "about"
+        print(f"{least} {duration(total)} in all")
+        return EXIT_OK
+
+    # ---- the sweep itself
+
+    def run(self, timeout_s: float, budget_s: float | None) -> int:
+        from bench.progress import Display
+        from bench.spawn import BudgetSpentError, Limits
+        from bench.store import create_run
+
+        deadline = None if budget_s is None else time.monotonic() + budget_s
+        target = self.old or create_run(self.out, self.header)
+        limits = Limits(timeout_s, deadline)
+        spent = False
+        print(f"run {target.name}: {len(self.work)} cells, in {target.path}", flush=True)
+        with (
+            RowWriter(target.path) as writer,
+            Display(len(self.work), self.settings.rounds) as display,
+        ):
+            try:
+                for round_, group in self.by_round():
+                    self.measure(target, round_, group, limits, writer, display)
+            except BudgetSpentError:
+                spent = True
+            except KeyboardInterrupt:
+                display.say(
+                    f"interrupted: {display.done} of {len(self.work)} cells are kept; go on with"
+                    f" --resume {target.name}"
+                )
+                raise
+        return conclude(target, budget_s if spent else None)
+
+    def measure(
+        self,
+        target: Run,
+        round_: int,
+        group: Sequence[Cell],
+        limits: Limits,
+        writer: RowWriter,
+        display: Display,
+    ) -> None:
+        """One group of cells in one round, each row on disk before the next cell is done."""
+        from bench.environment import git_state
+        from bench.spawn import BudgetSpentError, Job, results
+
+        context = {"run": target.name, "bundle_hash": self.bundle.hash, **git_state()}
+        candidate = self.candidates[group[0].backend_text]
+        if not candidate.found.usable or candidate.backend is None:
+            for cell in group:
+                row = make_row(cell, round_, context, unavailable(candidate))
+                writer.append(row)
+                display.finished(row)
+            return
+        if limits.deadline is not None and time.monotonic() >= limits.deadline:
+            raise BudgetSpentError
+        name = f"{candidate.key}-{group[0].decoder}-b{group[0].batch}-r{round_}"
+        job = Job(
+            bundle=self.bundle.path,
+            backend=candidate.text,
+            interpreter=candidate.backend.interpreter or Path(sys.executable),
+            cells=group,
+            round=round_,
+            rule=self.settings.rule,
+            log=target.path / "logs" / f"{name.replace(':', '-').replace('/', '-')}.log",
+        )
+        with closing(results(job, limits, display)) as stream:
+            for cell, result in stream:
+                row = make_row(cell, round_, context, result)
+                writer.append(row)
+                display.finished(row)
+
+
+def unavailable(candidate: Candidate) -> dict[str, Any]:
+    found = candidate.found
+    words = {"what": found.what, "why": found.why, "next": found.next}
+    return {"status": "unavailable", "error": {"type": "UnavailableError", **words}}
+
+
+def conclude(target: Run, spent_budget_s: float | None) -> int:
+    """Table, plot, and the list of what is not ok; the exit code."""
+    from bench import plot, table
+
+    rows = target.rows()
+    table.show(target, rows)
+    files = [*table.write(target, rows), *plot.write(target, rows)]
+    print(f"run folder: {target.path}")
+    print(f"files: rows.jsonl, header.json, {', '.join(file.name for file in files)}")
+    bad = [row for row in rows if row["status"] != OK]
+    missing = target.missing(rows)
+    if not bad and not missing:
+        return EXIT_OK
+    print(f"\n{len(bad)} cells failed and {len(missing)} are missing:", file=sys.stderr)
+    for row in bad:
+        print_bad(row)
+    for cell, round_ in missing:
+        print(f"  missing: {cell}, round {round_ + 1}", file=sys.stderr)
+    if spent_budget_s is not None:
+        print(f"the budget of {spent_budget_s:g} s is spent", file=sys.stderr)
+    retry = " --retry-failed" if bad else ""
+    print(f"go on with: --resume {target.name}{retry}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def print_bad(row: Row) -> None:
+    error = row["error"] or {}
+    print(f"  {row['status']}: {Cell.of(row)}, round {row['round'] + 1}", file=sys.stderr)
+    for key in ("what", "why", "next"):
+        if error.get(key):
+            print(f"    {key}: {error[key]}", file=sys.stderr)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

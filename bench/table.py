@@ -1,0 +1,300 @@
+"""`python -m bench.table RUN`: one line per cell, as Markdown and CSV."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.cell import Cell
+from bench.stats import median_or_none
+from bench.store import FLAGS, LATEST, OK, RUNS, Row, Run, open_run
+from core.cli import Parser, run
+from core.errors import EXIT_OK
+from core.files import write_atomic
+
+EMPTY = "-"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One cell over its rounds. Figures are medians over the rounds that are ok, None without."""
+
+    cell: Cell
+    rows: Sequence[Row]
+
+    @property
+    def good(self) -> list[Row]:
+        return [row for row in self.rows if row["status"] == OK]
+
+    @property
+    def status(self) -> str:
+        """`ok`, or every other status with the number of rounds it came up in."""
+        found = Counter(row["status"] for row in self.rows)
+        if set(found) == {OK}:
+            return OK
+        return ", ".join(
+            f"{status} ({number} of {len(self.rows)})" if len(self.rows) > 1 else status
+            for status, number in sorted(found.items())
+        )
+
+    @property
+    def flags(self) -> str:
+        """Each flag, with the share of rounds that carry it where that is not all."""
+        found = Counter(flag for row in self.good for flag in row["flags"])
+        total = len(self.good)
+        return ", ".join(
+            flag if found[flag] == total else f"{flag} ({found[flag]} of {total})"
+            for flag in FLAGS
+            if flag in found
+        )
+
+    @property
+    def image(self) -> str:
+        checks = [row["image_check"] for row in self.rows if row["image_check"]]
+        if not checks:
+            return ""
+        worst = min(checks, key=lambda check: (check["psnr_db"] is None, check["psnr_db"] or 0.0))
+        return "no reference" if worst["psnr_db"] is None else f"{worst['psnr_db']:.1f} dB"
+
+    @property
+    def provenance(self) -> str:
+        return ", ".join(sorted({row["provenance"] for row in self.rows}))
+
+    def median(self, column: str) -> float | None:
+        return median_or_none([row[column] for row in self.good])
+
+    def stage(self, name: str) -> float | None:
+        return median_or_none([(row["stages_ms"] or {}).get(name) for row in self.good])
+
+
+def lines_of(rows: Sequence[Row]) -> list[Line]:
+    """Rows gathered by cell, in the order in which the cells first appear."""
+    by_cell: dict[Cell, list[Row]] = {}
+    for row in rows:
+        by_cell.setdefault(Cell.of(row), []).append(row)
+    return [Line(cell, found) for cell, found in by_cell.items()]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its header with the unit, its value, and the digits after the point."""
+
+    header: str
+    value: Callable[[Line], Any]
+    digits: int | None = None
+
+    def text(self, line: Line) -> str:
+        value = self.value(line)
+        if value is None or value == "":
+            return EMPTY
+        return f"{value:.{self.digits}f}" if self.digits is not None else str(value)
+
+
+def figure(column: str) -> Callable[[Line], float | None]:
+    return lambda line: line.median(column)
+
+
+def stage(name: str) -> Callable[[Line], float | None]:
+    return lambda line: line.stage(name)
+
+
+def percent(column: str) -> Callable[[Line], float | None]:
+    def value(line: Line) -> float | None:
+        share = line.median(column)
+        return None if share is None else share * 100
+
+    return value
+
+
+COLUMNS = (
+    Column("model", lambda line: line.cell.model),
+    Column("weights", lambda line: line.cell.weights),
+    Column("backend", lambda line: line.cell.backend_text),
+    Column("device", lambda line: line.cell.device),
+    Column("numerics", lambda line: line.cell.numerics),
+    Column("size (px)", lambda line: line.cell.size),
+    Column("scheduler", lambda line: line.cell.scheduler),
+    Column("provenance", lambda line: line.provenance),
+    Column("decoder", lambda line: line.cell.decoder),
+    Column("batch", lambda line: line.cell.batch),
+    Column("steps", lambda line: line.cell.steps),
+    Column("median (ms)", figure("median_ms"), 1),
+    Column("images/s", figure("images_per_s"), 3),
+    Column("min (ms)", figure("min_ms"), 1),
+    Column("max (ms)", figure("max_ms"), 1),
+    Column("CV (%)", percent("cv"), 1),
+    Column("p90 (ms)", figure("p90_ms"), 1),
+    Column("p99 (ms)", figure("p99_ms"), 1),
+    Column("text (ms)", stage("text"), 1),
+    Column("first UNet step (ms)", stage("unet_first"), 1),
+    Column("UNet step (ms)", stage("unet_step"), 1),
+    Column("decode (ms)", stage("decode"), 1),
+    Column("rest (ms)", stage("rest"), 1),
+    Column("NFE", figure("nfe"), 0),
+    Column("cold call (ms)", figure("cold_ms"), 1),
+    Column("compile (s)", figure("compile_s"), 2),
+    Column("load (s)", figure("load_s"), 2),
+    Column("peak memory (MB)", figure("peak_memory_mb"), 0),
+    Column("image PSNR", lambda line: line.image),
+    Column("samples", lambda line: sum(len(row["samples_ms"]) for row in line.good)),
+    Column("rounds", lambda line: len(line.rows)),
+    Column("status", lambda line: line.status),
+    Column("flags", lambda line: line.flags),
+)
+ALWAYS = ("weights", "backend", "numerics", "decoder", "batch", "steps", "flags")
+"""Columns of the Markdown table that stay even where they say the same in every line."""
+CONDITIONS = ("model", "device", "size (px)", "scheduler", "provenance")
+"""Said once above the table where all lines agree."""
+TERMINAL = ("backend", "decoder", "batch", "steps", "median (ms)", "images/s", "CV (%)",
+            "UNet step (ms)", "decode (ms)", "peak memory (MB)", "samples", "image PSNR",
+            "status", "flags")  # fmt: skip
+
+
+def columns_for(lines: Sequence[Line]) -> tuple[list[Column], list[Column]]:
+    """(columns to print, columns that say the same everywhere and go above the table)."""
+    printed, above = [], []
+    for column in COLUMNS:
+        texts = {column.text(line) for line in lines}
+        if column.header in ALWAYS:
+            printed.append(column)
+        elif column.header in CONDITIONS and len(texts) == 1:
+            above.append(column)
+        elif texts != {EMPTY}:
+            printed.append(column)
+    return printed, above
+
+
+def markdown(target: Run, rows: Sequence[Row]) -> str:
+    """The run's table, its conditions above it and what failed below."""
+    header = target.header
+    lines = lines_of(rows)
+    if not lines:
+        return f"# Run {target.name}\n\nNo rows.\n"
+    printed, above = columns_for(lines)
+    conditions = [f"{column.header} {column.text(lines[0])}" for column in above]
+    machine = header["environment"]
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    rounds, rule = header["settings"]["rounds"], header["settings"]
+    text = [
+        f"# Run {target.name}",
+        "",
+        f"{'; '.join(conditions)}.",
+        "",
+        f"{machine['cpu']}, {machine['cores_allowed']} cores of {machine['cores_physical']},"
+        f" {machine['memory_gb']:g} GB; {machine['os']}; Python {machine['python']}, {versions}.",
+        "",
+        f"{rounds} round{'s' * (rounds != 1)} of at least {rule['min_samples']} samples and"
+        f" {rule['min_time']:g} s, at most {rule['max_time']:g} s from 3 samples on. Medians over"
+        " rounds of each round's median; end to end: prompt strings in, uint8 images out.",
+        "",
+        *grid(printed, lines),
+    ]
+    failed = [row for row in rows if row["status"] != OK]
+    if failed:
+        text += ["", "Failed:", ""]
+        text += [
+            f"- {Cell.of(row)}, round {row['round'] + 1}: {row['status']}:"
+            f" {' '.join(str((row['error'] or {}).get('what', '')).split())}"
+            for row in failed
+        ]
+    missing = target.missing(rows)
+    if missing:
+        text += ["", "Missing:", ""]
+        text += [f"- {cell}, round {round_ + 1}" for cell, round_ in missing]
+    return "\n".join(text) + "\n"
+
+
+def grid(columns: Sequence[Column], lines: Sequence[Line]) -> list[str]:
+    """A Markdown table, padded so that it reads as plain text too."""
+    cells = [[column.header for column in columns]]
+    cells += [[column.text(line).replace("|", "\\|") for column in columns] for line in lines]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
+    right = [column.digits is not None for column in columns]
+
+    def join(row: Sequence[str]) -> str:
+        padded = (
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(row, widths, right, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = (
+        "-" * (width - number) + ":" * number for width, number in zip(widths, right, strict=True)
+    )
+    return [join(cells[0]), f"| {' | '.join(rule)} |", *(join(row) for row in cells[1:])]
+
+
+def csv(rows: Sequence[Row]) -> str:
+    """Every column, unrounded, one line per cell."""
+    import pandas as pd
+
+    lines = lines_of(rows)
+    table = {column.header: [column.value(line) for line in lines] for column in COLUMNS}
+    text: str = pd.DataFrame(table).to_csv(index=False, lineterminator="\n")
+    return text
+
+
+def show(target: Run, rows: Sequence[Row]) -> None:
+    """Print the table's main columns on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    lines = lines_of(rows)
+    if not lines:
+        print("no rows yet")
+        return
+    _, above = columns_for(lines)
+    first = lines[0]
+    numerics = {line.cell.numerics for line in lines}
+    caption = [column.text(first) for column in above]
+    caption += [f"weights {first.cell.weights}", *(numerics if len(numerics) == 1 else ())]
+    wanted = [column for column in COLUMNS if column.header in TERMINAL]
+    wanted = [
+        column
+        for column in wanted
+        if column.header not in ("status", "flags", "image PSNR")
+        or {column.text(line) for line in lines} - {EMPTY, OK}
+    ]
+    if len(numerics) > 1:
+        wanted.insert(1, next(column for column in COLUMNS if column.header == "numerics"))
+    table = Table(title=", ".join(caption), title_justify="left", title_style="")
+    for column in wanted:
+        table.add_column(column.header, justify="right" if column.digits is not None else "left")
+    for line in lines:
+        table.add_row(*(column.text(line) for column in wanted))
+    console = Console(width=None if sys.stdout.isatty() else 190, highlight=False, markup=False)
+    console.print(table)
+
+
+def write(target: Run, rows: Sequence[Row], folder: Path | None = None) -> list[Path]:
+    """`table.md` and `table.csv` into the run folder (or `folder`)."""
+    place = folder or target.path
+    files = [place / "table.md", place / "table.csv"]
+    write_atomic(files[0], markdown(target, rows))
+    write_atomic(files[1], csv(rows))
+    return files
+
+
+def parser() -> Parser:
+    top = Parser(prog="python -m bench.table", description=__doc__)
+    top.add_argument("run", nargs="?", default=LATEST, metavar="RUN|latest")
+    top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    target = open_run(args.run, args.out)
+    rows = target.rows()
+    show(target, rows)
+    for file in write(target, rows):
+        print(file)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,272 @@
+"""The child process that measures: one JSON job on stdin, JSON lines on stdout.
+
+Job (protocol 1): `protocol`, `parent` (its pid), `bundle` (folder), `backend` (as on the command
+line), `cells` (key columns; same group), `rule` (StopRule's fields).
+
+Lines, each with an `event`:
+    loaded                    compile and load are done
+    begin     cell            cell number `cell` of the job starts
+    sample    cell, count     progress, at most once a second
+    row       cell, result    the cell is done: status, figures, error
+    refused   result          compile or load failed, for every cell of the job
+A worker that reports `oom`, `failed` or `skipped` ends there: what ran out or broke may have left
+something behind, and the next cells deserve a fresh process. Whatever libraries print goes to
+stderr, which the parent sends to a log file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from bench import environment, stats
+from bench.cell import Cell
+from bench.measure import PROMPTS, Measurement, PeakMemory, StopRule, measure
+from bench.store import OK, now_utc
+from core.errors import AddbenchError, PreconditionError
+
+if TYPE_CHECKING:
+    from backends.base import Backend
+    from backends.pipeline import Pipeline
+    from export.bundle import Bundle
+
+PROTOCOL = 1
+LAST_STATUSES = ("oom", "failed", "skipped")
+"""After one of these the worker ends."""
+NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory",
+             "failed to allocate memory")  # fmt: skip
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def take_stdout() -> TextIO:
+    """The protocol's stream; from here on anything printed to stdout goes to stderr."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return stream
+
+
+class Reporter:
+    """Writes the protocol's lines."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.last = time.monotonic()
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        self.stream.write(json.dumps({"event": event, **fields}, allow_nan=False) + "\n")
+        self.stream.flush()
+        self.last = time.monotonic()
+
+    def progress(self, cell: int, measurement: Measurement) -> None:
+        if time.monotonic() - self.last >= 1.0:
+            self("sample", cell=cell, count=len(measurement.samples_ms))
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """Status and error of a row that an exception ended."""
+    from backends.base import NonFiniteError, OutOfMemoryError
+
+    text = str(error).lower()
+    if isinstance(error, OutOfMemoryError | MemoryError) or any(hint in text for hint in NO_MEMORY):
+        status = "oom"
+    elif isinstance(error, NonFiniteError):
+        status = "non_finite"
+    elif isinstance(error, PreconditionError):
+        status = "skipped"  # refused before it started, with the nearest thing that works
+    else:
+        status = "failed"
+    if isinstance(error, AddbenchError):
+        return {"status": status, "error": error.as_dict()}
+    what = f"{type(error).__name__}: {error}"
+    words = {
+        "type": type(error).__name__,
+        "what": what[:2000],
+        "why": "a library raised it",
+        "next": "its traceback is in the logs of the run folder",
+    }
+    return {"status": status, "error": words}
+
+
+class Worker:
+    """One pipeline, and the cells that it can serve."""
+
+    def __init__(
+        self, bundle: Bundle, backend: Backend, cells: Sequence[Cell], rule: StopRule
+    ) -> None:
+        # Its import costs 75 MB: before the first cell, so that every cell's peak holds it.
+        import skimage.metrics  # noqa: F401
+
+        from backends.base import Shapes
+
+        self.bundle, self.backend, self.cells, self.rule = bundle, backend, cells, rule
+        self.references = bundle.references()
+        width, height = (int(side) for side in cells[0].size.split("x"))
+        self.pipe: Pipeline = backend.pipeline(
+            bundle, cells[0].decoder, Shapes(cells[0].batch, width, height), embedding_cache=0
+        )
+
+    def load(self) -> dict[str, Any]:
+        """Compile and load; the columns that all cells of this process share."""
+        self.pipe.prepare()
+        return {
+            "load_s": round(self.pipe.load_s, 4),
+            "compile_s": round(self.pipe.compile_s, 4),
+            "compile_cached": self.pipe.compile_cached,
+            "artifacts": {part: found.key for part, found in self.pipe.artifacts.items()},
+        }
+
+    def run(self, number: int, report: Reporter) -> dict[str, Any]:
+        """Measure cell `number`; status and figures of its row."""
+        cell = self.cells[number]
+        known = self.references
+        reference = (known.prompt, known.seed) if known else (PROMPTS[0], 0)
+        started = {"time_utc": now_utc(), "load_avg": environment.load_average()}
+        memory = PeakMemory()
+        try:
+            measured = measure(
+                self.pipe,
+                cell.batch,
+                cell.steps,
+                self.rule,
+                reference=reference,
+                on_sample=lambda so_far: report.progress(number, so_far),
+            )
+        except Exception as error:  # any library may raise anything: it becomes the cell's row
+            traceback.print_exc()
+            return failure(error) | started | {"peak_memory_mb": round(memory.megabytes(), 1)}
+        result = figures(measured, cell.batch, self.rule.min_samples) | {
+            "process_cold": number == 0,
+            "stages_from": "same_call",
+            "peak_memory_mb": round(memory.megabytes(), 1),
+            "cpu_freq_mhz": environment.cpu_freq_mhz(),
+        }
+        if not memory.per_cell:
+            result["flags"].append("process_peak")
+        return result | started | self.judge(cell, measured)
+
+    def judge(self, cell: Cell, measured: Measurement) -> dict[str, Any]:
+        """Image 0 against the bundle's reference: a fast wrong image is a failed cell."""
+        from backends.parity import gate_for, image_distance
+
+        key = (cell.decoder, cell.steps)
+        if self.references is None or key not in self.references.images:
+            check = {"status": "no_reference", "psnr_db": None, "ssim": None}
+            return {"status": OK, "image_check": check}
+        distance = image_distance(measured.image, self.references.images[key])
+        gate = gate_for(cell.storage, cell.precision)
+        good = distance.passes(gate)
+        found: dict[str, Any] = {
+            "psnr_db": round(distance.psnr_db, 2),
+            "ssim": round(distance.ssim, 5),
+        }
+        if good:
+            return {"status": OK, "image_check": {"status": "ok", **found}}
+        error = {
+            "type": "Mismatch",
+            "what": f"image 0 differs from torch FP32: PSNR {distance.psnr_db:.1f} dB, SSIM"
+            f" {distance.ssim:.4f}",
+            "why": f"the gate is {gate.psnr_db:g} dB and {gate.ssim:g}",
+            "next": f"`python -m backends parity ... --backend {cell.backend}` names the part",
+        }
+        check = {"status": "mismatch", **found}
+        return {"status": "mismatch", "image_check": check, "error": error}
+
+
+def figures(measured: Measurement, batch: int, wanted: int) -> dict[str, Any]:
+    """A row's figures from the raw samples, in milliseconds."""
+    summary = stats.summarise(measured.samples_ms, batch)
+    flags = stats.flags_of(summary, len(measured.samples_ms), wanted, measured.other_cpu)
+    if not measured.stages_agree():
+        flags.append("stage_gap")
+    later = [step for unet in measured.unet_ms for step in unet[1:]]
+    medians = {
+        "text": stats.median_or_none(measured.text_ms),
+        "unet_first": stats.median_or_none([unet[0] for unet in measured.unet_ms]),
+        "unet_step": stats.median_or_none(later),
+        "decode": stats.median_or_none(measured.decode_ms),
+        "rest": stats.median_or_none(measured.rest_ms),
+    }
+    samples = {
+        "text": measured.text_ms,
+        "unet": measured.unet_ms,
+        "decode": measured.decode_ms,
+        "rest": measured.rest_ms,
+    }
+    return {
+        "provenance": measured.provenance,
+        **{name: rounded(value, 6 if name == "cv" else 4) for name, value in vars(summary).items()},
+        "samples_ms": rounded(measured.samples_ms),
+        "cold_ms": rounded(measured.cold_ms),
+        "stages_ms": rounded(medians),
+        "stages_samples_ms": rounded(samples),
+        "nfe": measured.nfe,
+        "warmup_calls": measured.warmup_calls,
+        "flags": flags,
+        "other_cpu": rounded(measured.other_cpu),
+    }
+
+
+def rounded(value: Any, digits: int = 4) -> Any:
+    """4 digits of a millisecond are a tenth of a microsecond: as much as the clock is worth."""
+    if isinstance(value, float):
+        return round(value, digits)
+    if isinstance(value, list):
+        return [rounded(item, digits) for item in value]
+    if isinstance(value, dict):
+        return {key: rounded(item, digits) for key, item in value.items()}
+    return value
+
+
+def serve(job: Mapping[str, Any], report: Reporter) -> None:
+    try:
+        from backends.base import parse_backend
+        from export.bundle import Bundle
+
+        cells = [Cell.of(columns) for columns in job["cells"]]
+        backend = parse_backend(job["backend"])
+        bundle = Bundle.open(Path(job["bundle"]))
+        worker = Worker(bundle, backend, cells, StopRule(**job["rule"]))
+        shared = worker.load()
+    except Exception as error:
+        traceback.print_exc()
+        report("refused", result=failure(error))
+        return
+    report("loaded", shared=shared)
+    for number in range(len(cells)):
+        report("begin", cell=number)
+        result = shared | worker.run(number, report)
+        report("row", cell=number, result=result)
+        if result["status"] in LAST_STATUSES:
+            return
+    worker.pipe.close()
+
+
+def main() -> int:
+    die_with_parent()
+    stream = take_stdout()
+    text = sys.stdin.read()
+    job = json.loads(text) if text else {"parent": None}
+    if os.getppid() != job["parent"]:  # it ended before the kernel was told
+        return 1
+    if job["protocol"] != PROTOCOL:
+        print(f"protocol {job['protocol']!r} is not {PROTOCOL}", file=sys.stderr)
+        return 2
+    serve(job, Reporter(stream))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,91 @@
+"""Sweeps on the null backend, a scripted device, over the tiny bundle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.store import ROWS, Row, open_run
+from bench.sweep import main as sweep_main
+from core.cli import run as shell
+from core.files import ROOT
+from export.bundle import Bundle
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Workers start faster, and the machine is shared."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = before
+
+
+Sweep = Callable[..., int]
+
+
+@pytest.fixture(scope="session")
+def sweep(tiny_bundle: Bundle) -> Sweep:
+    """Run a sweep of the tiny bundle in this process (its workers are real); the exit code."""
+
+    def run(out: Path, *arguments: str) -> int:
+        return shell(sweep_main, ["--model", str(tiny_bundle.path), "--out", str(out), *arguments])
+
+    return run
+
+
+class Started:
+    """A sweep in a process and a process group of its own, to be killed."""
+
+    def __init__(self, bundle: Bundle, out: Path, *arguments: str) -> None:
+        self.out = out
+        command = [sys.executable, "-m", "bench.sweep", "--model", str(bundle.path)]
+        self.process = subprocess.Popen(
+            [*command, "--out", str(out), *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def rows(self) -> list[Row]:
+        files = list(self.out.glob(f"*/{ROWS}"))
+        return open_run(str(files[0].parent), self.out).rows() if files else []
+
+    def workers(self) -> list[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
+
+    def wait_for(self, what: Callable[[], Any], seconds: float = 90) -> None:
+        until = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < until, "it did not come"
+            assert self.process.poll() is None, self.process.communicate()[0]
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def start(tiny_bundle: Bundle) -> Iterator[Callable[..., Started]]:
+    started: list[Started] = []
+
+    def begin(out: Path, *arguments: str) -> Started:
+        started.append(Started(tiny_bundle, out, *arguments))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        if one.process.poll() is None:
+            os.killpg(one.process.pid, signal.SIGKILL)
+        one.process.communicate()

@@ -1,0 +1,233 @@
+"""Warm-up, stop rule, clock - and that the harness adds nothing inside the timed region."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import bench.measure
+from backends.pipeline import Output, Timings, load_pipeline
+from bench.measure import PROMPTS, CpuShare, PeakMemory, StopRule, inputs_of_call, measure
+from bench.stats import DISTURBED_CPU
+from core.errors import AddbenchError
+from export.bundle import Bundle
+
+
+class ScriptedPipe:
+    """A test double of a pipeline: says how long its calls took, and remembers them."""
+
+    def __init__(self, seconds: Sequence[float] = (), log: list[str] | None = None) -> None:
+        self.seconds, self.calls = list(seconds), []  # type: ignore[var-annotated]
+        self.log = [] if log is None else log
+        self.extra_nfe_at = -1
+        self.lost_s = 0.0
+
+    def __call__(self, prompts: list[str], *, steps: int, seed: list[int]) -> Output:
+        self.log.append("call")
+        took = self.seconds[len(self.calls)] if self.seconds else 0.004
+        self.calls.append((list(prompts), steps, list(seed)))
+        unet = [took / (2 * steps)] * steps
+        nfe = steps + (len(self.calls) - 1 == self.extra_nfe_at)
+        timings = Timings(took / 4, unet, took / 8, took / 8 - self.lost_s, took)
+        images = np.zeros((len(prompts), 8, 8, 3), np.uint8)
+        return Output(images, timings, nfe=nfe, provenance="modelled")
+
+
+def run(pipe: Any, rule: StopRule, batch: int = 1, steps: int = 1) -> bench.measure.Measurement:
+    return measure(pipe, batch, steps, rule)
+
+
+QUICK = StopRule(min_samples=4, min_time=0.0, max_time=60.0, warmup=2)
+
+
+@pytest.mark.parametrize(
+    ("count", "elapsed", "stop"),
+    [
+        (9, 100.0, True),  # max_time wins
+        (2, 100.0, False),  # but not below 3 samples
+        (3, 60.0, True),
+        (10, 2.9, False),  # min_time
+        (10, 3.0, True),
+        (9, 59.0, False),
+    ],
+)
+def test_stop_rule(count: int, elapsed: float, stop: bool) -> None:
+    assert StopRule().enough(count, elapsed) is stop
+
+
+@given(st.integers(0, 1000), st.floats(0, 1e4))
+def test_stop_rule_never_stops_below_three(count: int, elapsed: float) -> None:
+    if StopRule(min_samples=3).enough(count, elapsed):
+        assert count >= 3
+
+
+def test_the_harness_makes_no_call_of_its_own() -> None:
+    """Counting, part 1: cold + warm-up + samples is every call there is."""
+    pipe = ScriptedPipe()
+    found = run(pipe, QUICK)
+    assert len(found.samples_ms) == 4
+    assert found.warmup_calls == 2
+    assert len(pipe.calls) == 1 + 2 + 4
+
+
+def test_nothing_stands_between_the_clock_and_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting, part 2: the clock is read right before and right after each call, and only then."""
+    log: list[str] = []
+
+    def clock() -> int:
+        log.append("clock")
+        return len(log) * 1000
+
+    monkeypatch.setattr(bench.measure.time, "perf_counter_ns", clock)
+    run(ScriptedPipe(log=log), QUICK)
+    assert log == ["clock", "call", "clock"] * 7
+
+
+def test_the_harness_is_a_few_function_calls_per_sample() -> None:
+    """Counting, part 3: Python calls per sample outside of the pipeline (about 0.1 us each)."""
+    seen = 0
+
+    def count(_frame: Any, event: str, _argument: Any) -> None:
+        nonlocal seen
+        seen += event in ("call", "c_call")
+
+    def calls_of(samples: int) -> int:
+        nonlocal seen
+        pipe, seen = ScriptedPipe(), 0
+        sys.setprofile(count)
+        try:
+            run(pipe, StopRule(min_samples=samples, min_time=0.0, warmup=0))
+        finally:
+            sys.setprofile(None)
+        return seen
+
+    pipes_own = 12  # ScriptedPipe's, counted with the rest
+    per_sample = (calls_of(103) - calls_of(3)) / 100
+    assert per_sample - pipes_own < 40
+
+
+def test_a_long_cold_call_is_the_warm_up() -> None:
+    pipe = ScriptedPipe([11.0] + [10.5] * 20)
+    found = run(pipe, StopRule(min_samples=3, min_time=0.0, warmup=5))
+    assert found.warmup_calls == 0
+    assert found.cold_ms == pytest.approx(11000)
+    assert len(pipe.calls) == 1 + 3
+
+
+def test_every_sample_is_kept_and_the_cold_one_apart() -> None:
+    seconds = [9.0, 0.004, 0.004, 0.001, 0.5, 0.002, 0.003]
+    found = run(ScriptedPipe(seconds), QUICK)
+    assert found.cold_ms == pytest.approx(9000)
+    assert found.samples_ms == pytest.approx([1, 500, 2, 3])
+    assert found.provenance == "modelled"
+
+
+def test_stages_of_each_sample() -> None:
+    found = run(ScriptedPipe(), QUICK, steps=4)
+    assert [len(unet) for unet in found.unet_ms] == [4] * 4
+    assert found.stages_agree()
+    assert found.nfe == 4
+
+
+def test_stages_that_lose_time_are_seen() -> None:
+    pipe = ScriptedPipe([0.5] * 10)
+    pipe.lost_s = 0.01
+    assert not run(pipe, QUICK).stages_agree()
+
+
+def test_another_count_of_unet_evaluations_is_an_error() -> None:
+    pipe = ScriptedPipe()
+    pipe.extra_nfe_at = 4
+    with pytest.raises(AddbenchError, match="2 UNet evaluations"):
+        run(pipe, QUICK)
+
+
+def test_prompts_cycle_and_the_cold_call_is_the_reference() -> None:
+    pipe = ScriptedPipe()
+    measure(pipe, 4, 1, QUICK, reference=("the reference", 0))  # type: ignore[arg-type]
+    cold, *others = pipe.calls
+    assert cold[0][0] == "the reference"
+    assert cold[2][0] == 0
+    prompts = [prompt for call in others for prompt in call[0]]
+    assert len(set(prompts)) == len(PROMPTS)
+    seeds = [seed for call in others for seed in call[2]]
+    assert len(set(seeds)) == len(seeds)
+
+
+@given(st.integers(1, 64))
+def test_every_batch_size_meets_every_prompt(batch: int) -> None:
+    met = {prompt for call in range(len(PROMPTS)) for prompt in inputs_of_call(call, batch)[0]}
+    assert met == set(PROMPTS)
+
+
+def test_progress_is_told_between_samples() -> None:
+    counts: list[int] = []
+    pipe: Any = ScriptedPipe()
+    measure(pipe, 1, 1, QUICK, on_sample=lambda found: counts.append(len(found.samples_ms)))
+    assert counts == [1, 2, 3, 4]
+
+
+def test_on_the_null_backend_time_is_what_was_scripted(tiny_bundle: Bundle) -> None:
+    backend = "null:unet_ms=20,text_ms=5,decode_ms=10"
+    rule = StopRule(min_samples=5, min_time=0.0, warmup=1)
+    with load_pipeline(str(tiny_bundle.path), backend, "taesd") as pipe:
+        found = measure(pipe, 1, 2, rule)
+    scripted = 2 * 5 + 2 * 20 + 10
+    assert min(found.samples_ms) >= scripted
+    assert min(found.samples_ms) < scripted * 1.5
+    assert found.nfe == 2
+    assert min(step for unet in found.unet_ms for step in unet) >= 20
+    assert found.stages_agree()
+    assert found.image.shape == (64, 64, 3)
+
+
+def test_own_work_is_not_others() -> None:
+    share = CpuShare()
+    assert share.others() is None  # too short a window to say
+    until = time.perf_counter() + 1.2
+    while time.perf_counter() < until:
+        sum(range(1000))
+    found = share.others()
+    own = bench.measure.tree_cpu_s() - share.own
+    busy = bench.measure.cores_busy_s() - share.busy
+    cores = len(os.sched_getaffinity(0))
+    assert found is not None
+    assert own > 0.1
+    assert found == pytest.approx(max(0.0, busy - own) / (1.2 * cores), abs=0.05)
+
+
+def test_a_neighbour_is_noticed() -> None:
+    share = CpuShare()
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(1.5)
+        found = share.others()
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+    assert found is not None
+    assert found > DISTURBED_CPU
+
+
+def test_peak_memory_is_of_this_cell() -> None:
+    block = np.ones(200_000_000, np.uint8)
+    del block
+    small = PeakMemory()
+    if not small.per_cell:
+        pytest.skip("this kernel does not reset VmHWM through clear_refs")
+    before = small.megabytes()
+    large = PeakMemory()
+    block = np.ones(100_000_000, np.uint8)
+    with_block = large.megabytes()
+    del block
+    assert with_block - before == pytest.approx(100, abs=15)
+    assert PeakMemory().megabytes() < before + 15

@@ -1,0 +1,168 @@
+"""Rows on disk: torn, foreign and doubled ones; two writers; what is published about a machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made import cell, make_run, row
+
+from bench.store import (
+    COLUMNS,
+    FLAGS,
+    ROWS,
+    STATUSES,
+    RowWriter,
+    last_rows,
+    open_run,
+    portable,
+    read_rows,
+    run_names,
+)
+from core.errors import AddbenchError, PreconditionError
+from core.files import ROOT
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    run = make_run(tmp_path, [row(cell(steps=n), [1.0, 2.0, 3.0]) for n in (1, 2, 4)])
+    return run.path / ROWS
+
+
+def test_a_row_has_every_column_in_order() -> None:
+    made = row(cell(), [1.0, 2.0, 3.0])
+    assert tuple(made) == COLUMNS
+    assert {"status", "provenance", "samples_ms"} <= set(made)
+
+
+def test_the_readme_documents_every_column_and_no_other() -> None:
+    text = (ROOT / "results" / "README.md").read_text()
+    body = text.partition("## A row")[2].partition("## The header")[0]
+    tables: dict[str, set[str]] = {}
+    head = ""
+    for line in body.splitlines():
+        if found := re.match(r"\| (column|status|flag) \|", line):
+            head = found[1]
+        elif line.startswith("| `"):
+            names = re.findall(r"`([\w]+)`", line.split("|")[1])
+            tables.setdefault(head, set()).update(names)
+    assert tables == {"column": set(COLUMNS), "status": set(STATUSES), "flag": set(FLAGS)}
+
+
+@given(st.integers(1, 400))
+def test_a_torn_last_line_is_left_out_wherever_it_is_torn(cut: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = make_run(Path(folder), [row(cell(steps=n), [1.0]) for n in (1, 2)])
+        file = run.path / ROWS
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-cut] if cut > 1 else whole[:-1])
+        kept = read_rows(file)
+        # Without the newline alone the row is still whole.
+        assert len(kept) == (2 if cut == 1 else 1)
+        with RowWriter(run.path) as writer:
+            writer.append(row(cell(steps=4), [1.0]))
+        assert [one["steps"] for one in read_rows(file)] == [one["steps"] for one in kept] + [4]
+
+
+def test_foreign_lines_are_named(rows_file: Path) -> None:
+    lines = rows_file.read_text().splitlines()
+    good = json.loads(lines[1])
+    bad = {
+        "not JSON": '{"schema": 1, "torn',
+        "not an object": "[1]",
+        "no `schema`": "{}",
+        "schema is 2": json.dumps(good | {"schema": 2}),
+        "lacks status": json.dumps({k: v for k, v in good.items() if k != "status"}),
+        "none of": json.dumps(good | {"status": "splendid"}),
+        "positive, finite": json.dumps(good | {"samples_ms": [1.0, -2.0]}),
+        "NaN": json.dumps(good | {"samples_ms": [float("nan")]}),
+        "no samples": json.dumps(good | {"samples_ms": []}),
+    }
+    for reason, line in bad.items():
+        rows_file.write_text("\n".join([lines[0], line, lines[2]]) + "\n")
+        with pytest.raises(AddbenchError) as raised:
+            read_rows(rows_file)
+        assert f"{ROWS}:2" in raised.value.what
+        assert reason in raised.value.why
+    rows_file.write_bytes(lines[0].encode() + b"\n\xff\xfe\n" + lines[2].encode() + b"\n")
+    with pytest.raises(AddbenchError, match=f"{ROWS}:2"):
+        read_rows(rows_file)
+
+
+def test_a_writer_refuses_nan(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [row(cell(), [1.0])])
+    with RowWriter(run.path) as writer, pytest.raises(ValueError, match="JSON"):
+        writer.append(row(cell(), [1.0], cold_ms=float("nan")))
+    assert len(read_rows(run.path / ROWS)) == 1
+
+
+def test_a_later_row_takes_the_place_of_an_earlier_one() -> None:
+    first = row(cell(), [1.0], status="crashed")
+    again = row(cell(), [2.0])
+    other = row(cell(), [3.0], round_=1)
+    assert last_rows([first, other, again]) == [again, other]
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [row(cell(), [1.0])])
+    with RowWriter(run.path), pytest.raises(PreconditionError, match="another sweep"):
+        RowWriter(run.path)
+    RowWriter(run.path).close()
+
+
+def test_missing_cells_come_round_by_round(tmp_path: Path) -> None:
+    rows = [row(cell(steps=n), [1.0]) for n in (1, 2)]
+    run = make_run(tmp_path, rows, rounds=2)
+    assert [(one.steps, round_) for one, round_ in run.missing()] == [(1, 1), (2, 1)]
+
+
+def test_opening_runs(tmp_path: Path) -> None:
+    with pytest.raises(PreconditionError, match="no run yet"):
+        open_run("latest", tmp_path)
+    first, second = (make_run(tmp_path, [row(cell(), [1.0])]) for _ in range(2))
+    assert first.name < second.name
+    assert open_run("latest", tmp_path).name == second.name
+    assert open_run(first.name, tmp_path).name == first.name
+    assert open_run(str(first.path), Path("/nonexistent")).name == first.name
+    assert run_names(tmp_path) == [first.name, second.name]
+    with pytest.raises(PreconditionError, match="is not a run"):
+        open_run("nonsense", tmp_path)
+    header = json.loads((first.path / "header.json").read_text())
+    (first.path / "header.json").write_text(json.dumps(header | {"schema": 7}))
+    with pytest.raises(PreconditionError, match="schema 7"):
+        open_run(first.name, tmp_path)
+
+
+def test_portable_takes_out_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADDBENCH_BUILD", raising=False)
+    assert portable(f"{ROOT}/build/x/model.onnx is gone") == "build/x/model.onnx is gone"
+    assert portable(f"in {ROOT}/bench/sweep.py") == "in ./bench/sweep.py"
+    assert (
+        portable("cannot open '/srv/models/a-b/unet.onnx': no") == "cannot open '.../unet.onnx': no"
+    )
+    assert portable("images/s and/or 1/2, https://example.org/a/b") == (
+        "images/s and/or 1/2, https://example.org/a/b"
+    )
+
+
+def test_errors_in_rows_are_portable() -> None:
+    words = {"type": "E", "what": "no /var/lib/weights/x.bin", "why": "", "next": ""}
+    assert row(cell(), [], status="failed", error=words)["error"]["what"] == "no .../x.bin"
+
+
+def test_the_environment_names_no_one() -> None:
+    from bench.environment import collect
+    from bench.publish import private
+
+    found = collect()
+    text = json.dumps(found)
+    assert not list(private(found))
+    assert socket.gethostname() not in text
+    assert found["cores_allowed"] >= 1
+    assert re.fullmatch(r"[0-9a-f]{12}", found["machine"])
