@@ -1,0 +1,1 @@
+"""Adversarial diffusion distillation: the trainer, and the small model that ships."""

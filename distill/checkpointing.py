@@ -1,0 +1,106 @@
+"""The state of a stage that can stop and go on: written whole or not at all.
+
+A checkpoint is a folder `step-NNNNNN` of accelerate's state (networks, optimizers, averages, random
+states) and `state.json`, which names the configuration it belongs to. A new one is complete
+before the old one is removed, so a killed process or a full disk leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import AddbenchError, PreconditionError
+from core.files import read_json, staged_folder, write_json
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """`step`: iterations done; `seconds`: spent on them, over all resumes."""
+
+    step: int
+    seconds: float
+    config: str
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    found = sorted(path for path in folder.glob("step-*") if (path / STATE).exists())
+    return found[-1] if found else None
+
+
+def save(accelerator: Any, folder: Path, state: State) -> None:
+    """Write a checkpoint on every process together.
+
+    Raises:
+        AddbenchError: it could not be written (a full disk, say); the previous one survives.
+    """
+    target = folder / f"step-{state.step:06d}"
+    previous = latest(folder)
+    if previous is not None and previous.name == target.name:
+        return
+    try:
+        with contextlib.ExitStack() as stack:
+            scratch = [target]
+            if accelerator.is_main_process:
+                scratch = [stack.enter_context(staged_folder(target))]
+            scratch = _from_main(accelerator, scratch)
+            accelerator.save_state(str(scratch[0]), safe_serialization=True)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                write_json(scratch[0] / STATE, asdict(state))
+    # safetensors raises an error type of its own, torch.save a RuntimeError.
+    except Exception as error:
+        if isinstance(error, AddbenchError) or not _is_write_error(error):
+            raise
+        kept = "nothing was saved before" if previous is None else f"{previous} is intact"
+        raise AddbenchError(
+            f"the checkpoint of step {state.step} could not be written",
+            f"{error}; {kept}",
+            f"free some room on the disk of {folder} and run the same command: it resumes",
+        ) from error
+    if accelerator.is_main_process:
+        for old in folder.glob("step-*"):
+            if old.name != target.name:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def resume(accelerator: Any, folder: Path, config: str) -> State | None:
+    """Load the newest checkpoint into what the accelerator prepared; None when there is none.
+
+    Raises:
+        PreconditionError: it belongs to another configuration.
+    """
+    found = latest(folder)
+    if found is None:
+        return None
+    state = State(**read_json(found / STATE))
+    if state.config != config:
+        raise PreconditionError(
+            f"{found} belongs to another configuration",
+            f"its hash is {state.config[:12]}, this command's is {config[:12]}",
+            "run with the settings it was started with, pick another --run, or delete the folder",
+        )
+    accelerator.load_state(str(found))
+    return state
+
+
+def _is_write_error(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, OSError) or any(
+        sign in text for sign in ("no space left", "file write failed", "unexpected pos", "i/o error")
+    )
+
+
+def _from_main(accelerator: Any, values: list[Path]) -> list[Path]:
+    if accelerator.num_processes == 1:
+        return values
+    from accelerate.utils import broadcast_object_list
+
+    shared: list[Path] = broadcast_object_list(values)
+    return shared

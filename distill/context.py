@@ -1,0 +1,83 @@
+"""What every stage of a run shares: config, device, data, folders, seeded noise."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import PreconditionError
+from core.files import read_json
+from distill.config import Config
+from distill.data import Source, batch_indices, open_source
+
+DONE = "stage.json"
+
+
+@dataclass
+class Context:
+    """A run in `folder`; `base` is another run whose finished stages may be used."""
+
+    config: Config
+    folder: Path
+    accelerator: Any
+    base: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.accelerator.device
+        return device
+
+    @functools.cached_property
+    def source(self) -> Source:
+        return open_source(self.config.data)
+
+    def finished(self, stage: str) -> Path | None:
+        """The output folder of a stage finished with this configuration, in the run or its base."""
+        wanted = self.config.stage_hash(stage)
+        for run in (self.folder, self.base):
+            if run is not None and (run / stage / DONE).exists():
+                if read_json(run / stage / DONE)["config"] == wanted:
+                    return run / stage
+        return None
+
+    def weights(self, stage: str) -> Path:
+        """Like `finished`, for a stage that must be."""
+        found = self.finished(stage)
+        if found is not None:
+            return found
+        stale = (self.folder / stage / DONE).exists()
+        raise PreconditionError(
+            f"stage {stage} is not finished in {self.folder}",
+            "its weights are from another configuration" if stale else "its weights are not there",
+            f"run --stage {stage} first, or all stages without --stage",
+        )
+
+    def generator(self, stage: str, step: int) -> torch.Generator:
+        """Random numbers of one step: a function of seed, stage and step alone."""
+        key = f"{self.config.seed}/{stage}/{step}".encode()
+        seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
+        return torch.Generator().manual_seed(seed)
+
+    def mine(self, batch: int) -> slice:
+        """This process's part of a global batch."""
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+        return slice(rank * batch // count, (rank + 1) * batch // count)
+
+    def indices(self, batch: int, step: int) -> list[int]:
+        """This process's pictures of one step."""
+        whole = batch_indices(len(self.source.captions), batch, step, self.config.seed)
+        return whole[self.mine(batch)]
+
+    def share(self, whole: Tensor) -> Tensor:
+        """This process's part of random numbers drawn for the global batch, on the device."""
+        return whole[self.mine(len(whole))].to(self.device)
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        return self.source.pictures(indices).to(self.device)

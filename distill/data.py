@@ -1,0 +1,190 @@
+"""Pictures with captions: drawn by code, a folder, or webdataset shards.
+
+All are random access by index, so that a batch is a function of the step alone: a resumed run and
+a run on several processes see the same batches.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.errors import AddbenchError, PreconditionError
+from distill.config import Data
+from distill.shapes import Scene, layout, render, scenes
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Source(Protocol):
+    """`captions[i]` goes with picture i."""
+
+    captions: Sequence[str]
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        """float32 [n, 3, size, size] in [-1, 1]."""
+        ...
+
+
+class Shapes:
+    """A pool of drawn training scenes; `scenes` and `layouts` say what each picture shows."""
+
+    def __init__(self, data: Data, held_out: bool = False) -> None:
+        rng = np.random.default_rng([data.seed, held_out, 1])
+        self.scenes: list[Scene] = scenes(data.pool, data.seed, held_out)
+        self.captions = [scene.caption for scene in self.scenes]
+        self.layouts = [layout(scene, rng) for scene in self.scenes]
+        # One caption in ten of a single object leaves its place open.
+        for index, scene in enumerate(self.scenes):
+            if len(scene.objects) == 1 and rng.random() < 0.1:
+                self.captions[index] = Scene(scene.objects, scene.background, (None,)).caption
+        self._pixels = torch.empty(data.pool, 3, data.size, data.size, dtype=torch.uint8)
+        for start in range(0, data.pool, 512):
+            stop = start + 512
+            drawn = render(self.scenes[start:stop], self.layouts[start:stop], data.size)
+            self._pixels[start:stop] = torch.from_numpy(drawn).permute(0, 3, 1, 2)
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        return self._pixels[list(indices)].float() / 127.5 - 1
+
+
+class Folder:
+    """Pictures below a folder; captions in `metadata.jsonl` (file_name, text) or `<name>.txt`."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.size = size
+        _require_folder(path)
+        table = path / "metadata.jsonl"
+        if table.exists():
+            rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
+            missing = [row.get("file_name", "?") for row in rows if not row.get("text")]
+            self.files = [path / row["file_name"] for row in rows if row.get("text")]
+            self.captions: Sequence[str] = [row["text"] for row in rows if row.get("text")]
+        else:
+            self.files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            texts = [file.with_suffix(".txt") for file in self.files]
+            missing = [str(text) for text in texts if not text.exists()]
+            self.captions = [text.read_text().strip() for text in texts if text.exists()]
+        _require_captions(path, len(self.files), missing)
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack(
+            [read_picture(self.files[i].read_bytes(), str(self.files[i]), self.size) for i in indices]
+        )
+
+
+class Shards:
+    """webdataset tar files: members `key.jpg` (or .png, .webp) with `key.txt` or `key.json`.
+
+    The index of every shard is read once, then members by their offset.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.size = size
+        _require_folder(path)
+        self.members: list[tuple[Path, str, int, int]] = []
+        captions: list[str] = []
+        missing: list[str] = []
+        for shard in sorted(path.glob("*.tar")):
+            pictures: dict[str, tuple[Path, str, int, int]] = {}
+            texts: dict[str, str] = {}
+            try:
+                with tarfile.open(shard) as tar:
+                    for member in tar:
+                        key, dot, suffix = member.name.rpartition(".")
+                        if dot + suffix.lower() in SUFFIXES:
+                            where = f"{shard}:{member.name}"
+                            pictures[key] = (shard, where, member.offset_data, member.size)
+                        elif suffix in ("txt", "json") and (file := tar.extractfile(member)):
+                            text = file.read().decode()
+                            texts[key] = text if suffix == "txt" else json.loads(text)["caption"]
+            except (tarfile.TarError, OSError, ValueError, KeyError) as error:
+                raise PreconditionError(
+                    f"shard {shard} cannot be read", str(error), "make it again or remove it"
+                ) from error
+            missing += [entry[1] for key, entry in pictures.items() if not texts.get(key)]
+            for key, entry in pictures.items():
+                if texts.get(key):
+                    self.members.append(entry)
+                    captions.append(texts[key].strip())
+        self.captions = captions
+        _require_captions(path, len(self.members) + len(missing), missing)
+
+    def pictures(self, indices: Sequence[int]) -> Tensor:
+        found = []
+        for index in indices:
+            shard, name, offset, length = self.members[index]
+            with shard.open("rb") as file:
+                file.seek(offset)
+                found.append(read_picture(file.read(length), name, self.size))
+        return torch.stack(found)
+
+
+def open_source(data: Data) -> Source:
+    if data.kind == "shapes":
+        return Shapes(data)
+    if data.kind == "folder":
+        return Folder(Path(data.path), data.size)
+    return Shards(Path(data.path), data.size)
+
+
+def read_picture(content: bytes, name: str, size: int) -> Tensor:
+    """Decode, scale the shorter side to `size`, cut the middle: float32 [3, size, size]."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        picture = Image.open(io.BytesIO(content)).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise AddbenchError(
+            f"picture {name} cannot be read", str(error), "replace it, or remove it and its caption"
+        ) from error
+    fitted = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def batch_indices(length: int, batch: int, step: int, seed: int) -> list[int]:
+    """Which pictures step `step` trains on: shuffled epochs laid end to end."""
+    found = []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, place = divmod(position, length)
+        found.append(int(_order(length, epoch, seed)[place]))
+    return found
+
+
+@functools.lru_cache(maxsize=2)
+def _order(length: int, epoch: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(length, generator=generator)
+
+
+def _require_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise PreconditionError(
+            f"there is no folder {path}",
+            "data.path names it as the place of pictures and captions",
+            "pass --set data.path='\"/your/folder\"'",
+        )
+
+
+def _require_captions(path: Path, count: int, missing: Sequence[str]) -> None:
+    if missing:
+        raise PreconditionError(
+            f"{len(missing)} of {count} pictures in {path} have no caption",
+            f"the first one: {missing[0]}",
+            "write a .txt beside each picture, or a metadata.jsonl with file_name and text",
+        )
+    if not count:
+        raise PreconditionError(
+            f"there are no pictures in {path}",
+            f"looked for {', '.join(SUFFIXES)} (folder) or *.tar (tar)",
+            "check data.path and data.kind",
+        )

@@ -1,0 +1,203 @@
+"""Does a picture show what its caption says? Read back from pixels, by no network.
+
+The background is the border's colour; what differs from it falls into connected components; each
+component's colour is its core's, its coverage is compared with drawn templates of every shape.
+So a student cannot please the judge by pleasing the network that it was trained against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from distill.shapes import (
+    ANCHORS,
+    AREA,
+    BACKGROUNDS,
+    CANVAS,
+    COLOURS,
+    RADIUS,
+    SHAPES,
+    Array,
+    Pictures,
+    Scene,
+    coverage,
+)
+
+ATTRIBUTES = ("background", "count", "shape", "colour", "size", "position")
+
+MIN_AREA = 20.0
+"""Smaller specks (pixels of a 64 px picture) are flaws, not objects; two tell a bad picture."""
+MIN_OVERLAP = 0.75
+"""Intersection over union with the best template, below which a blob has no shape."""
+MAX_COLOUR_DISTANCE = 75.0
+"""Euclidean in 8-bit RGB; the closest two colours of the palette are 120 apart."""
+MAX_ANCHOR_DISTANCE = 9.0
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object read from a picture; `shape`, `colour` and `size` are "" where unreadable."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Per attribute: true when right for every object of the scene."""
+
+    right: dict[str, bool]
+
+    @property
+    def all_right(self) -> bool:
+        return all(self.right.values())
+
+
+def nearest_colour(rgb: Array, palette: dict[str, tuple[int, int, int]]) -> str:
+    """The name of the palette's nearest colour, "" when none is near."""
+    distances = {
+        name: float(np.linalg.norm(rgb - np.array(value))) for name, value in palette.items()
+    }
+    name = min(distances, key=distances.__getitem__)
+    return name if distances[name] <= MAX_COLOUR_DISTANCE else ""
+
+
+def read_picture(picture: Pictures) -> tuple[str, list[Found]]:
+    """Background and objects of a picture [size, size, 3], lengths in 64 px units."""
+    pixel = CANVAS / picture.shape[0]
+    image = picture.astype(np.float32)
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    ground = np.median(border, axis=0)
+    away = np.linalg.norm(image - ground, axis=-1)
+    labels, count = ndimage.label(away > 40, structure=np.ones((3, 3)))
+    objects = []
+    for label in range(1, count + 1):
+        inside = labels == label
+        if inside.sum() * pixel**2 >= MIN_AREA:
+            objects.append(_read_object(image, ground, away, inside, pixel))
+    return nearest_colour(ground, BACKGROUNDS), objects
+
+
+def _read_object(
+    image: Array, ground: Array, away: Array, inside: NDArray[np.bool_], pixel: float
+) -> Found:
+    core = inside & (away >= np.quantile(away[inside], 0.6))
+    colour = np.median(image[core], axis=0)
+    step = colour - ground
+    # Share of the object's colour in each pixel, in the component and the blurred rim around it.
+    near = ndimage.binary_dilation(inside, iterations=2)
+    share = np.clip((image - ground) @ step / max(float(step @ step), 1.0), 0, 1) * near
+    area = float(share.sum())
+    middle = (np.arange(image.shape[0], dtype=np.float32) + 0.5) * pixel
+    x = float(share.sum(0) @ middle) / area
+    y = float(share.sum(1) @ middle) / area
+    overlap, shape, radius = _best_template(share, middle - x, middle - y, pixel)
+    small, large = RADIUS["small"], RADIUS["large"]
+    size = "" if not 0.75 * small < radius < 1.3 * large else "small"
+    if size and radius > (small * large) ** 0.5:
+        size = "large"
+    return Found(
+        shape=shape if overlap >= MIN_OVERLAP else "",
+        colour=nearest_colour(colour, COLOURS),
+        size=size,
+        x=x,
+        y=y,
+    )
+
+
+def _best_template(share: Array, dx: Array, dy: Array, pixel: float) -> tuple[float, str, float]:
+    """Overlap, shape and radius of the drawn template that fits a coverage map best."""
+    rows, columns = share.any(1), share.any(0)
+    crop = share[np.ix_(rows, columns)]
+    best = (0.0, "", 0.0)
+    for shape in SHAPES:
+        by_area = (float(share.sum()) * pixel**2 / AREA[shape]) ** 0.5
+        radii = (by_area * np.array([0.9, 0.95, 1.0, 1.05, 1.1], np.float32))[:, None, None]
+        drawn = coverage(shape, dx[columns][None, None], dy[rows][None, :, None], radii, pixel)
+        overlap = np.minimum(drawn, crop).sum((1, 2)) / np.maximum(drawn, crop).sum((1, 2))
+        index = int(overlap.argmax())
+        if overlap[index] > best[0]:
+            best = (float(overlap[index]), shape, float(radii[index, 0, 0]))
+    return best
+
+
+def judge(picture: Pictures, scene: Scene) -> Verdict:
+    """Which attributes of the scene the picture shows.
+
+    Objects are assigned to the scene's in the way that gets most right; a missing object is wrong
+    in all its attributes, a surplus one in `count`.
+    """
+    ground, found = read_picture(picture)
+    wanted = scene.objects
+    padded: list[Found | None] = [*found, *[None] * (len(wanted) - len(found))]
+    best: dict[str, bool] = {}
+    best_score = -1
+    for order in permutations(padded[:5], len(wanted)):
+        pairs = list(zip(wanted, order, strict=True))
+        flags = {
+            name: [item is not None and getattr(want, name) == getattr(item, name) for want, item in pairs]
+            for name in ("shape", "colour", "size")
+        }
+        flags["position"] = _positions_right(scene, order)
+        score = sum(sum(values) for values in flags.values())
+        if score > best_score:
+            best_score, best = score, {name: all(values) for name, values in flags.items()}
+    right = {
+        "background": ground == scene.background,
+        "count": len(found) == len(wanted),
+        **best,
+    }
+    return Verdict({name: right[name] for name in ATTRIBUTES})
+
+
+def _positions_right(scene: Scene, order: Sequence[Found | None]) -> list[bool]:
+    if scene.relation is not None:
+        first, second = order
+        if first is None or second is None:
+            return [False]
+        dx, dy = second.x - first.x, second.y - first.y
+        seen = ("left of" if dx > 0 else "right of") if abs(dx) > abs(dy) else None
+        seen = seen or ("above" if dy > 0 else "below")
+        return [seen == scene.relation]
+    return [
+        item is not None and (place is None or _near_anchor(item, place))
+        for item, place in zip(order, scene.positions, strict=True)
+    ]
+
+
+def _near_anchor(item: Found, place: str) -> bool:
+    distances = {
+        name: float(np.hypot(item.x - x, item.y - y)) for name, (x, y) in ANCHORS.items()
+    }
+    nearest = min(distances, key=distances.__getitem__)
+    return nearest == place and distances[nearest] <= MAX_ANCHOR_DISTANCE
+
+
+def following(pictures: Pictures, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Share of pictures [n, size, size, 3] with each attribute right, and with all right.
+
+    `all_1`, `all_2`, `all_3` are the shares among scenes of that many objects (absent if none).
+    """
+    verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    shares = {"all": float(np.mean([verdict.all_right for verdict in verdicts]))}
+    for name in ATTRIBUTES:
+        shares[name] = float(np.mean([verdict.right[name] for verdict in verdicts]))
+    for count in (1, 2, 3):
+        subset = [
+            verdict.all_right
+            for verdict, scene in zip(verdicts, scenes, strict=True)
+            if len(scene.objects) == count
+        ]
+        if subset:
+            shares[f"all_{count}"] = float(np.mean(subset))
+    return shares
+

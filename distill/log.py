@@ -1,0 +1,136 @@
+"""Losses and sample grids of a run: JSON lines, TensorBoard where installed, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.context import Context
+
+
+class Log:
+    """Rows in `log.jsonl`: stage, step, seconds, s_per_step and the losses' means since the last.
+
+    Only the main process writes.
+    """
+
+    def __init__(self, context: Context, stage: str, step: int, total: int) -> None:
+        from distill.loop import truncate_log
+
+        self.stage, self.total = stage, total
+        self.main: bool = context.accelerator.is_main_process
+        self.every = max(1, min(50, total // 20))
+        self.sums: dict[str, float] = {}
+        self.count = 0
+        self.first = self.last = step
+        self.clock_at = time.monotonic()
+        self.progress: Any = None
+        if not self.main:
+            return
+        context.folder.mkdir(parents=True, exist_ok=True)
+        self.pictures = context.folder / "samples"
+        path = context.folder / "log.jsonl"
+        truncate_log(path, stage, step)
+        self.file = path.open("a", buffering=1)
+        self.board = _tensorboard(context)
+        if sys.stderr.isatty():
+            self._start_bar(step)
+
+    def _start_bar(self, step: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        self.progress = Progress(
+            "{task.description}",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            "{task.fields[losses]}",
+            console=Console(stderr=True),
+            refresh_per_second=1,
+        )
+        self.bar = self.progress.add_task(self.stage, total=self.total, completed=step, losses="")
+        self.progress.start()
+
+    def losses(self, step: int, clock: Any, values: dict[str, float]) -> None:
+        """Take one step's losses; write their means every few steps."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        if self.progress is not None:
+            self.progress.update(self.bar, completed=step)
+        if not self.main or (step % self.every and step != self.first + 1):
+            return
+        means = {name: value / self.count for name, value in self.sums.items()}
+        now = time.monotonic()
+        pace = (now - self.clock_at) / max(1, step - self.last)
+        self.sums, self.count, self.clock_at, self.last = {}, 0, now, step
+        self._write(step, {"seconds": round(clock.seconds, 2), "s_per_step": round(pace, 4), **means})
+        text = " ".join(f"{name} {value:.4g}" for name, value in means.items())
+        if self.progress is not None:
+            self.progress.update(self.bar, losses=text)
+        elif step % (self.every * 5) == 0 or step == self.first + 1:
+            print(f"{self.stage} {step}/{self.total} {pace:.3f} s/step {text}", file=sys.stderr)
+
+    def grid(
+        self, step: int, pictures: NDArray[np.uint8] | None, figures: dict[str, float]
+    ) -> None:
+        """Write sample pictures as one PNG, and what they score."""
+        if not self.main:
+            return
+        if pictures is not None:
+            from PIL import Image
+
+            self.pictures.mkdir(exist_ok=True)
+            sheet = contact_sheet(pictures)
+            Image.fromarray(sheet).save(self.pictures / f"{self.stage}-{step:06d}.png")
+            if self.board is not None:
+                self.board.add_image(f"{self.stage}/samples", sheet, step, dataformats="HWC")
+        if figures:
+            self._write(step, {"quality": figures})
+            shown = " ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            print(f"{self.stage} {step}/{self.total} {shown}", file=sys.stderr)
+            if self.board is not None:
+                for name, value in figures.items():
+                    self.board.add_scalar(f"{self.stage}/{name}", value, step)
+        self.clock_at = time.monotonic()
+
+    def _write(self, step: int, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps({"stage": self.stage, "step": step, **row}) + "\n")
+        if self.board is not None:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{self.stage}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+        if self.main:
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
+
+
+def contact_sheet(pictures: NDArray[np.uint8], columns: int = 8) -> NDArray[np.uint8]:
+    """[n, height, width, 3] -> one picture, rows of `columns`, white where none is left."""
+    n, height, width, _ = pictures.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    sheet[:n] = pictures
+    laid = sheet.reshape(rows, columns, height, width, 3).transpose(0, 2, 1, 3, 4)
+    return np.ascontiguousarray(laid.reshape(rows * height, columns * width, 3))
+
+
+def _tensorboard(context: Context) -> Any:
+    """A TensorBoard writer, or None and a word when the package is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("note: no TensorBoard log (pip install tensorboard); log.jsonl has it all", file=sys.stderr)
+        return None
+    return SummaryWriter(str(context.folder / "tensorboard"))

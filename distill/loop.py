@@ -1,0 +1,254 @@
+"""One stage from start or checkpoint to its weights: the loop that all stages share."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from core.errors import AddbenchError, PreconditionError
+from core.files import staged_folder, write_atomic, write_json
+from distill import checkpointing
+from distill.context import DONE, Context
+
+CHECKPOINT_SECONDS = 120
+GRIDS = 8
+"""Sample grids over a stage."""
+AGREE_EVERY = 10
+"""Steps between processes agreeing on the clock."""
+
+
+class Trainer(ABC):
+    """What a stage is: networks that learn, a step, pictures to look at, weights to write."""
+
+    name: ClassVar[str]
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.config = context.config
+        self.settings = context.config.stage(self.name)
+        self.networks: dict[str, Any] = {}
+        """Those that learn, as prepared by accelerate."""
+        self.optimizers: dict[str, Any] = {}
+        self.averages: dict[str, Any] = {}
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Build and load everything; `learn` each network that is to learn."""
+
+    @abstractmethod
+    def step(self, step: int) -> dict[str, Tensor]:
+        """One iteration, optimizers included; the losses, each the mean over this process's part."""
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Write the finished weights. The averages stand in the networks."""
+
+    def grid(self) -> tuple[NDArray[np.uint8] | None, dict[str, float]]:
+        """Sample pictures [n, size, size, 3], and figures of quality if there are any."""
+        return None, {}
+
+    def learn(self, name: str, network: nn.Module, rate: float | None = None) -> Any:
+        """Prepare a network and its optimizer; returns the prepared network."""
+        accelerator = self.context.accelerator
+        network = network.to(self.context.device).train()
+        given = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            given,
+            lr=rate or self.settings.learning_rate,
+            betas=(0.0, 0.99) if name == "discriminator" else (0.9, 0.99),
+            weight_decay=self.settings.weight_decay,
+            fused=True,
+        )
+        self.networks[name], self.optimizers[name] = accelerator.prepare(network, optimizer)
+        for group in self.optimizers[name].param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        if self.settings.ema and name != "discriminator":
+            from diffusers.training_utils import EMAModel
+
+            average = EMAModel(network.parameters(), decay=self.settings.ema, use_ema_warmup=True,
+                               inv_gamma=1.0, power=0.75)  # fmt: skip
+            accelerator.register_for_checkpointing(average)
+            self.averages[name] = average
+        return self.networks[name]
+
+    def plain(self, name: str) -> Any:
+        """A learning network without accelerate's wrapper."""
+        return self.context.accelerator.unwrap_model(self.networks[name])
+
+    def update(self, name: str, loss: Tensor) -> None:
+        """Backward and one optimizer step.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; the weights are left as they were.
+        """
+        accelerator, optimizer = self.context.accelerator, self.optimizers[name]
+        accelerator.backward(loss)
+        given = [parameter for parameter in self.networks[name].parameters() if parameter.requires_grad]
+        norm = accelerator.clip_grad_norm_(given, self.settings.clip)
+        # With fp16 the scaler skips steps that overflow, and is meant to.
+        if accelerator.scaler is None and not math.isfinite(float(norm)):
+            raise FloatingPointError(name)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if name in self.averages:
+            self.averages[name].step(self.plain(name).parameters())
+
+    def set_rates(self, progress: float) -> None:
+        """Linear warm-up, then a cosine to a hundredth. `progress` in [0, 1]."""
+        warmup = self.settings.warmup
+        if progress < warmup:
+            factor = (progress + 1e-3) / (warmup + 1e-3)
+        else:
+            factor = 0.01 + 0.99 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
+
+class averaged:
+    """The running averages stand in the networks inside the block."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        for name, average in self.trainer.averages.items():
+            parameters = list(self.trainer.plain(name).parameters())
+            average.store(parameters)
+            average.copy_to(parameters)
+        for network in self.trainer.networks.values():
+            network.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for name, average in self.trainer.averages.items():
+            average.restore(self.trainer.plain(name).parameters())
+        for network in self.trainer.networks.values():
+            network.train()
+
+
+def run_stage(trainer: Trainer, minutes: float | None = None) -> Path:
+    """Train a stage to its end and write its weights below the run's folder.
+
+    Args:
+        minutes: a budget; the learning rate's schedule then ends when the first of iterations and
+            minutes does.
+
+    Raises:
+        PreconditionError: a checkpoint of another configuration is there.
+        AddbenchError: the loss is not finite, or the disk is full; the last checkpoint stays.
+    """
+    from distill.log import Log
+
+    context = trainer.context
+    accelerator = context.accelerator
+    batch, processes = trainer.settings.batch, accelerator.num_processes
+    if batch % processes:
+        raise PreconditionError(
+            f"a batch of {batch} cannot be shared by {processes} processes",
+            "each takes an equal part of it",
+            f"set the stage's batch to a multiple of {processes}",
+        )
+    config = context.config.stage_hash(trainer.name)
+    checkpoints = context.folder / trainer.name / "checkpoints"
+    torch.manual_seed(int(context.generator(trainer.name, 0).initial_seed()) % 2**63)
+    trainer.setup()
+    state = checkpointing.resume(accelerator, checkpoints, config)
+    state = state or checkpointing.State(0, 0.0, config)
+    total, step = trainer.settings.iterations, state.step
+    clock = _Clock(accelerator, state.seconds, minutes)
+    log = Log(context, trainer.name, step, total)
+    saved_at = clock.seconds
+    grids = int(clock.progress(step, total) * GRIDS)
+    while clock.progress(step, total) < 1:
+        trainer.set_rates(clock.progress(step, total))
+        try:
+            losses = trainer.step(step)
+        except FloatingPointError as error:
+            log.close()
+            kept = checkpointing.latest(checkpoints)
+            raise AddbenchError(
+                f"stage {trainer.name} stopped at step {step}: the loss is not finite",
+                f"the gradient of the {error} has NaN or infinity in it, and was not applied",
+                f"the last good state is {kept or 'the start: nothing was saved yet'}; lower the"
+                " learning rate in another --run, or look at the log for where it began to grow",
+            ) from error
+        step += 1
+        clock.tick(step)
+        log.losses(step, clock, {name: _mean(accelerator, value) for name, value in losses.items()})
+        if clock.seconds - saved_at > CHECKPOINT_SECONDS:
+            checkpointing.save(accelerator, checkpoints, checkpointing.State(step, clock.seconds, config))
+            saved_at = clock.seconds
+        if int(clock.progress(step, total) * GRIDS) > grids:
+            grids = int(clock.progress(step, total) * GRIDS)
+            with averaged(trainer):
+                log.grid(step, *trainer.grid())
+    log.close()
+    checkpointing.save(accelerator, checkpoints, checkpointing.State(step, clock.seconds, config))
+    return _finish(trainer, config, step, clock.seconds)
+
+
+def _finish(trainer: Trainer, config: str, step: int, seconds: float) -> Path:
+    """Weights and `stage.json` beside the checkpoints, each file whole or not there."""
+    context = trainer.context
+    folder = context.folder / trainer.name
+    with averaged(trainer):
+        if context.accelerator.is_main_process:
+            with staged_folder(folder / "weights") as scratch:
+                trainer.write(scratch)
+            done = {"config": config, "steps": step, "seconds": round(seconds, 1)}
+            write_json(folder / DONE, done)
+    context.accelerator.wait_for_everyone()
+    return folder / "weights"
+
+
+class _Clock:
+    """Seconds spent in a stage over all resumes, the same on every process."""
+
+    def __init__(self, accelerator: Any, spent: float, minutes: float | None) -> None:
+        self.accelerator, self.spent, self.minutes = accelerator, spent, minutes
+        self.started = time.monotonic()
+        self.seconds = spent
+
+    def tick(self, step: int) -> None:
+        now = self.spent + time.monotonic() - self.started
+        if self.accelerator.num_processes == 1:
+            self.seconds = now
+        elif step % AGREE_EVERY == 0:
+            from accelerate.utils import broadcast
+
+            value = torch.tensor([now], dtype=torch.float64, device=self.accelerator.device)
+            self.seconds = float(broadcast(value))
+
+    def progress(self, step: int, total: int) -> float:
+        """Share of the stage that is done; by the clock too when there is a budget."""
+        by_clock = self.seconds / (self.minutes * 60) if self.minutes else 0.0
+        return min(1.0, max(step / total, by_clock))
+
+
+def _mean(accelerator: Any, value: Tensor) -> float:
+    """Mean over processes."""
+    return float(accelerator.reduce(value.detach().float(), "mean"))
+
+
+def truncate_log(path: Path, stage: str, step: int) -> None:
+    """Drop a stage's rows after `step`: a killed run logged steps that its checkpoint lacks."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the torn last line of a killed run
+        if row["stage"] != stage or row["step"] <= step:
+            kept.append(line)
+    write_atomic(path, "".join(f"{line}\n" for line in kept))

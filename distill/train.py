@@ -1,0 +1,141 @@
+"""Train a model by adversarial diffusion distillation, every stage from nothing or one of them.
+
+    python -m distill.train --preset shapes
+    python -m distill.train --preset shapes --stage student --minutes 60
+    accelerate launch -m distill.train --preset sdxl --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.cli import Parser, run
+from core.errors import PreconditionError
+from core.files import build_root, write_json
+
+if TYPE_CHECKING:
+    from distill.config import Config
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m distill.train", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", default="shapes", help="shapes, smoke, sdxl or a .toml file")
+    parser.add_argument("--smoke", action="store_true", help="the same as --preset smoke")
+    parser.add_argument("--stage", help="only this stage (default: all that are not finished)")
+    parser.add_argument("--minutes", type=float, help="budget of each stage; rates end with it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="auto: bf16 on a GPU, and on a CPU that multiplies faster in it; else fp32",
+    )
+    parser.add_argument("--run", help="name of the run's folder below build/distill")
+    parser.add_argument("--base", help="another run whose finished stages may be used")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting"
+    )
+    parser.add_argument("--no-export", action="store_true", help="train only, write no model folder")
+    return parser
+
+
+def runs_root() -> Path:
+    return build_root() / "distill"
+
+
+def make_accelerator(device: str, precision: str) -> Any:
+    """accelerate's one object for device, precision and processes."""
+    import torch
+    from accelerate import Accelerator
+
+    from distill.networks import bf16_is_faster
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise PreconditionError(
+            "there is no CUDA device",
+            "torch finds none, or is a CPU build",
+            "use --device cpu, or install a CUDA build of torch",
+        )
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" or bf16_is_faster() else "fp32"
+    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
+
+
+def train(
+    config: Config,
+    *,
+    run_name: str,
+    stage: str | None = None,
+    minutes: float | None = None,
+    device: str = "cpu",
+    precision: str = "auto",
+    base: str | None = None,
+    export: bool = True,
+) -> Path:
+    """Run the stages of a config that are not finished; the run's folder."""
+    from distill.context import Context
+    from distill.loop import run_stage
+    from distill.stages import trainer
+
+    accelerator = make_accelerator(device, precision)
+    folder = runs_root() / run_name
+    context = Context(config, folder, accelerator, runs_root() / base if base else None)
+    if accelerator.is_main_process:
+        write_json(folder / "config.json", dataclasses.asdict(config))
+    for name in [stage] if stage else list(config.stages):
+        if context.finished(name):
+            _say(accelerator, f"stage {name} is finished")
+            continue
+        _say(accelerator, f"stage {name} on {accelerator.device}, {accelerator.mixed_precision}")
+        run_stage(trainer(name, context), minutes)
+        accelerator.free_memory()
+    if export and accelerator.is_main_process and context.finished("student"):
+        from distill.folder import export_run
+
+        for path in export_run(context):
+            _say(accelerator, f"wrote {path}")
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _say(accelerator: Any, text: str) -> None:
+    if accelerator.is_main_process:
+        print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    from distill.config import load_config
+
+    config = load_config("smoke" if arguments.smoke else arguments.preset, arguments.set)
+    if arguments.stage and arguments.stage not in config.stages:
+        raise PreconditionError(
+            f"the preset {config.name} has no stage {arguments.stage!r}",
+            f"its stages: {', '.join(config.stages)}",
+            "pass one of these",
+        )
+    # Loading is local: a missing file must not turn into a wait for a network.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    train(
+        config,
+        run_name=arguments.run or config.name,
+        stage=arguments.stage,
+        minutes=arguments.minutes,
+        device=arguments.device,
+        precision=arguments.precision,
+        base=arguments.base,
+        export=not arguments.no_export,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
