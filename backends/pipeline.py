@@ -282,7 +282,8 @@ class Pipeline:
                 "an op overflowed, in FP16 most likely, or the weights are damaged",
                 "run `python -m backends parity` on the bundle: it names the part and the op",
             )
-        image = (sample / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+        # Rounded by the cast: torch.round forks threads even for a small image.
+        image = (sample * 127.5).add_(128).clamp_(0.5, 255.5).to(torch.uint8)
         return image.permute(0, 2, 3, 1).contiguous().numpy()
 
     def __call__(
