@@ -35,6 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.steps is not None and args.steps < 1:
         raise PreconditionError("--steps is less than 1", "an image needs a step", "use --steps 1")
 
+    from backends.base import parse_backend
+
+    backend = parse_backend(args.backend)
+    backend.probe().require(backend.name)
+
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 

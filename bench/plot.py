@@ -263,16 +263,19 @@ def fit_text(series: Series) -> str:
 
 
 def draw(target: Run, rows: Sequence[Row], stem: Path) -> list[Path]:
-    """`stem.svg` and `stem.png`; nothing where no cell is ok. The SVG is the same every time."""
+    """`stem.svg` and `stem.png`; nothing where no cell is ok."""
+    drawn = figure(target, rows)
+    return [] if drawn is None else save(drawn, stem)
+
+
+def save(drawn: Figure, stem: Path) -> list[Path]:
+    """Write `stem.svg` and `stem.png`. The SVG is the same every time."""
     import io
 
     from matplotlib import style
 
     from core.files import write_atomic
 
-    drawn = figure(target, rows)
-    if drawn is None:
-        return []
     files = []
     blank: dict[str, Any] = {"Date": None, "Creator": None}
     with style.context(STYLE):

@@ -58,6 +58,10 @@ class Job:
     rule: StopRule
     log: Path
     """Where the worker's stderr goes, appended."""
+    root: Path = ROOT
+    """The checkout whose worker runs."""
+    build: Path | None = None
+    """Its ADDBENCH_BUILD; None for this process's own."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class Child:
                     stdin=stdin,
                     stdout=write_end,
                     stderr=log,
-                    cwd=ROOT,
+                    cwd=job.root,
+                    env=None if job.build is None else with_build(job.build),
                     process_group=0,
                 )
             except BaseException:
@@ -140,6 +145,11 @@ class Child:
             os.killpg(self.process.pid, signal.SIGKILL)
         os.close(self.pipe)
         return self.process.wait()
+
+
+def with_build(build: Path) -> dict[str, str]:
+    """This process's environment with bundles and cache elsewhere."""
+    return {**os.environ, "ADDBENCH_BUILD": str(build)}
 
 
 def oom_kills() -> int:
@@ -211,14 +221,14 @@ def one_process(
     child: Child, job: Job, cells: Sequence[Cell], limits: Limits, view: View
 ) -> Generator[tuple[Cell, Result], None, int]:
     """The results that one worker gives before it ends; returns how many."""
-    shared: Result = {}
+    shared: Result | None = None
     done = 0
     while True:
         until = time.monotonic() + limits.timeout_s
         try:
             message = next_step(child, until, limits, view)
         except TimeoutError:
-            result = timed_out(limits.timeout_s, loading=not shared)
+            result = timed_out(limits.timeout_s, loading=shared is None)
             break
         if message is None:
             result = obituary(child, child.end(GRACE_S), f"logs/{job.log.name}")
@@ -236,9 +246,9 @@ def one_process(
             if done == len(cells) or message["result"]["status"] in LAST_STATUSES:
                 child.end(GRACE_S)
                 return done
-    victims = cells[done : done + 1] if shared else cells
+    victims = cells if shared is None else cells[done : done + 1]
     for cell in victims:
-        yield cell, result | shared
+        yield cell, result | (shared or {})
     return done + len(victims)
 
 

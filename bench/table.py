@@ -84,10 +84,10 @@ class Column:
     """A column: its header with the unit, its value, and the digits after the point."""
 
     header: str
-    value: Callable[[Line], Any]
+    value: Callable[[Any], Any]
     digits: int | None = None
 
-    def text(self, line: Line) -> str:
+    def text(self, line: Any) -> str:
         value = self.value(line)
         if value is None or value == "":
             return EMPTY
@@ -208,7 +208,7 @@ def markdown(target: Run, rows: Sequence[Row]) -> str:
     return "\n".join(text) + "\n"
 
 
-def grid(columns: Sequence[Column], lines: Sequence[Line]) -> list[str]:
+def grid(columns: Sequence[Column], lines: Sequence[Any]) -> list[str]:
     """A Markdown table, padded so that it reads as plain text too."""
     cells = [[column.header for column in columns]]
     cells += [[column.text(line).replace("|", "\\|") for column in columns] for line in lines]

@@ -186,3 +186,25 @@ class DinoFeatures(nn.Module):
             tokens = tokens[:, -self.side**2 :].transpose(1, 2)
             maps.append(tokens.unflatten(2, (self.side, self.side)))
         return maps, out.last_hidden_state[:, 0]
+
+
+def load_features(folder: Path, name: str) -> nn.Module:
+    """`pictures` or `fid` from the features stage's weights, frozen.
+
+    Raises:
+        PreconditionError: the files are not there.
+    """
+    from safetensors.torch import load_file
+
+    from core.files import read_json
+
+    if not (folder / f"{name}.safetensors").exists():
+        raise PreconditionError(
+            f"there is no feature network {name!r} in {folder}",
+            f"{name}.safetensors is missing",
+            "run `python -m distill.train --stage features`",
+        )
+    settings = read_json(folder / f"{name}.json")
+    network: nn.Module = (PictureFeatures if name == "pictures" else FidFeatures)(**settings)
+    network.load_state_dict(load_file(folder / f"{name}.safetensors"))
+    return network.eval().requires_grad_(False)

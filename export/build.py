@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import gc
@@ -112,7 +113,7 @@ def _export_part(plan: Plan, part: str, folder: Path, console: Console) -> dict[
         save_graph(graph, folder / part)
         entry = describe_graph(graph)
     del module, inputs, graph
-    gc.collect()  # what torch traced holds the weights in cycles
+    _give_memory_back()
     data = folder / part / "model.onnx.data"
     entry["graph"] = f"{part}/model.onnx"
     entry["data"] = f"{part}/{data.name}" if data.exists() else None
@@ -124,6 +125,17 @@ def _export_part(plan: Plan, part: str, folder: Path, console: Console) -> dict[
         soft_wrap=True,
     )
     return entry
+
+
+def _give_memory_back() -> None:
+    """Free the part that was exported: it lies in cycles, and then in the heap's free lists.
+
+    glibc keeps freed tensors below 32 MB: 1.3 GB of a text encoder beside the UNet's 5 GB.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def weight_bytes(plan: Plan, skeletons: dict[str, Any]) -> dict[str, int]:

@@ -76,12 +76,33 @@ def save_graph(model: onnx_ir.Model, folder: Path) -> None:
     """Write `model.onnx` and, where there are weights to speak of, `model.onnx.data`."""
     import onnx_ir
 
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:
+            value.const_value = _contiguous(value.const_value)
     onnx_ir.save(
         model,
         folder / "model.onnx",
         external_data="model.onnx.data",
         size_threshold_bytes=EXTERNAL_BYTES,
         alignment=4096,  # whole pages, so that a runtime can map the weights where they lie
+    )
+
+
+def _contiguous(tensor: onnx_ir.TensorProtocol) -> onnx_ir.TensorProtocol:
+    """A folded transpose is a view in Fortran order, which numpy writes number by number: 50 MB/s.
+
+    Copied to C order as it is written, one tensor at a time, so that memory stays as it is.
+    """
+    import numpy as np
+    import onnx_ir
+
+    if not isinstance(tensor, onnx_ir.Tensor) or tensor.numpy().flags.c_contiguous:
+        return tensor
+    return onnx_ir.LazyTensor(
+        lambda: onnx_ir.Tensor(np.ascontiguousarray(tensor.numpy()), dtype=tensor.dtype),
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
     )
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+import torch
+from torch import nn
 
 RESIDUAL_GAIN = 0.2
 """Gain of a layer that ends a residual branch: n of them add n * 0.04 to a variance of 1, so 70
@@ -29,41 +27,35 @@ def fill_random(module: nn.Module, seed: int, dtype: torch.dtype) -> None:
     order nor on the dtype asked for. They are rounded to FP16 always, as the weights of a
     published FP16 checkpoint are: an FP16 bundle and its FP32 reference hold the same numbers.
     """
-
-    def fill(job: tuple[nn.Module, str, str]) -> tuple[nn.Module, str, torch.Tensor]:
-        owner, full_name, name = job
-        shape = owner.get_parameter(name).shape
-        return owner, name, _draw(shape, *_scale(owner, full_name), seed, full_name, dtype)
-
-    from torch import nn
-
-    with ThreadPoolExecutor() as pool:  # numpy draws outside the interpreter's lock
-        for owner, name, tensor in pool.map(fill, list(_jobs(module))):
-            owner.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-
-
-def _jobs(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    jobs = []
     for path, owner in module.named_modules():
-        for name, _ in owner.named_parameters(recurse=False):
-            yield owner, f"{path}.{name}", name
+        for name, meta in list(owner.named_parameters(recurse=False)):
+            parameter = nn.Parameter(torch.empty(meta.shape, dtype=dtype), requires_grad=False)
+            owner.register_parameter(name, parameter)
+            jobs.append((parameter.data, f"{path}.{name}", *_scale(owner, f"{path}.{name}")))
+    local = threading.local()
 
+    def fill(job: tuple[torch.Tensor, str, float, float]) -> None:
+        if not hasattr(local, "numbers"):  # kept: freed pieces of this size fragment the heap
+            local.numbers = np.empty(CHUNK, np.float32)
+            local.half = torch.empty(CHUNK, dtype=torch.float16)
+        tensor, name, mean, deviation = job
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest[:16], "little")))
+        flat = tensor.view(-1)
+        for start in range(0, flat.numel(), CHUNK):
+            piece = flat[start : start + CHUNK]
+            numbers = local.numbers[: piece.numel()]
+            generator.standard_normal(dtype=np.float32, out=numbers)
+            numbers *= np.float32(deviation)
+            numbers += np.float32(mean)
+            half = local.half[: piece.numel()]
+            half.copy_(torch.from_numpy(numbers))
+            piece.copy_(half)
 
-def _draw(
-    shape: torch.Size, mean: float, deviation: float, seed: int, name: str, dtype: torch.dtype
-) -> torch.Tensor:
-    import torch
-
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest[:16], "little")))
-    tensor = torch.empty(shape, dtype=dtype)
-    flat = tensor.view(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        piece = flat[start : start + CHUNK]
-        numbers = generator.standard_normal(piece.numel(), dtype=np.float32)
-        numbers *= np.float32(deviation)
-        numbers += np.float32(mean)
-        piece.copy_(torch.from_numpy(numbers).half())
-    return tensor
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(fill, jobs):  # numpy draws outside the interpreter's lock
+            pass
 
 
 def _scale(owner: nn.Module, name: str) -> tuple[float, float]:
@@ -72,8 +64,6 @@ def _scale(owner: nn.Module, name: str) -> tuple[float, float]:
     Norms and biases are not exactly 1 and 0: a graph pass may drop or merge equal constants, which
     no trained checkpoint has.
     """
-    from torch import nn
-
     module, _, kind = name.rpartition(".")
     if isinstance(owner, nn.LayerNorm | nn.GroupNorm):
         return (1.0, 0.1) if kind == "weight" else (0.0, 0.1)

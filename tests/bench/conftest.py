@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -48,19 +47,24 @@ def sweep(tiny_bundle: Bundle) -> Sweep:
 class Started:
     """A sweep in a process and a process group of its own, to be killed."""
 
-    def __init__(self, bundle: Bundle, out: Path, *arguments: str) -> None:
-        self.out = out
+    def __init__(self, bundle: Bundle, log: Path, out: Path, *arguments: str) -> None:
+        self.out, self.log = out, log
         command = [sys.executable, "-m", "bench.sweep", "--model", str(bundle.path)]
-        self.process = subprocess.Popen(
-            [*command, "--out", str(out), *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        with log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                [*command, "--out", str(out), *arguments],
+                cwd=ROOT,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text()
 
     def rows(self) -> list[Row]:
+        """The rows of the only run in its folder."""
         files = list(self.out.glob(f"*/{ROWS}"))
         return open_run(str(files[0].parent), self.out).rows() if files else []
 
@@ -68,24 +72,27 @@ class Started:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in children.read_text().split()]
 
-    def wait_for(self, what: Callable[[], Any], seconds: float = 90) -> None:
+    def wait_for(self, what: Callable[[], object], seconds: float = 90) -> None:
         until = time.monotonic() + seconds
         while not what():
-            assert time.monotonic() < until, "it did not come"
-            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < until, f"it did not come:\n{self.text()}"
+            assert self.process.poll() is None, self.text()
             time.sleep(0.02)
 
 
 @pytest.fixture
-def start(tiny_bundle: Bundle) -> Iterator[Callable[..., Started]]:
+def start(
+    tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Started]]:
     started: list[Started] = []
 
     def begin(out: Path, *arguments: str) -> Started:
-        started.append(Started(tiny_bundle, out, *arguments))
+        log = tmp_path_factory.mktemp("log") / "out.txt"
+        started.append(Started(tiny_bundle, log, out, *arguments))
         return started[-1]
 
     yield begin
     for one in started:
         if one.process.poll() is None:
             os.killpg(one.process.pid, signal.SIGKILL)
-        one.process.communicate()
+        one.process.wait()

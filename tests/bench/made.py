@@ -1,8 +1,9 @@
-"""Rows and runs made by hand, for the tests of what reads them."""
+"""Rows and runs made by hand, and what else the tests of this room share."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,3 +83,17 @@ def make_run(out: Path, rows: Sequence[Row], rounds: int = 1) -> Run:
     made = create_run(out, header)
     (made.path / ROWS).write_text("".join(json.dumps(one) + "\n" for one in rows))
     return made
+
+
+def gone(pid: int, seconds: float = 10) -> bool:
+    """Whether the process ends within `seconds`; a zombie has ended."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from folders import lay_out
 
 from export.checkpoint import ARCHITECTURES, COMPONENTS, open_checkpoint
 from export.models import MODELS
@@ -49,15 +49,3 @@ def hub_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     lay_out(cache, "org/tiny", folder, "1" * 40)
     lay_out(cache, "org/taesd", tmp_path / "taesd", "2" * 40)
     return cache
-
-
-def lay_out(cache: Path, repo: str, files: Path, commit: str) -> None:
-    """Put `files` into a hub cache as one snapshot, as huggingface_hub lays it out."""
-    root = cache / f"models--{repo.replace('/', '--')}"
-    shutil.copytree(files, root / "snapshots" / commit)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text(commit)
-
-
-def edit_json(file: Path, **changes: object) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import edit_json, lay_out
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -21,7 +22,6 @@ from export.checkpoint import CheckpointError, open_checkpoint, reopen
 from export.layout import pick_weights
 from export.models import MODELS, Model
 from export.request import find_place, infer_model
-from tests.export.conftest import edit_json, lay_out
 
 TINY = MODELS["tiny-sdxl"]
 ON_HUB = dataclasses.replace(TINY, checkpoint="org/tiny", taesd="org/taesd")
@@ -224,7 +224,9 @@ def test_without_network_and_cache_the_command_names_three_ways(
     tmp_path: Path, network: str
 ) -> None:
     env = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "ADDBENCH_BUILD": str(tmp_path)}
-    env |= {"HF_HUB_OFFLINE": "1"} if network == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    env |= (
+        {"HF_HUB_OFFLINE": "1"} if network == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    )
     command = [sys.executable, "-m", "export", "--model", "sdxl-turbo"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == EXIT_USAGE

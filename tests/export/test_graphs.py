@@ -91,9 +91,7 @@ def test_graphs_hold_no_path_of_this_machine(tiny_bundle: Bundle, part: str) -> 
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_graph_computes_what_the_wrapper_does(
-    tiny_bundle: Bundle, part: str, batch: int
-) -> None:
+def test_a_graph_computes_what_the_wrapper_does(tiny_bundle: Bundle, part: str, batch: int) -> None:
     ort = pytest.importorskip("onnxruntime", reason="the CPU backend's package is not installed")
     module = TINY.module(part, torch.float32)
     inputs = example_inputs(part, module, batch, 64, 64, torch.float16, seed=3)
@@ -137,7 +135,9 @@ def test_fp32_graphs_are_fp32_throughout(tmp_path: Path) -> None:
     with exported_graph(wrapper, inputs, ("sample",), "vae_decoder") as graph:
         entry = describe_graph(graph)
         save_graph(graph, tmp_path)
-    assert entry["outputs"] == [{"name": "sample", "dtype": "float32", "shape": ["batch", 3, 64, 64]}]
+    assert entry["outputs"] == [
+        {"name": "sample", "dtype": "float32", "shape": ["batch", 3, 64, 64]}
+    ]
     assert entry["weight_bytes"] >= 4 * sum(p.numel() for p in wrapper.parameters())
     saved = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     assert onnx.TensorProto.FLOAT16 not in {t.data_type for t in saved.graph.initializer}

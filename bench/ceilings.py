@@ -1,0 +1,114 @@
+"""What the machine at hand can do at most: matrix products, convolutions, copies.
+
+Each probe grows its problem until one call takes 0.3 s, then repeats it until 2 s are over; the
+best call counts, since everything that disturbs makes a call slower, never faster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+GROW_UNTIL_S = 0.3
+STOP_AFTER_S = 2.0
+NATIVE_FLAGS = {"bf16": ("amx_bf16", "avx512_bf16"), "fp16": ("amx_fp16",)}
+"""CPU flags, one of which a dtype needs: emulated it runs hundreds of times slower than FP32."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Peaks of one device.
+
+    Attributes:
+        tflops: dtype -> kind (`matmul`, `conv`) -> TFLOP/s of direct algorithms.
+        gb_per_s: memory traffic, reads and writes together.
+        provenance: `measured` here, or `published` by the maker.
+    """
+
+    device: str
+    tflops: dict[str, dict[str, float]]
+    gb_per_s: float
+    provenance: str
+
+    def columns(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, columns: dict[str, Any]) -> Ceilings:
+        return cls(**columns)
+
+
+def native_dtypes() -> list[str]:
+    """Dtypes that this CPU computes without emulating them; FP32 always."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return ["fp32", *(name for name, needs in NATIVE_FLAGS.items() if flags & set(needs))]
+
+
+def measure(threads: int | None = None) -> Ceilings:
+    """Measure the CPU with `threads` (default: physical cores); about 5 s a dtype."""
+    import torch
+
+    from backends.base import physical_cores
+
+    torch.set_num_threads(threads or physical_cores())
+    with torch.inference_mode():
+        tflops = {name: measure_dtype(name) for name in native_dtypes()}
+        return Ceilings("cpu", tflops, copy_rate(), "measured")
+
+
+def measure_dtype(name: str) -> dict[str, float]:
+    import torch
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+    def matmul(scale: int) -> tuple[Callable[[], Any], float]:
+        """[n, n] x [n, n], n = 512 * scale: 2 n^3 FLOPs."""
+        n = 512 * scale
+        left, right = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+        out = torch.empty(n, n, dtype=dtype)
+        return lambda: torch.mm(left, right, out=out), 2.0 * n**3
+
+    def conv(scale: int) -> tuple[Callable[[], Any], float]:
+        """3x3, 320 -> 320 channels on [scale, 320, 64, 64], as in SDXL's first UNet block."""
+        image = torch.randn(scale, 320, 64, 64).to(dtype).to(memory_format=torch.channels_last)
+        layer = torch.nn.Conv2d(320, 320, 3, padding=1, dtype=dtype)
+        layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return lambda: layer(image), 2.0 * scale * 320 * 320 * 9 * 64 * 64
+
+    return {kind: best_rate(make) / 1e12 for kind, make in (("matmul", matmul), ("conv", conv))}
+
+
+def copy_rate() -> float:
+    """GB/s of a copy, bytes read and bytes written both counted."""
+    import torch
+
+    def copy(scale: int) -> tuple[Callable[[], Any], float]:
+        source = torch.ones(scale * 2**22)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source), 2.0 * source.numel() * source.element_size()
+
+    # Past 4 GiB a buffer says nothing new, whatever the time.
+    return best_rate(copy, largest=128) / 1e9
+
+
+def best_rate(make: Callable[[int], tuple[Callable[[], Any], float]], largest: int = 256) -> float:
+    """Units of work per second: the problem doubles until it is long enough, the best call wins."""
+    scale, started = 1, time.perf_counter()
+    best = 0.0
+    call, work = make(scale)
+    call()
+    while True:
+        begun = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - begun
+        best = max(best, work / seconds)
+        if time.perf_counter() - started > STOP_AFTER_S:
+            return best
+        if seconds < GROW_UNTIL_S and scale < largest:
+            scale *= 2
+            call, work = make(scale)
+            call()

@@ -1,0 +1,361 @@
+"""`python -m bench.compare BASE HEAD`: did it become slower from one run to the other?
+
+Two runs of the same cells, measured one after the other on one machine, five rounds each or more.
+For a change in code use `bench.ab`, which alternates and so sees smaller slowdowns.
+`python -m bench.compare --history [RUN]` holds a run against all earlier ones of the machine.
+
+Exit code 0: no regression. 3: a cell is slower. 4: cells failed or are missing. 5: inconclusive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.cell import Cell
+from bench.outcome import FAILED, FASTER, FORMATS, INCONCLUSIVE, MISSING, SAME, SLOWER
+from bench.store import LATEST, OK, RUNS, Row, Run, open_run
+from core.cli import Parser, run
+from core.errors import AddbenchError, PreconditionError
+
+if TYPE_CHECKING:
+    from bench.outcome import Line, Outcome
+    from bench.verdict import Judgement
+
+CONDITIONS = (
+    "versions",
+    "cores_allowed",
+    "threads_env",
+    "governor",
+    "isa",
+    "os",
+)
+"""What of the environment is named where two runs differ in it."""
+FAR_APART_H = 24.0
+
+
+@dataclass
+class Cells:
+    """What one run says of a cell: medians of the rounds that are ok, statuses of all."""
+
+    medians: list[float] = field(default_factory=list)
+    statuses: Counter[str] = field(default_factory=Counter)
+    provenances: set[str] = field(default_factory=set)
+
+    @property
+    def bad(self) -> str:
+        """The statuses that are not ok, with their number of rounds; "" for none."""
+        total = self.statuses.total()
+        return ", ".join(
+            f"{status} in {number} of {total} rounds"
+            for status, number in sorted(self.statuses.items())
+            if status != OK
+        )
+
+
+def gather(rows: Iterable[Row], name: str) -> dict[Cell, Cells]:
+    """Rows by cell. A row that is ok replaces an earlier one of its round that is not.
+
+    Raises:
+        AddbenchError: a cell was measured twice in one round, both ok.
+    """
+    latest: dict[tuple[Cell, int], Row] = {}
+    for row in rows:
+        place = (Cell.of(row), row["round"])
+        earlier = latest.get(place)
+        if earlier is not None and earlier["status"] == row["status"] == OK:
+            raise AddbenchError(
+                f"run {name} has two results of {place[0]} in round {row['round'] + 1}",
+                f"rows {earlier['row']} and {row['row']}: a sweep measures a cell once a round",
+                "remove the row that does not belong there",
+            )
+        latest[place] = row
+    found: dict[Cell, Cells] = {}
+    for (cell, _), row in latest.items():
+        cells = found.setdefault(cell, Cells())
+        cells.statuses[row["status"]] += 1
+        if row["status"] == OK:
+            cells.medians.append(row["median_ms"])
+            cells.provenances.add(row["provenance"])
+    return found
+
+
+def judge(
+    base: dict[Cell, Cells],
+    head: dict[Cell, Cells],
+    cells: Sequence[Cell],
+    max_slowdown: float,
+) -> list[Line]:
+    """A line for each of `cells`. Cells with equal numbers of rounds are judged at once."""
+    import numpy as np
+
+    from bench.outcome import Line
+    from bench.verdict import runs
+
+    lines: dict[Cell, Line] = {}
+    shapes: dict[tuple[int, int], list[Cell]] = {}
+    for cell in cells:
+        mine, theirs = base.get(cell, Cells()), head.get(cell, Cells())
+        verdict, why = unusable(mine, theirs)
+        lines[cell] = Line(
+            cell,
+            verdict,
+            why,
+            base_ms=float(np.median(mine.medians)) if mine.medians else None,
+            head_ms=float(np.median(theirs.medians)) if theirs.medians else None,
+            base_rounds=len(mine.medians),
+            head_rounds=len(theirs.medians),
+        )
+        if not verdict:
+            shapes.setdefault((len(mine.medians), len(theirs.medians)), []).append(cell)
+    for group in shapes.values():
+        judged = runs(
+            np.log([base[cell].medians for cell in group]),
+            np.log([head[cell].medians for cell in group]),
+            max_slowdown,
+        )
+        for place, cell in enumerate(group):
+            lines[cell] = decided(lines[cell], judged, place, max_slowdown)
+    return [lines[cell] for cell in cells]
+
+
+def unusable(base: Cells, head: Cells) -> tuple[str, str]:
+    """(verdict, reason) of a cell that cannot be compared; ("", "") of one that can."""
+    from bench.verdict import RUN_ROUNDS
+
+    for name, side in (("HEAD", head), ("BASE", base)):
+        if not side.statuses:
+            return MISSING, f"{name} has no row of it"
+    if head.bad:
+        return FAILED, f"HEAD: {head.bad}"
+    if not base.medians:
+        return FAILED, f"BASE: {base.bad}"
+    if base.provenances != head.provenances:
+        words = [" and ".join(sorted(side.provenances)) for side in (base, head)]
+        return INCONCLUSIVE, f"BASE is {words[0]}, HEAD {words[1]}: no ratio mixes the two"
+    if min(len(base.medians), len(head.medians)) < RUN_ROUNDS:
+        return INCONCLUSIVE, (
+            f"{len(base.medians)} and {len(head.medians)} rounds, {RUN_ROUNDS} a side are needed:"
+            f" sweep with --rounds {RUN_ROUNDS}, or use python -m bench.ab"
+        )
+    return "", ""
+
+
+def decided(line: Line, judged: Judgement, place: int, max_slowdown: float) -> Line:
+    """`line` with the rule's verdict on it."""
+    from dataclasses import replace
+
+    from bench.verdict import reason
+
+    verdict = (
+        SLOWER
+        if judged.slower[place]
+        else FASTER
+        if judged.faster[place]
+        else SAME
+        if judged.same[place]
+        else INCONCLUSIVE
+    )
+    ratio, low, high = (
+        math.exp(part[place]) for part in (judged.estimate, judged.low, judged.high)
+    )
+    why = reason(judged, place, max_slowdown) if verdict == INCONCLUSIVE else ""
+    return replace(line, verdict=verdict, reason=why, ratio=ratio, low=low, high=high)
+
+
+# ---- two runs
+
+
+def header(target: Run, *names: str) -> Any:
+    """A field of a run's header; a header without it is the user's to know."""
+    value: Any = target.header
+    for name in names:
+        if not isinstance(value, dict) or name not in value:
+            raise PreconditionError(
+                f"the header of run {target.name} has no {'.'.join(names)}",
+                "it was not written by bench.sweep, or was edited",
+                "compare runs that bench.sweep or bench.ab made",
+            )
+        value = value[name]
+    return value
+
+
+def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
+    """Whether both ran on one machine.
+
+    Raises:
+        PreconditionError: the two are one run, are of different models, or of different machines
+            without `allow_other_machine`.
+    """
+    if base.path.resolve() == head.path.resolve():
+        raise PreconditionError(
+            f"BASE and HEAD are both run {base.name}",
+            "a run is always the same as itself",
+            "name two runs",
+        )
+    models = [
+        " ".join(str(header(target, "bundle", name)) for name in ("name", "weights", "dtype"))
+        for target in (base, head)
+    ]
+    if models[0] != models[1]:
+        raise PreconditionError(
+            "BASE and HEAD are runs of different models",
+            f"BASE measured {models[0]}, HEAD {models[1]}",
+            "compare runs of one model and its weights",
+        )
+    one_machine = header(base, "environment", "machine") == header(head, "environment", "machine")
+    if not one_machine and not allow_other_machine:
+        cpus = [header(target, "environment").get("cpu", "unknown") for target in (base, head)]
+        raise PreconditionError(
+            "BASE and HEAD were measured on different machines",
+            f"BASE on {cpus[0]}, HEAD on {cpus[1]}: machines of one kind already differ by 8%",
+            "measure both on one, or pass --allow-other-machine for a table without a regression",
+        )
+    return bool(one_machine)
+
+
+def notes_on(base: Run, head: Run, one_machine: bool) -> list[str]:
+    """What differs between two runs and may explain a difference."""
+    notes = []
+    if not one_machine:
+        notes.append("the runs are from different machines: no verdict here is a regression")
+    for name in CONDITIONS:
+        was, now = (target.header["environment"].get(name) for target in (base, head))
+        if was != now:
+            notes.append(f"{name} differs: {difference(was, now)}")
+    if (was := base.header.get("settings")) != (now := head.header.get("settings")):
+        notes.append(f"settings differ: {difference(was, now)}")
+    if base.header["bundle"].get("hash") != head.header["bundle"].get("hash"):
+        notes.append("the bundles differ in content: what was exported changed")
+    for side, target in (("BASE", base), ("HEAD", head)):
+        if target.header.get("git_dirty"):
+            notes.append(f"{side} was measured with uncommitted changes")
+    hours = apart_h(base, head)
+    if hours is not None and hours > FAR_APART_H:
+        notes.append(
+            f"the runs lie {hours / 24:.1f} days apart; the rule is for runs one after the other"
+        )
+    return notes
+
+
+def difference(was: Any, now: Any) -> str:
+    """What changed; of two dicts only the entries that differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        return ", ".join(
+            f"{name} {was.get(name)} -> {now.get(name)}"
+            for name in {**was, **now}
+            if was.get(name) != now.get(name)
+        )
+    return f"{was} -> {now}"
+
+
+def apart_h(base: Run, head: Run) -> float | None:
+    """Hours between the starts of two runs; None where a header does not say."""
+    try:
+        times = [datetime.fromisoformat(target.header["created_utc"]) for target in (base, head)]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return abs((times[1] - times[0]).total_seconds()) / 3600
+
+
+def compare(base: Run, head: Run, max_slowdown: float, allow_other_machine: bool) -> Outcome:
+    """Judge every cell that either run planned or measured."""
+    from bench.outcome import Outcome
+    from bench.verdict import RUN_SPREADS
+
+    one_machine = check_pair(base, head, allow_other_machine)
+    mine, theirs = (gather(target.all_rows(), target.name) for target in (base, head))
+    planned = [*plan_of(base), *plan_of(head), *mine, *theirs]
+    return Outcome(
+        base=base.name,
+        head=head.name,
+        rule=f"slower: the two-sample Hodges-Lehmann estimate on round medians, with its whole 95%"
+        f" interval, is above {max_slowdown:+.0%}, and exceeds {RUN_SPREADS:g} times the spread of"
+        " a run's own rounds.",
+        lines=judge(mine, theirs, list(dict.fromkeys(planned)), max_slowdown),
+        notes=notes_on(base, head, one_machine),
+        accusing=one_machine,
+    )
+
+
+def plan_of(target: Run) -> list[Cell]:
+    header(target, "plan")
+    try:
+        return target.plan
+    except (KeyError, TypeError) as error:
+        raise PreconditionError(
+            f"the plan in the header of run {target.name} cannot be read",
+            f"a cell lacks {error}",
+            "compare runs that bench.sweep or bench.ab made",
+        ) from error
+
+
+# ---- command line
+
+
+def share(text: str) -> float:
+    """`15` or `15%` -> 0.15."""
+    try:
+        value = float(text.removesuffix("%")) / 100
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage") from None
+    if not 0.01 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 1000 (percent)")
+    return value
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="python -m bench.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("runs", nargs="*", metavar="RUN|latest", help="BASE HEAD; one for --history")
+    top.add_argument("--max-slowdown", type=share, default=None, metavar="15%", help="limit (15%%)")
+    top.add_argument("--format", choices=FORMATS, default="table")
+    top.add_argument(
+        "--allow-other-machine", action="store_true", help="compare, but never end in 3"
+    )
+    top.add_argument("--history", action="store_true", help="against all earlier runs")
+    top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    from bench.outcome import show
+
+    if args.history:
+        from bench.history import against_history
+
+        if len(args.runs) > 1 or args.max_slowdown or args.allow_other_machine:
+            raise PreconditionError(
+                "--history takes one run and no other limit",
+                "the earlier runs of the machine are what it is held against",
+                "python -m bench.compare --history RUN",
+            )
+        outcome = against_history(open_run((args.runs or [LATEST])[0], args.out), args.out)
+    else:
+        from bench.verdict import RUN_SLOWDOWN
+
+        if len(args.runs) != 2:
+            raise PreconditionError(
+                f"{len(args.runs)} runs were named and two are compared",
+                "the first is the base, the second the head",
+                "python -m bench.compare BASE HEAD",
+            )
+        base, head = (open_run(text, args.out) for text in args.runs)
+        limit = args.max_slowdown or RUN_SLOWDOWN
+        outcome = compare(base, head, limit, args.allow_other_machine)
+    show(outcome, args.format)
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

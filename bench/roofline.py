@@ -1,0 +1,280 @@
+"""The distance to the hardware's limit: FLOPs and bytes of each part against a device's ceilings.
+
+A floor is the time that direct algorithms need: every multiply-add done once at the peak, or every
+byte moved once at full bandwidth, whichever takes longer. Algorithms that do fewer multiply-adds
+(Winograd convolutions) can go below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from bench.ceilings import Ceilings
+from core.cli import Parser, add_model_arguments, run
+from core.errors import EXIT_OK, PreconditionError
+from export.models import DEFAULT_MODEL, MODELS, PARTS
+
+if TYPE_CHECKING:
+    from bench.cell import Cell
+    from export.bundle import Bundle
+    from export.cost import Cost
+
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+STAGES = {
+    "text": ("text_encoder", "text_encoder_2"),
+    "unet_step": ("unet",),
+    "decode": ("vae_decoder", "taesd_decoder"),
+}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least milliseconds of one evaluation, and which ceiling sets them."""
+
+    compute_ms: float
+    memory_ms: float
+
+    @property
+    def ms(self) -> float:
+        return max(self.compute_ms, self.memory_ms)
+
+    @property
+    def bound(self) -> str:
+        return "compute" if self.compute_ms >= self.memory_ms else "memory"
+
+
+def moved_bytes(cost: Cost, storage: str, precision: str) -> float:
+    """Bytes of one evaluation: weights and activations in the dtype that is computed in.
+
+    `cost` counts both in the dtype of the graph (`storage`); a CPU that stores FP16 and computes
+    FP32 holds the weights in FP32.
+    """
+    wider = BYTES[precision] / BYTES[storage]
+    return (cost.weight_bytes + cost.activation_bytes) * wider
+
+
+def floor(cost: Cost, ceilings: Ceilings, storage: str, precision: str) -> Floor | None:
+    """The floor of one evaluation, or None where the device has no figure for that dtype."""
+    peaks = ceilings.tflops.get(precision)
+    if peaks is None:
+        return None
+    conv = cost.by_kind["conv"]
+    compute_s = (cost.flops - conv) / (peaks["matmul"] * 1e12) + conv / (peaks["conv"] * 1e12)
+    memory_s = moved_bytes(cost, storage, precision) / (ceilings.gb_per_s * 1e9)
+    return Floor(1e3 * compute_s, 1e3 * memory_s)
+
+
+@lru_cache(maxsize=64)
+def cost_of(bundle: Bundle, part: str, batch: int) -> Cost:
+    """Cost of a bundle's part at its own size. Counted on the graph, once per process."""
+    from export.cost import part_cost
+
+    return part_cost(bundle.parts[part].graph, batch)
+
+
+def stage_parts(cell: Cell, parts: Sequence[str]) -> dict[str, list[str]]:
+    """Stage -> the parts of it that this cell runs."""
+    other = {"vae": "taesd_decoder", "taesd": "vae_decoder"}[cell.decoder]
+    return {
+        stage: [part for part in names if part in parts and part != other]
+        for stage, names in STAGES.items()
+    }
+
+
+def of_row(
+    row: Mapping[str, Any], cell: Cell, bundle: Bundle, ceilings: Ceilings
+) -> dict[str, Any] | None:
+    """A row's `roofline` column: stage -> achieved rates, floor and the fraction of it reached."""
+    stages = row.get("stages_ms")
+    if not stages or cell.precision not in ceilings.tflops:
+        return None
+    found = {}
+    # At one step there is no later step: the first one is the UNet's time.
+    times = {**stages, "unet_step": stages["unet_step"] or stages["unet_first"]}
+    for stage, parts in stage_parts(cell, list(bundle.parts)).items():
+        costs = [cost_of(bundle, part, cell.batch) for part in parts]
+        floors = [floor(cost, ceilings, cell.storage, cell.precision) for cost in costs]
+        milliseconds = times[stage]
+        if not milliseconds or None in floors:
+            continue
+        flops = sum(cost.flops for cost in costs)
+        moved = sum(moved_bytes(cost, cell.storage, cell.precision) for cost in costs)
+        least = sum(each.ms for each in floors if each is not None)
+        found[stage] = {
+            "tflops": round(flops / milliseconds / 1e9, 5),
+            "gb_per_s": round(moved / milliseconds / 1e6, 4),
+            "floor_ms": round(least, 4),
+            "fraction": round(least / milliseconds, 4),
+        }
+    return found or None
+
+
+# ---- the command
+
+
+def parser() -> Parser:
+    made = Parser(prog="python -m bench.roofline", description=__doc__.split("\n")[0])
+    add_model_arguments(made, DEFAULT_MODEL)
+    made.add_argument("--size", metavar="WxH", help="pixels (the model's own)")
+    made.add_argument("--batch", type=int, default=1)
+    where = made.add_mutually_exclusive_group()
+    where.add_argument("--measure", action="store_true", help="measure this machine's ceilings")
+    where.add_argument("--device", help="a known accelerator: its published peaks")
+    made.add_argument("--format", choices=("table", "json"), default="table")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.batch < 1:
+        raise PreconditionError("--batch is less than 1", "a batch has an image", "use --batch 1")
+    costs, size, dtype = costs_for(args)
+    ceilings = None
+    if args.measure:
+        from bench.ceilings import measure
+
+        ceilings = measure()
+    elif args.device:
+        ceilings = published(args.device)
+    precision = dtype if ceilings is None or dtype in ceilings.tflops else "fp32"
+    entries = [entry(cost, ceilings, dtype, precision) for cost in costs]
+    report = {
+        "model": args.model,
+        "size": size,
+        "batch": args.batch,
+        "storage": dtype,
+        "precision": precision,
+        "ceilings": ceilings.columns() if ceilings else None,
+        "parts": entries,
+        "pipelines": pipelines(entries),
+    }
+    if args.format == "json":
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+    return EXIT_OK
+
+
+def costs_for(args: argparse.Namespace) -> tuple[list[Cost], str, str]:
+    """Costs of every part; from the architecture alone where the model's name is known."""
+    from export.cost import part_cost_at
+
+    if args.model in MODELS:
+        from export.checkpoint import open_checkpoint
+
+        model = MODELS[args.model]
+        checkpoint = open_checkpoint(model, "random")
+        width, height, dtype = model.size, model.size, args.dtype or "fp16"
+        parts: Sequence[str] = model.parts
+    else:
+        from export.bundle import find_bundle
+
+        bundle = find_bundle(args.model, args.weights, args.dtype)
+        checkpoint, (width, height), dtype = bundle.checkpoint(), bundle.size, bundle.dtype
+        parts = tuple(bundle.parts)
+    if args.size:
+        width, height = parse_size(args.size)
+    return (
+        [
+            part_cost_at(checkpoint, part, args.batch, width, height, dtype)
+            for part in PARTS
+            if part in parts
+        ],
+        f"{width}x{height}",
+        dtype,
+    )
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    width, cross, height = text.partition("x")
+    if not cross or not width.isdigit() or not height.isdigit() or not int(width) * int(height):
+        raise PreconditionError(
+            f"--size {text} is not a size", "it is WIDTHxHEIGHT in pixels", "use --size 512x512"
+        )
+    if int(width) % 32 or int(height) % 32:
+        raise PreconditionError(
+            f"--size {text} cannot be run",
+            "latents are an eighth of the image and the UNet halves them twice",
+            "use multiples of 32",
+        )
+    return int(width), int(height)
+
+
+def published(name: str) -> Ceilings:
+    from backends.devices import find_device
+
+    device = find_device(name)
+    peak = device.fp16_tflops_dense
+    return Ceilings(
+        device.name, {"fp16": {"matmul": peak, "conv": peak}}, device.memory_gb_per_s, "published"
+    )
+
+
+def entry(cost: Cost, ceilings: Ceilings | None, storage: str, precision: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "part": cost.part,
+        "gflop": round(cost.flops / 1e9, 3),
+        **{f"gflop_{kind}": round(flops / 1e9, 3) for kind, flops in cost.by_kind.items()},
+        "weight_mb": round(cost.weight_bytes / 1e6, 1),
+        "activation_mb": round(cost.activation_bytes / 1e6, 1),
+    }
+    least = floor(cost, ceilings, storage, precision) if ceilings else None
+    if least is not None:
+        found |= {"floor_ms": round(least.ms, 3), "bound": least.bound}
+    return found
+
+
+def pipelines(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Whole images at 1, 2 and 4 steps with each decoder: GFLOP, and the floor if there is one."""
+    by_part = {each["part"]: each for each in entries}
+    found = []
+    for decoder in ("vae", "taesd"):
+        if f"{decoder}_decoder" not in by_part:
+            continue
+        for steps in (1, 2, 4):
+            calls = {part: 1 for part in by_part if part.startswith("text")}
+            calls |= {"unet": steps, f"{decoder}_decoder": 1}
+            line: dict[str, Any] = {"decoder": decoder, "steps": steps}
+            for key in ("gflop", "floor_ms"):
+                if all(key in by_part[part] for part in calls):
+                    total = sum(n * by_part[part][key] for part, n in calls.items())
+                    line[key] = round(total, 3)
+            found.append(line)
+    return found
+
+
+def show(report: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    ceilings = report["ceilings"]
+    title = f"{report['model']}, {report['size']}, batch {report['batch']}, {report['storage']}"
+    if ceilings:
+        peaks = ", ".join(
+            f"{dtype} {kind} {rate:.3g} TFLOP/s"
+            for dtype, kinds in ceilings["tflops"].items()
+            for kind, rate in kinds.items()
+        )
+        title += (
+            f"\n{ceilings['device']} ({ceilings['provenance']}): {peaks},"
+            f" {ceilings['gb_per_s']:.3g} GB/s;"
+            f" floors of direct algorithms in {report['precision']}"
+        )
+    for rows in (report["parts"], report["pipelines"]):
+        table = Table(title=title if rows is report["parts"] else None, title_justify="left")
+        for key in rows[0]:
+            table.add_column(key.replace("_ms", " (ms)").replace("_mb", " (MB)"))
+        for row in rows:
+            table.add_row(*(f"{v:,.1f}" if isinstance(v, float) else str(v) for v in row.values()))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

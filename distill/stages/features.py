@@ -1,0 +1,172 @@
+"""Stage `features`: the preset's own feature networks, on training combinations only.
+
+The discriminator's network answers, at each place of each of its maps, which shape, colour and
+size stands there, and which objects the whole picture holds. FID's network, of another
+architecture and seed, answers only the latter.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from core.errors import PreconditionError
+from core.files import write_json
+from distill.data import Shapes
+from distill.features import FidFeatures, PictureFeatures
+from distill.loop import Trainer
+from distill.shapes import (
+    BACKGROUNDS,
+    CANVAS,
+    COLOURS,
+    EXTENT,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Layout,
+    Scene,
+)
+
+QUESTIONS = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES))
+"""Choices at each place: nothing, or which shape, which colour, which size."""
+KINDS = len(SHAPES) * len(COLOURS) * len(SIZES)
+FACTS = KINDS + 9 * (len(SHAPES) + len(COLOURS)) + len(BACKGROUNDS)
+"""Which kinds of object; which shape and colour in which ninth of the picture; background."""
+
+
+def place_labels(items: list[Scene], layouts: list[Layout], side: int) -> NDArray[np.int64]:
+    """[n, 3, side, side]: what covers the middle of each place; 0 nothing."""
+    step = CANVAS / side
+    grid = (np.arange(side) + 0.5) * step
+    labels = np.zeros((len(items), 3, side, side), np.int64)
+    for index, (scene, (centres, radii)) in enumerate(zip(items, layouts, strict=True)):
+        for item, centre, radius in zip(scene.objects, centres, radii, strict=True):
+            reach = max(radius * EXTENT[item.shape], step * 0.75)
+            inside = np.hypot(grid[None] - centre[0], grid[:, None] - centre[1]) <= reach
+            words = (SHAPES.index(item.shape), list(COLOURS).index(item.colour),
+                     SIZES.index(item.size))  # fmt: skip
+            for question, word in enumerate(words):
+                labels[index, question][inside] = word + 1
+    return labels
+
+
+def fact_labels(items: list[Scene], layouts: list[Layout]) -> NDArray[np.float32]:
+    """[n, FACTS] of 0 and 1."""
+    labels = np.zeros((len(items), FACTS), np.float32)
+    for row, scene, (centres, _) in zip(labels, items, layouts, strict=True):
+        for item, (x, y) in zip(scene.objects, centres, strict=True):
+            shape, colour = SHAPES.index(item.shape), list(COLOURS).index(item.colour)
+            row[(shape * len(COLOURS) + colour) * len(SIZES) + SIZES.index(item.size)] = 1
+            ninth = min(2, int(y * 3 / CANVAS)) * 3 + min(2, int(x * 3 / CANVAS))
+            start = KINDS + ninth * (len(SHAPES) + len(COLOURS))
+            row[start + shape] = row[start + len(SHAPES) + colour] = 1
+        row[FACTS - len(BACKGROUNDS) + list(BACKGROUNDS).index(scene.background)] = 1
+    return labels
+
+
+def feature_settings(channels: tuple[int, ...], size: int) -> dict[str, Any]:
+    return {"channels": list(channels), "size": size, "classes": list(QUESTIONS), "facts": FACTS}
+
+
+class _Both(nn.Module):
+    """Both networks in one forward, so that data parallelism sees it."""
+
+    def __init__(self, pictures: PictureFeatures, fid: FidFeatures) -> None:
+        super().__init__()
+        self.pictures, self.fid = pictures, fid
+
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        places, facts = self.pictures.answer(x)
+        return places, facts, self.fid.answer(x)
+
+
+class FeaturesTrainer(Trainer):
+    name = "features"
+
+    def setup(self) -> None:
+        source = self.context.source
+        if not isinstance(source, Shapes):
+            raise PreconditionError(
+                "the features stage learns from drawn shapes only",
+                f"data.kind is {self.config.data.kind}, which says nothing of what stands where",
+                "leave `features` out of stages and set networks.features to a DINOv2 folder",
+            )
+        self.source = source
+        networks, size = self.config.networks, self.config.data.size
+        self.described = feature_settings(networks.feature_channels, size)
+        pictures = PictureFeatures(**self.described)
+        torch.manual_seed(self.config.seed + 1)
+        fid = FidFeatures(networks.fid_channels, FACTS)
+        self.learn("features", _Both(pictures, fid))
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        context, batch = self.context, self.settings.batch
+        generator = context.generator(self.name, step)
+        indices = context.indices(batch, step)
+        pictures = context.pictures(indices)
+        # Half of the pictures get noise, of random strength: the student's are never clean.
+        strength = (torch.rand((batch, 1, 1, 1), generator=generator) - 0.5).clamp_min(0) * 0.6
+        drawn = torch.randn((batch, *pictures.shape[1:]), generator=generator)
+        pictures = pictures + context.share(strength * drawn)
+        places, facts, fid_facts = self.networks["features"](pictures)
+        items = [self.source.scenes[i] for i in indices]
+        layouts = [self.source.layouts[i] for i in indices]
+        wanted = torch.from_numpy(fact_labels(items, layouts)).to(context.device)
+        where = torch.stack([self._where(found, items, layouts) for found in places]).mean()
+        what = _fact_loss(facts, wanted)
+        fid = _fact_loss(fid_facts, wanted)
+        self.update("features", where + what + fid)
+        return {"places": where, "facts": what, "fid": fid}
+
+    def _where(self, found: Tensor, items: list[Scene], layouts: list[Layout]) -> Tensor:
+        labels = torch.from_numpy(place_labels(items, layouts, found.shape[-1])).to(found.device)
+        pieces = found.float().split(QUESTIONS, 1)
+        losses = [
+            # Most places are empty: weigh them less.
+            functional.cross_entropy(
+                piece, labels[:, question], piece.new_tensor([0.2] + [1.0] * (piece.shape[1] - 1))
+            )
+            for question, piece in enumerate(pieces)
+        ]
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def grid(self) -> tuple[NDArray[np.uint8] | None, dict[str, float]]:
+        """No pictures; the share of kinds recalled on training pictures, by both networks."""
+        indices = list(range(min(256, len(self.source.captions))))
+        pictures = self.context.pictures(indices)
+        wanted = fact_labels(
+            [self.source.scenes[i] for i in indices], [self.source.layouts[i] for i in indices]
+        )
+        _, facts, fid = self.plain("features")(pictures)
+        figures = {}
+        for name, found in (("recall", facts), ("fid_recall", fid)):
+            said = (found[:, :KINDS] > 0).cpu().numpy()
+            figures[name] = float(said[wanted[:, :KINDS] > 0].mean())
+        return None, figures
+
+    @torch.no_grad()
+    def write(self, folder: Path) -> None:
+        both = self.plain("features")
+        both.pictures.standardise(self.context.pictures(range(min(512, len(self.source.captions)))))
+        for name, network in (("pictures", both.pictures), ("fid", both.fid)):
+            tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
+            save_file(tensors, folder / f"{name}.safetensors")
+        write_json(folder / "pictures.json", self.described)
+        write_json(
+            folder / "fid.json",
+            {"channels": list(self.config.networks.fid_channels), "facts": FACTS},
+        )
+
+
+def _fact_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """Binary cross-entropy, summed over facts: each of them is rare."""
+    loss = functional.binary_cross_entropy_with_logits(found.float(), wanted, reduction="none")
+    return loss.sum(1).mean() / 10

@@ -1,0 +1,86 @@
+"""Plans and estimates."""
+
+from __future__ import annotations
+
+import pytest
+from made import cell, row
+
+from backends.base import UnavailableError
+from bench.cell import Cell
+from bench.measure import StopRule
+from bench.plan import Settings, estimate, groups, make_cells, probe, sampling_s
+from core.errors import PreconditionError
+from export.bundle import Bundle
+
+RULE = StopRule()
+
+
+def test_a_group_is_what_one_worker_measures(tiny_bundle: Bundle) -> None:
+    candidates = probe(["null", "null:unet_ms=3,text_ms=1"])
+    cells = make_cells(
+        tiny_bundle,
+        candidates,
+        batches=[1, 4],
+        decoders=["vae", "taesd"],
+        steps=[1, 2, 4],
+        size="64x64",
+    )
+    assert len(cells) == len(set(cells)) == 2 * 2 * 2 * 3
+    found = groups(cells)
+    assert [len(group) for group in found] == [3] * 8
+    assert all(len({one.group for one in group}) == 1 for group in found)
+    assert cells[-1].options == "text_ms=1,unet_ms=3"  # sorted
+    assert cells[-1].backend_text == "null:text_ms=1,unet_ms=3"
+    assert (cells[0].weights, cells[0].storage, cells[0].precision) == ("random", "fp16", "fp32")
+
+
+def test_a_cell_goes_into_columns_and_back() -> None:
+    one = cell(options="a=1", steps=4)
+    assert Cell.of(one.columns() | {"median_ms": 1.0}) == one
+    assert one.differences(cell(options="a=2", steps=4)) == ["options"]
+    with pytest.raises(KeyError):
+        Cell.of({"model": "x"})
+
+
+def test_settings_go_into_columns_and_back() -> None:
+    settings = Settings(StopRule(min_samples=4), rounds=3)
+    assert Settings.of(settings.columns()) == settings
+
+
+def test_probe_keeps_the_unusable_beside_the_usable() -> None:
+    found = probe(["null:usable=0", "null"])
+    assert [candidate.found.usable for candidate in found] == [False, True]
+    with pytest.raises(UnavailableError, match="none of the backends"):
+        probe(["null:usable=0", "null:usable=0,unet_ms=3"])
+    with pytest.raises(PreconditionError, match="stands twice"):
+        probe(["null:unet_ms=3,text_ms=1", "null:text_ms=1,unet_ms=3"])
+
+
+@pytest.mark.parametrize(
+    ("call_s", "seconds"),
+    [
+        (0.1, 0.1 + 31 * 0.1),  # min_time decides, one warm-up call
+        (1.0, 1 + 11 * 1.0),  # min_samples decides
+        (8.0, 8 + 9 * 8.0),  # max_time decides
+        (50.0, 50 + 3 * 50.0),  # three samples, and the cold call is the warm-up
+    ],
+)
+def test_seconds_of_a_cell(call_s: float, seconds: float) -> None:
+    assert sampling_s(call_s, call_s, RULE) == pytest.approx(seconds)
+
+
+def test_estimates_say_where_they_come_from() -> None:
+    one = cell()
+    earlier = row(one, [1000.0] * 3, cold_ms=2000.0)
+    known = estimate(one, RULE, {one: earlier})
+    assert known.seconds == pytest.approx(2 + 11)
+    assert known.source == "run made"
+    unknown = estimate(one, RULE, {})
+    assert unknown.bound
+    assert unknown.seconds == 3.0
+    full = cell(model="sdxl-turbo", size="512x512", backend="ort")
+    rough = estimate(full, RULE, {})
+    assert rough.source == "rough FLOPs"
+    assert not rough.bound
+    vae = estimate(cell(model="sdxl-turbo", size="512x512", backend="ort", decoder="vae"), RULE, {})
+    assert vae.seconds > rough.seconds

@@ -1,0 +1,249 @@
+"""What is derived from rows: table, plot, published results. Same rows, same bytes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from made import cell, make_run, row
+
+from bench import plot, publish, table
+from bench.store import ROWS, Row, Run, open_run
+from core.cli import run as shell
+from core.errors import PreconditionError
+
+
+def good_rows(rounds: int = 1) -> list[Row]:
+    """Exactly 10 ms a step and 5 ms fixed (50 with the VAE), a little slower each round."""
+    return [
+        row(
+            cell(steps=steps, decoder=decoder, batch=batch, options=options),
+            [batch * (fixed + 10.0 * steps) * (1 + 0.01 * round_) + jitter for jitter in (0, 0, 1)],
+            round_=round_,
+        )
+        for round_ in range(rounds)
+        for options in ("", "unet_ms=3")
+        for batch in (1, 4)
+        for decoder, fixed in (("vae", 50.0), ("taesd", 5.0))
+        for steps in (1, 2, 4)
+    ]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Run:
+    return make_run(tmp_path / "runs", good_rows())
+
+
+def test_the_table_has_a_line_per_cell_with_units(made: Run) -> None:
+    text = table.markdown(made, made.rows())
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 24
+    assert len({line.count("|") for line in lines}) == 1
+    head = [name.strip() for name in lines[0].strip("|").split("|")]
+    for name in ("weights", "numerics", "flags", "median (ms)", "images/s", "UNet step (ms)"):
+        assert name in head
+    assert "storage fp16, precision fp32" in lines[2]
+    assert "random" in lines[2]
+    assert "model tiny-sdxl" in text
+    assert "Failed" not in text
+
+
+def test_rounds_are_aggregated_by_the_median_of_their_medians(tmp_path: Path) -> None:
+    rows = [
+        row(cell(), [value] * 3, round_=n, flags=flags)
+        for n, (value, flags) in enumerate(
+            [(10.0, []), (11.0, ["unstable"]), (30.0, ["unstable", "disturbed"])]
+        )
+    ]
+    (line,) = table.lines_of(rows)
+    assert line.median("median_ms") == 11.0
+    assert line.flags == "unstable (2 of 3), disturbed (1 of 3)"
+    rows.append(row(cell(), [], round_=3, status="crashed", error={"what": "SIGSEGV"}))
+    (line,) = table.lines_of(rows)
+    assert line.status == "crashed (1 of 4), ok (3 of 4)"
+    assert line.median("median_ms") == 11.0
+    text = table.markdown(make_run(tmp_path, rows, rounds=5), rows)
+    assert "- null taesd batch 1 steps 1, round 4: crashed: SIGSEGV" in text
+    assert "Missing:\n\n- null taesd batch 1 steps 1, round 5" in text
+
+
+def test_failed_cells_have_no_figures_in_the_table(tmp_path: Path) -> None:
+    rows = [row(cell(), [1.0] * 3, status="mismatch", error={"what": "PSNR 3 dB"})]
+    run = make_run(tmp_path, rows)
+    (line,) = table.lines_of(rows)
+    assert line.median("median_ms") is None
+    assert "mismatch: PSNR 3 dB" in table.markdown(run, rows)
+    assert plot.write(run, rows) == []
+
+
+def test_csv_has_every_column(made: Run) -> None:
+    lines = list(csv.DictReader(table.csv(made.rows()).splitlines()))
+    assert len(lines) == 24
+    assert list(lines[0]) == [column.header for column in table.COLUMNS]
+    assert float(lines[0]["median (ms)"]) == 60.0
+
+
+def test_the_terminal_table_fits_what_it_says(
+    made: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table.show(made, made.rows())
+    text = capsys.readouterr().out
+    assert "median (ms)" in text
+    assert "storage fp16, precision fp32" in text
+
+
+def test_the_plot_states_the_fit_beside_the_points(made: Run) -> None:
+    found = plot.series_of(table.lines_of(made.rows()))
+    assert sorted(found) == [1, 4]
+    first = found[1][0]
+    assert first.points("median_ms") == [(1, 60.0), (2, 70.0), (4, 90.0)]
+    assert plot.fit_text(first) == "10 ms/step + 50 ms"
+    assert plot.fit_text(found[4][1]) == "40 ms/step + 20 ms"
+    drawn = plot.figure(made, made.rows())
+    assert drawn is not None
+    assert len(drawn.axes) == 4
+    texts = [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
+    assert "null, vae: 10 ms/step + 50 ms" in texts
+    assert len(texts) == 8
+
+
+def test_series_can_be_told_apart(made: Run) -> None:
+    for batch in plot.series_of(table.lines_of(made.rows())).values():
+        looks = {(series.colour, series.marker, str(series.dash)) for series in batch}
+        assert len(looks) == len(batch)
+
+
+def test_a_plot_of_one_step_count_has_points_and_no_fit(tmp_path: Path) -> None:
+    rows = [row(cell(), [1.0, 1.0, 1.0])]
+    run = make_run(tmp_path, rows)
+    assert plot.fit_text(plot.series_of(table.lines_of(rows))[1][0]) == "one step count, no fit"
+    assert [file.suffix for file in plot.write(run, rows)] == [".svg", ".png"]
+
+
+def test_the_same_rows_draw_the_same_bytes(made: Run, tmp_path: Path) -> None:
+    first, _ = plot.draw(made, made.rows(), tmp_path / "a")
+    second, _ = plot.draw(made, made.rows(), tmp_path / "b")
+    assert first.read_bytes() == second.read_bytes()
+    assert b"<dc:date>" not in first.read_bytes()
+
+
+# ---- publish
+
+README_TEXT = "# Title\n\n<!-- results -->\nold\n<!-- /results -->\n\nend\n"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> list[str]:
+    readme = tmp_path / "README.md"
+    readme.write_text(README_TEXT)
+    folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    return [*folders, "--readme", str(readme)]
+
+
+def test_publish_then_check(made: Run, place: list[str], tmp_path: Path) -> None:
+    assert shell(publish.main, ["latest", *place]) == 0
+    results = tmp_path / "results"
+    published = open_run(made.name, results / "published")
+    assert published.all_rows() == made.all_rows()
+    names = {str(file.relative_to(results)) for file in results.rglob("*") if file.is_file()}
+    assert names == {
+        f"published/{made.name}/header.json",
+        f"published/{made.name}/rows.jsonl",
+        f"tables/{made.name}.md",
+        f"tables/{made.name}.csv",
+        f"plots/{made.name}.svg",
+        f"plots/{made.name}.png",
+    }
+    readme = (tmp_path / "README.md").read_text()
+    assert f"results/plots/{made.name}.svg" in readme
+    assert readme.startswith("# Title\n\n<!-- results -->\n")
+    assert readme.endswith("<!-- /results -->\n\nend\n")
+    assert "old" not in readme
+    assert shell(publish.main, ["--check", *place]) == 0
+    # Publishing changes nothing the second time.
+    assert shell(publish.main, ["latest", *place]) == 0
+    assert (tmp_path / "README.md").read_text() == readme
+
+
+def flip_row(results: Path, readme: Path) -> None:
+    file = next(results.glob(f"published/*/{ROWS}"))
+    lines = file.read_text().splitlines()
+    first = json.loads(lines[0])
+    first["median_ms"] += 1
+    file.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+
+
+def edit_table(results: Path, readme: Path) -> None:
+    file = next(results.glob("tables/*.md"))
+    file.write_text(file.read_text().replace("60.0", "59.0"))
+
+
+def edit_plot(results: Path, readme: Path) -> None:
+    file = next(results.glob("plots/*.svg"))
+    file.write_text(file.read_text().replace("#0072b2", "#0072b3", 1))
+
+
+def drop_png(results: Path, readme: Path) -> None:
+    next(results.glob("plots/*.png")).unlink()
+
+
+def stray(results: Path, readme: Path) -> None:
+    (results / "tables" / "stray.md").write_text("x")
+
+
+def edit_readme(results: Path, readme: Path) -> None:
+    readme.write_text(readme.read_text().replace("60.0", "59.0"))
+
+
+def unpublish(results: Path, readme: Path) -> None:
+    readme.write_text("no block")
+    shutil.rmtree(next((results / "published").iterdir()))
+
+
+@pytest.mark.parametrize(
+    "change", [flip_row, edit_table, edit_plot, drop_png, stray, edit_readme, unpublish]
+)
+def test_check_finds_what_is_stale(
+    change: object, made: Run, place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shell(publish.main, ["latest", *place]) == 0
+    assert callable(change)
+    change(tmp_path / "results", tmp_path / "README.md")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert shell(publish.main, ["--check", *place]) == 4
+    assert "stale: " in capsys.readouterr().out
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+def test_a_named_block_shows_that_run(made: Run, tmp_path: Path) -> None:
+    text = f"<!-- results {made.name} -->\n<!-- /results -->\n<!-- results -->\n<!-- /results -->\n"
+    blocks = {made.name: "this\n", "9" + made.name: "newest\n"}
+    assert publish.fill(text, blocks) == (
+        f"<!-- results {made.name} -->\nthis\n<!-- /results -->\n"
+        "<!-- results -->\nnewest\n<!-- /results -->\n"
+    )
+    with pytest.raises(PreconditionError, match="asks for the results"):
+        publish.fill(text, {})
+
+
+def test_what_cannot_be_published(tmp_path: Path, place: list[str]) -> None:
+    rows = good_rows()
+    incomplete = make_run(tmp_path / "runs", rows, rounds=2)
+    with pytest.raises(PreconditionError, match="24 cells are missing"):
+        publish.publish(incomplete, tmp_path / "results")
+    failed = make_run(tmp_path / "runs", [row(cell(), [], status="crashed")])
+    with pytest.raises(PreconditionError, match="no row that is ok"):
+        publish.publish(failed, tmp_path / "results")
+    rows[0]["error"] = {"what": "cannot open /srv/secret/file.bin"}
+    private = make_run(tmp_path / "runs", rows)
+    with pytest.raises(PreconditionError, match="/srv/secret"):
+        publish.publish(private, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_is_committed_is_fresh() -> None:
+    """The repository's own results: the same check that the CI makes."""
+    assert shell(publish.main, ["--check"]) == 0
