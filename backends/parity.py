@@ -251,14 +251,16 @@ def check(
     Raises:
         AddbenchError: a gate is missed or an op overflows FP16; the record is written first.
     """
-    from export.bundle import write_references
+    from export.bundle import PARITY, write_references
 
-    file = bundle.path / "parity.json"
+    file = bundle.path / PARITY
     if not force and file.exists() and bundle.references() is not None:
         record: dict[str, Any] = read_json(file)
         if record.get("bundle_hash") == bundle.hash and record.get("backend") == backend:
             say(f"parity of {bundle.path.name} is on record ({file.name}); --force runs it again")
-            judge(record)
+            failure = verdict(record)
+            if failure:
+                raise failure
             return record
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="addbench-parity-") as scratch:
@@ -273,8 +275,10 @@ def check(
         }
     record["seconds"] = round(time.perf_counter() - started, 1)
     write_references(bundle, images, PROMPT, SEED)
-    write_json(file, record)
-    judge(record)
+    failure = verdict(record)
+    write_json(file, record | {"ok": failure is None})
+    if failure:
+        raise failure
     return record
 
 
@@ -393,13 +397,13 @@ def compare(
     }
 
 
-def judge(record: Mapping[str, Any]) -> None:
-    """Raise when a part, an image or an op's largest value is beyond its gate."""
+def verdict(record: Mapping[str, Any]) -> AddbenchError | None:
+    """The error to raise when a part, an image or an op's largest value is beyond its gate."""
     limit = record["fp16_limit"]
     for part, found in record["parts"].items():
         for op in found["largest_values"]:
             if limit is not None and not op["largest"] <= limit:
-                raise AddbenchError(
+                return AddbenchError(
                     f"{part} overflows FP16: {op['op']} in {op['module']} reaches"
                     f" {op['largest']:.0f}",
                     f"FP16 ends at {FP16_MAX:.0f} and the limit is {limit:.0f}, since other prompts"
@@ -414,11 +418,12 @@ def judge(record: Mapping[str, Any]) -> None:
         if not found["ok"]
     ]
     if bad:
-        raise AddbenchError(
+        return AddbenchError(
             f"{record['backend']} does not match torch FP32",
             "; ".join(bad) + f" (gate: {record['gate']})",
             "the numbers are in parity.json; look at the first part in the list that is off",
         )
+    return None
 
 
 def report(record: Mapping[str, Any]) -> str:

@@ -79,5 +79,6 @@ class TorchBackend(Backend):
 
         torch.set_num_threads(thread_count(self.options["threads"]))
         checkpoint = bundle.checkpoint()
-        module = checkpoint.module(artifact.part, torch.float32)
+        with torch.inference_mode(False):  # a stage may load its part inside of it
+            module = checkpoint.module(artifact.part, torch.float32)
         return TorchSession(bundle, artifact.part, wrap(artifact.part, module, checkpoint.model))

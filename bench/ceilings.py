@@ -7,7 +7,7 @@ best call counts, since everything that disturbs makes a call slower, never fast
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,15 +48,16 @@ def native_dtypes() -> list[str]:
     return ["fp32", *(name for name, needs in NATIVE_FLAGS.items() if flags & set(needs))]
 
 
-def measure(threads: int | None = None) -> Ceilings:
-    """Measure the CPU with `threads` (default: physical cores); about 5 s a dtype."""
+def measure(dtypes: Sequence[str] | None = None) -> Ceilings:
+    """Measure the CPU on its physical cores: about 5 s a dtype (those it computes natively)."""
     import torch
 
     from backends.base import physical_cores
 
-    torch.set_num_threads(threads or physical_cores())
+    torch.set_num_threads(physical_cores())
     with torch.inference_mode():
-        tflops = {name: measure_dtype(name) for name in native_dtypes()}
+        native = native_dtypes()
+        tflops = {name: measure_dtype(name) for name in dtypes or native if name in native}
         return Ceilings("cpu", tflops, copy_rate(), "measured")
 
 

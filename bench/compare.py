@@ -10,23 +10,18 @@ Exit code 0: no regression. 3: a cell is slower. 4: cells failed or are missing.
 from __future__ import annotations
 
 import argparse
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.cell import Cell
-from bench.outcome import FAILED, FASTER, FORMATS, INCONCLUSIVE, MISSING, SAME, SLOWER
+from bench.outcome import FAILED, FORMATS, INCONCLUSIVE, MISSING, Line, Outcome, decided, show
 from bench.store import LATEST, OK, RUNS, Row, Run, open_run
 from core.cli import Parser, run
 from core.errors import AddbenchError, PreconditionError
-
-if TYPE_CHECKING:
-    from bench.outcome import Line, Outcome
-    from bench.verdict import Judgement
 
 CONDITIONS = (
     "versions",
@@ -95,7 +90,6 @@ def judge(
     """A line for each of `cells`. Cells with equal numbers of rounds are judged at once."""
     import numpy as np
 
-    from bench.outcome import Line
     from bench.verdict import runs
 
     lines: dict[Cell, Line] = {}
@@ -145,28 +139,6 @@ def unusable(base: Cells, head: Cells) -> tuple[str, str]:
             f" sweep with --rounds {RUN_ROUNDS}, or use python -m bench.ab"
         )
     return "", ""
-
-
-def decided(line: Line, judged: Judgement, place: int, max_slowdown: float) -> Line:
-    """`line` with the rule's verdict on it."""
-    from dataclasses import replace
-
-    from bench.verdict import reason
-
-    verdict = (
-        SLOWER
-        if judged.slower[place]
-        else FASTER
-        if judged.faster[place]
-        else SAME
-        if judged.same[place]
-        else INCONCLUSIVE
-    )
-    ratio, low, high = (
-        math.exp(part[place]) for part in (judged.estimate, judged.low, judged.high)
-    )
-    why = reason(judged, place, max_slowdown) if verdict == INCONCLUSIVE else ""
-    return replace(line, verdict=verdict, reason=why, ratio=ratio, low=low, high=high)
 
 
 # ---- two runs
@@ -266,7 +238,6 @@ def apart_h(base: Run, head: Run) -> float | None:
 
 def compare(base: Run, head: Run, max_slowdown: float, allow_other_machine: bool) -> Outcome:
     """Judge every cell that either run planned or measured."""
-    from bench.outcome import Outcome
     from bench.verdict import RUN_SPREADS
 
     one_machine = check_pair(base, head, allow_other_machine)
@@ -329,8 +300,6 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from bench.outcome import show
-
     if args.history:
         from bench.history import against_history
 

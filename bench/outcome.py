@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field
-from typing import Any
+from dataclasses import asdict, astuple, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from bench.cell import KEY_COLUMNS, Cell
 from bench.table import Column, grid
 from core.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, EXIT_REGRESSION
+
+if TYPE_CHECKING:
+    from bench.verdict import Judgement
 
 SLOWER, FAILED, MISSING, INCONCLUSIVE = "slower", "failed", "missing", "inconclusive"
 FASTER, SAME = "faster", "same"
@@ -104,6 +108,25 @@ class Outcome:
                 for line in self.lines
             ],
         }
+
+
+def decided(line: Line, judged: Judgement, place: int, max_slowdown: float) -> Line:
+    """`line` with what a rule says at `place` of a one-axis judgement."""
+    from bench.verdict import reason
+
+    verdict, why = INCONCLUSIVE, ""
+    if judged.slower[place]:
+        verdict = SLOWER
+    elif judged.faster[place]:
+        verdict = FASTER
+    elif judged.same[place]:
+        verdict = SAME
+    else:
+        why = reason(judged, place, max_slowdown)
+    ratio, low, high = (
+        math.exp(part[place]) for part in (judged.estimate, judged.low, judged.high)
+    )
+    return replace(line, verdict=verdict, reason=why, ratio=ratio, low=low, high=high)
 
 
 def change(line: Line) -> str:

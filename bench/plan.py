@@ -66,6 +66,8 @@ def probe(texts: Sequence[str]) -> list[Candidate]:
         try:
             backend = parse_backend(text)
         except UnavailableError as error:
+            if len(texts) == 1:
+                raise
             words = Capability(False, error.what, error.why, error.next)
             candidates.append(Candidate(text, None, words))
         else:
@@ -76,12 +78,11 @@ def probe(texts: Sequence[str]) -> list[Candidate]:
             raise PreconditionError(
                 f"--backend {key} stands twice", "a cell is measured once a round", "drop one"
             )
+    if len(candidates) == 1 and candidates[0].backend is not None:
+        candidates[0].found.require(keys[0])
     if not any(candidate.found.usable for candidate in candidates):
-        only = len(candidates) == 1
         raise UnavailableError(
-            f"backend {keys[0]} cannot be used: {candidates[0].found.what}"
-            if only
-            else f"none of the backends {', '.join(keys)} can be used",
+            f"none of the backends {', '.join(keys)} can be used",
             "; ".join(
                 f"{candidate.key}: {candidate.found.why or candidate.found.what}"
                 for candidate in candidates

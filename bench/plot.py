@@ -110,8 +110,10 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure | None:
     with style.context(STYLE):
         entries = max(len(found) for found in columns.values())
         single = len(columns) == 1
-        width = 9.6 if single else max(9.6, 4.8 * len(columns))
-        legend_in = 0.24 * (entries + 1) + 0.3
+        longest = max(len(legend_text(series)) for found in columns.values() for series in found)
+        legend_width = 0.9 + 0.08 * longest  # a column is as wide as its legend wants
+        width = 9.6 if single else max(9.6, max(4.8, legend_width) * len(columns))
+        legend_in = 0.205 * (entries + 1) + 0.25
         head_in, panel_in = 0.75, 3.3
         height = head_in + (panel_in if single else 2 * panel_in) + legend_in
         drawn = Figure(figsize=(width, height))
@@ -226,6 +228,7 @@ def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> N
     """The series of one column with their fits, below it."""
     from matplotlib.lines import Line2D
 
+    rounds = max(len(line.good) for series in found for line in series.lines)
     handles = [
         Line2D(
             [],
@@ -235,7 +238,7 @@ def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> N
             linestyle=series.dash,
             markeredgecolor="white",
             markersize=7,
-            label=f"{series.label}: {fit_text(series)}",
+            label=legend_text(series),
         )
         for series in found
     ]
@@ -247,9 +250,13 @@ def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> N
         frameon=False,
         handlelength=3.2,
         alignment="left",
-        title="fit through the medians: cost per step, fixed cost",
+        title="lines: fit through the medians" + ("; dashes: single rounds" if rounds > 1 else ""),
         title_fontproperties={"size": 9},
     )
+
+
+def legend_text(series: Series) -> str:
+    return f"{series.label}: {fit_text(series)}"
 
 
 def fit_text(series: Series) -> str:
@@ -259,7 +266,7 @@ def fit_text(series: Series) -> str:
     unit_ms, unit = scale_of(max(value for _, value in series.points("median_ms")))
     per_step, fixed = fit.per_step_ms / unit_ms, fit.fixed_ms / unit_ms
     sign = "+" if fixed >= 0 else "\u2212"
-    return f"{per_step:.3g} {unit}/step {sign} {abs(fixed):.3g} {unit}"
+    return f"{per_step:.3g} {unit}/step {sign} {abs(fixed):.3g} {unit} fixed"
 
 
 def draw(target: Run, rows: Sequence[Row], stem: Path) -> list[Path]:

@@ -88,20 +88,20 @@ def derive(results: Path, into: Path, readme: str | None) -> str | None:
     for name in run_names(published):
         target = open_run(str(published / name), published)
         rows = last_rows(read_rows(target.path / ROWS))
-        text = table.markdown(target, rows)
+        text = f"# Run {name}\n\n{table.markdown(target, rows)}"
         write_atomic(into / "tables" / f"{name}.md", text)
         write_atomic(into / "tables" / f"{name}.csv", table.csv(rows))
         plot.draw(target, rows, into / "plots" / name)
-        blocks[name] = block(name, text)
+        blocks[name] = block(name, table.markdown(target, rows, brief=True))
     return readme if readme is None else fill(readme, blocks)
 
 
 def block(name: str, table_text: str) -> str:
-    """What the README shows of a run: its conditions, its table, its plot."""
-    body = table_text.partition("\n\n")[2]
+    """What the README shows of a run: its conditions, its table, its plot, and where more is."""
     return (
-        f"{body}\n![Latency and images per second against steps](results/plots/{name}.svg)\n\n"
-        f"Rows: [results/published/{name}](results/published/{name})\n"
+        f"{table_text}\n![Latency and images per second against steps](results/plots/{name}.svg)"
+        f"\n\nMore columns: [results/tables/{name}.md](results/tables/{name}.md); rows:"
+        f" [results/published/{name}](results/published/{name}).\n"
     )
 
 
@@ -109,10 +109,12 @@ def fill(readme: str, blocks: Mapping[str, str]) -> str:
     """The README with every results block redrawn."""
 
     def fresh(found: re.Match[str]) -> str:
-        name = found["run"] or max(blocks, default="")
+        if not found["run"] and not blocks:
+            return found[0]  # nothing is published yet
+        name = found["run"] or max(blocks)
         if name not in blocks:
             raise PreconditionError(
-                f"README.md asks for the results of run {name or '(the newest)'}",
+                f"the README asks for the results of run {name}",
                 f"results/published holds: {', '.join(blocks) or 'nothing'}",
                 "publish that run, or change the marker",
             )

@@ -11,8 +11,8 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.ceilings import Ceilings
@@ -22,7 +22,6 @@ from export.models import DEFAULT_MODEL, MODELS, PARTS
 
 if TYPE_CHECKING:
     from bench.cell import Cell
-    from export.bundle import Bundle
     from export.cost import Cost
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
@@ -49,70 +48,81 @@ class Floor:
         return "compute" if self.compute_ms >= self.memory_ms else "memory"
 
 
-def moved_bytes(cost: Cost, storage: str, precision: str) -> float:
-    """Bytes of one evaluation: weights and activations in the dtype that is computed in.
+def moved_bytes(cost: Cost, graph_dtype: str, precision: str) -> float:
+    """Bytes that one evaluation moves at least, weights and activations, as they are computed with.
 
-    `cost` counts both in the dtype of the graph (`storage`); a CPU that stores FP16 and computes
-    FP32 holds the weights in FP32.
+    `cost` counts them in the dtype of the graph; a CPU that stores FP16 computes with FP32 weights.
     """
-    wider = BYTES[precision] / BYTES[storage]
-    return (cost.weight_bytes + cost.activation_bytes) * wider
+    return (cost.weight_bytes + cost.activation_bytes) * BYTES[precision] / BYTES[graph_dtype]
 
 
-def floor(cost: Cost, ceilings: Ceilings, storage: str, precision: str) -> Floor | None:
+def floor(cost: Cost, ceilings: Ceilings, graph_dtype: str, precision: str) -> Floor | None:
     """The floor of one evaluation, or None where the device has no figure for that dtype."""
     peaks = ceilings.tflops.get(precision)
     if peaks is None:
         return None
     conv = cost.by_kind["conv"]
     compute_s = (cost.flops - conv) / (peaks["matmul"] * 1e12) + conv / (peaks["conv"] * 1e12)
-    memory_s = moved_bytes(cost, storage, precision) / (ceilings.gb_per_s * 1e9)
+    memory_s = moved_bytes(cost, graph_dtype, precision) / (ceilings.gb_per_s * 1e9)
     return Floor(1e3 * compute_s, 1e3 * memory_s)
 
 
-@lru_cache(maxsize=64)
-def cost_of(bundle: Bundle, part: str, batch: int) -> Cost:
-    """Cost of a bundle's part at its own size. Counted on the graph, once per process."""
+def survey(bundle: Path, batches: Sequence[int], dtypes: Sequence[str]) -> dict[str, Any]:
+    """What rows are judged by: this machine's ceilings, and the cost of each part at each batch."""
+    from bench.ceilings import measure
+    from export.bundle import Bundle
     from export.cost import part_cost
 
-    return part_cost(bundle.parts[part].graph, batch)
-
-
-def stage_parts(cell: Cell, parts: Sequence[str]) -> dict[str, list[str]]:
-    """Stage -> the parts of it that this cell runs."""
-    other = {"vae": "taesd_decoder", "taesd": "vae_decoder"}[cell.decoder]
-    return {
-        stage: [part for part in names if part in parts and part != other]
-        for stage, names in STAGES.items()
+    opened = Bundle.open(bundle)
+    costs = {
+        name: {str(batch): asdict(part_cost(part.graph, batch)) for batch in batches}
+        for name, part in opened.parts.items()
     }
+    return {"ceilings": measure(dtypes).columns(), "graph_dtype": opened.dtype, "costs": costs}
 
 
 def of_row(
-    row: Mapping[str, Any], cell: Cell, bundle: Bundle, ceilings: Ceilings
-) -> dict[str, Any] | None:
-    """A row's `roofline` column: stage -> achieved rates, floor and the fraction of it reached."""
-    stages = row.get("stages_ms")
-    if not stages or cell.precision not in ceilings.tflops:
+    row: Mapping[str, Any], cell: Cell, surveyed: Mapping[str, Any]
+) -> dict[str, dict[str, float]] | None:
+    """A row's `roofline`: stage -> achieved rates, floor and the fraction of it reached."""
+    from export.cost import Cost
+
+    ceilings, graph_dtype = Ceilings.of(surveyed["ceilings"]), surveyed["graph_dtype"]
+    if not row.get("stages_ms") or cell.device != ceilings.device:
         return None
-    found = {}
     # At one step there is no later step: the first one is the UNet's time.
-    times = {**stages, "unet_step": stages["unet_step"] or stages["unet_first"]}
-    for stage, parts in stage_parts(cell, list(bundle.parts)).items():
-        costs = [cost_of(bundle, part, cell.batch) for part in parts]
-        floors = [floor(cost, ceilings, cell.storage, cell.precision) for cost in costs]
-        milliseconds = times[stage]
-        if not milliseconds or None in floors:
-            continue
-        flops = sum(cost.flops for cost in costs)
-        moved = sum(moved_bytes(cost, cell.storage, cell.precision) for cost in costs)
+    times = dict(row["stages_ms"])
+    times["unet_step"] = times["unet_step"] or times["unet_first"]
+    found = {}
+    for stage, names in STAGES.items():
+        unused = {"vae": "taesd_decoder", "taesd": "vae_decoder"}[cell.decoder]
+        costs = [
+            Cost(**surveyed["costs"][part][str(cell.batch)])
+            for part in names
+            if part in surveyed["costs"] and part != unused
+        ]
+        floors = [floor(cost, ceilings, graph_dtype, cell.precision) for cost in costs]
         least = sum(each.ms for each in floors if each is not None)
+        if not times[stage] or not least:
+            continue
+        seconds = times[stage] / 1e3
+        moved = sum(moved_bytes(cost, graph_dtype, cell.precision) for cost in costs)
         found[stage] = {
-            "tflops": round(flops / milliseconds / 1e9, 5),
-            "gb_per_s": round(moved / milliseconds / 1e6, 4),
+            "tflops": round(sum(cost.flops for cost in costs) / seconds / 1e12, 5),
+            "gb_per_s": round(moved / seconds / 1e9, 4),
             "floor_ms": round(least, 4),
-            "fraction": round(least / milliseconds, 4),
+            "fraction": round(least / times[stage], 4),
         }
     return found or None
+
+
+def survey_apart(bundle: Path, batches: Sequence[int], dtypes: Sequence[str]) -> dict[str, Any]:
+    """`survey` in a process of its own: the parent of a sweep stays small."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(survey, bundle, batches, dtypes).result()
 
 
 # ---- the command

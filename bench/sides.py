@@ -71,9 +71,8 @@ def git(*arguments: str) -> str:
 def resolve(revision: str) -> str:
     """The commit of a revision."""
     try:
-        commit = git(
-            "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"
-        )
+        spec = f"{revision}^{{commit}}"
+        commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", spec)
     except AddbenchError as error:
         raise PreconditionError(
             f"{revision!r} is not a revision of this repository",
@@ -207,7 +206,7 @@ def check_code(side: Side, log: Path) -> None:
         raise AddbenchError(
             f"{side.name} does not run its own code",
             f"python in {side.tree.parent.name} imports another checkout, or cannot import it",
-            f"unset PYTHONPATH and PYTHONSAFEPATH; see {log.name}",
+            "unset PYTHONPATH and PYTHONSAFEPATH",
         )
 
 
@@ -217,7 +216,9 @@ def export(side: Side, arguments: Sequence[str], log: Path) -> Path:
     if side.python("-m", "export", *arguments, "--out", str(target), log=log):
         tail = log.read_text(errors="replace").strip()[-1500:]
         raise AddbenchError(
-            f"{side} could not export the model", tail, f"try it there: the log is {log}"
+            f"{side.name} {side} could not export the model",
+            tail,
+            "check that revision out and run the export there",
         )
     return target
 

@@ -62,6 +62,7 @@ FIGURES: dict[str, Any] = {
     "compile_cached": None,
     "peak_memory_mb": None,
     "energy_j": None,
+    "roofline": None,
     "flags": [],
     "image_check": None,
     "artifacts": {},
@@ -220,8 +221,8 @@ class RowWriter:
         """Write a row and wait until the disk has it.
 
         Row by row, not at the end: cells take minutes, and whatever ends the sweep - Ctrl-C, the
-        OOM killer, a power cut - must not cost what was already measured. The wait falls between
-        two cells, so no sample is timed during it.
+        OOM killer, a power cut - must not cost what was already measured. The worker is at the next
+        cell's cold call meanwhile, and a wait for the disk takes no CPU from it.
         """
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()

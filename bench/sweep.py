@@ -77,7 +77,10 @@ def parser() -> Parser:
         "--max-time", type=positive, metavar="S", help="wins once a cell has 3 samples (60)"
     )
     how.add_argument("--warmup", type=calls, metavar="N", help="calls after the cold one (1)")
-    how.add_argument("--quick", action="store_true", help="3 samples a cell, a first look")
+    how.add_argument("--quick", action="store_true", help="3 samples a cell, no roofline")
+    how.add_argument(
+        "--no-roofline", action="store_true", help="do not measure the machine's ceilings first"
+    )
     how.add_argument(
         "--timeout", type=positive, default=1800.0, metavar="S", help="per load and cell (1800)"
     )
@@ -101,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return sweep.describe()
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        return sweep.run(args.timeout, args.budget)
+        return sweep.run(args.timeout, args.budget, not (args.quick or args.no_roofline))
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -257,12 +260,14 @@ class Sweep:
 
     # ---- the sweep itself
 
-    def run(self, timeout_s: float, budget_s: float | None) -> int:
+    def run(self, timeout_s: float, budget_s: float | None, roofline: bool) -> int:
         from bench.progress import Display
         from bench.spawn import BudgetSpentError, Limits
         from bench.store import create_run
 
         deadline = None if budget_s is None else time.monotonic() + budget_s
+        if self.old is None:
+            self.header["roofline"] = self.survey() if roofline else None
         target = self.old or create_run(self.out, self.header)
         limits = Limits(timeout_s, deadline)
         spent = False
@@ -295,9 +300,11 @@ class Sweep:
     ) -> None:
         """One group of cells in one round, each row on disk before the next cell is done."""
         from bench.environment import git_state
+        from bench.roofline import of_row
         from bench.spawn import BudgetSpentError, Job, results
 
         context = {"run": target.name, "bundle_hash": self.bundle.hash, **git_state()}
+        surveyed = self.header.get("roofline")
         candidate = self.candidates[group[0].backend_text]
         if not candidate.found.usable or candidate.backend is None:
             for cell in group:
@@ -319,9 +326,23 @@ class Sweep:
         )
         with closing(results(job, limits, display)) as stream:
             for cell, result in stream:
+                if surveyed:
+                    result["roofline"] = of_row(result, cell, surveyed)
                 row = make_row(cell, round_, context, result)
                 writer.append(row)
                 display.finished(row)
+
+    def survey(self) -> dict[str, Any] | None:
+        """The machine's ceilings and the parts' costs, or None where no cell computes here."""
+        from bench.roofline import survey_apart
+
+        cells = [cell for cell, _ in self.work]
+        here = [cell for cell in cells if cell.backend != "null" and cell.device == "cpu"]
+        if not here:
+            return None
+        print("measuring this machine's ceilings", flush=True)
+        batches = sorted({cell.batch for cell in here})
+        return survey_apart(self.bundle.path, batches, sorted({cell.precision for cell in here}))
 
 
 def unavailable(candidate: Candidate) -> dict[str, Any]:

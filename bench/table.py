@@ -149,9 +149,10 @@ ALWAYS = ("weights", "backend", "numerics", "decoder", "batch", "steps", "flags"
 """Columns of the Markdown table that stay even where they say the same in every line."""
 CONDITIONS = ("model", "device", "size (px)", "scheduler", "provenance")
 """Said once above the table where all lines agree."""
-TERMINAL = ("backend", "decoder", "batch", "steps", "median (ms)", "images/s", "CV (%)",
-            "UNet step (ms)", "decode (ms)", "peak memory (MB)", "samples", "image PSNR",
-            "status", "flags")  # fmt: skip
+BRIEF = ("weights", "backend", "numerics", "decoder", "batch", "steps", "median (ms)", "images/s",
+         "CV (%)", "UNet step (ms)", "decode (ms)", "peak memory (MB)", "samples", "image PSNR",
+         "status", "flags")  # fmt: skip
+"""Columns of the short table: in the terminal and in the README."""
 
 
 def columns_for(lines: Sequence[Line]) -> tuple[list[Column], list[Column]]:
@@ -168,21 +169,29 @@ def columns_for(lines: Sequence[Line]) -> tuple[list[Column], list[Column]]:
     return printed, above
 
 
-def markdown(target: Run, rows: Sequence[Row]) -> str:
-    """The run's table, its conditions above it and what failed below."""
-    header = target.header
-    lines = lines_of(rows)
-    if not lines:
-        return f"# Run {target.name}\n\nNo rows.\n"
-    printed, above = columns_for(lines)
-    conditions = [f"{column.header} {column.text(lines[0])}" for column in above]
-    machine = header["environment"]
+LEAST_NEEDED = ("samples", "image PSNR", "peak memory (MB)", "decode (ms)", "UNet step (ms)",
+                "CV (%)", "flags", "images/s")  # fmt: skip
+"""What a narrow terminal goes without, first to last; `table.md` has everything."""
+
+
+def brief_columns(lines: Sequence[Line]) -> list[Column]:
+    """The short table's columns, without a status that is ok and flags that nobody has."""
+    return [
+        column
+        for column in COLUMNS
+        if column.header in BRIEF and {column.text(line) for line in lines} - {EMPTY, OK}
+    ]
+
+
+def conditions(target: Run, lines: Sequence[Line]) -> list[str]:
+    """Paragraphs: what all lines share, the machine, the method."""
+    _, above = columns_for(lines)
+    shared = [f"{column.header} {column.text(lines[0])}" for column in above]
+    machine, rule = target.header["environment"], target.header["settings"]
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
-    rounds, rule = header["settings"]["rounds"], header["settings"]
-    text = [
-        f"# Run {target.name}",
-        "",
-        f"{'; '.join(conditions)}.",
+    rounds = rule["rounds"]
+    return [
+        f"{'; '.join(shared)}.",
         "",
         f"{machine['cpu']}, {machine['cores_allowed']} cores of {machine['cores_physical']},"
         f" {machine['memory_gb']:g} GB; {machine['os']}; Python {machine['python']}, {versions}.",
@@ -190,9 +199,16 @@ def markdown(target: Run, rows: Sequence[Row]) -> str:
         f"{rounds} round{'s' * (rounds != 1)} of at least {rule['min_samples']} samples and"
         f" {rule['min_time']:g} s, at most {rule['max_time']:g} s from 3 samples on. Medians over"
         " rounds of each round's median; end to end: prompt strings in, uint8 images out.",
-        "",
-        *grid(printed, lines),
     ]
+
+
+def markdown(target: Run, rows: Sequence[Row], *, brief: bool = False) -> str:
+    """The run's table, its conditions above it and what failed below; `brief`: main columns."""
+    lines = lines_of(rows)
+    if not lines:
+        return "No rows.\n"
+    printed = brief_columns(lines) if brief else columns_for(lines)[0]
+    text = [*conditions(target, lines), "", *grid(printed, lines)]
     failed = [row for row in rows if row["status"] != OK]
     if failed:
         text += ["", "Failed:", ""]
@@ -238,8 +254,8 @@ def csv(rows: Sequence[Row]) -> str:
     return text
 
 
-def show(target: Run, rows: Sequence[Row]) -> None:
-    """Print the table's main columns on the terminal."""
+def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
+    """Print the table's main columns, as many as the terminal (or `width` characters) has room."""
     from rich.console import Console
     from rich.table import Table
 
@@ -248,33 +264,44 @@ def show(target: Run, rows: Sequence[Row]) -> None:
         print("no rows yet")
         return
     _, above = columns_for(lines)
-    first = lines[0]
-    numerics = {line.cell.numerics for line in lines}
-    caption = [column.text(first) for column in above]
-    caption += [f"weights {first.cell.weights}", *(numerics if len(numerics) == 1 else ())]
-    wanted = [column for column in COLUMNS if column.header in TERMINAL]
-    wanted = [
-        column
-        for column in wanted
-        if column.header not in ("status", "flags", "image PSNR")
-        or {column.text(line) for line in lines} - {EMPTY, OK}
-    ]
-    if len(numerics) > 1:
-        wanted.insert(1, next(column for column in COLUMNS if column.header == "numerics"))
+    caption = [column.text(lines[0]) for column in above]
+    wanted = brief_columns(lines)
+    for column in [column for column in wanted if column.header in ("weights", "numerics")]:
+        texts = {column.text(line) for line in lines}
+        if len(texts) == 1:  # said once: a terminal is narrow
+            caption.append(f"{column.header} {texts.pop()}".removeprefix("numerics "))
+            wanted.remove(column)
+    room = width or (None if sys.stdout.isatty() else 190)
+    console = Console(width=room, highlight=False, markup=False)
+    widths = {column.header: narrowest(column, lines) for column in wanted}
+    for header in LEAST_NEEDED:  # a cut-off figure is worse than a column less
+        if sum(width + 3 for width in widths.values()) + 1 > console.width:
+            widths.pop(header, None)
     table = Table(title=", ".join(caption), title_justify="left", title_style="")
+    wanted = [column for column in wanted if column.header in widths]
     for column in wanted:
-        table.add_column(column.header, justify="right" if column.digits is not None else "left")
+        table.add_column(
+            column.header,
+            justify="right" if column.digits is not None else "left",
+            min_width=widths[column.header],
+        )
     for line in lines:
         table.add_row(*(column.text(line) for column in wanted))
-    console = Console(width=None if sys.stdout.isatty() else 190, highlight=False, markup=False)
     console.print(table)
+
+
+def narrowest(column: Column, lines: Sequence[Line]) -> int:
+    """Characters a column needs if headers and words may go on several lines."""
+    texts = [column.text(line) for line in lines]
+    words = [word for text in texts for word in text.split()] if column.digits is None else texts
+    return max(map(len, (*column.header.split(), *words)))
 
 
 def write(target: Run, rows: Sequence[Row], folder: Path | None = None) -> list[Path]:
     """`table.md` and `table.csv` into the run folder (or `folder`)."""
     place = folder or target.path
     files = [place / "table.md", place / "table.csv"]
-    write_atomic(files[0], markdown(target, rows))
+    write_atomic(files[0], f"# Run {target.name}\n\n{markdown(target, rows)}")
     write_atomic(files[1], csv(rows))
     return files
 

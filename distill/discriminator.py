@@ -45,6 +45,14 @@ class Condition:
             join(self.image, other.image),
         )
 
+    def rolled(self) -> Condition:
+        """Each picture with its neighbour's caption; the picture's own embedding stays."""
+
+        def roll(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.roll(1, 0)
+
+        return Condition(roll(self.tokens), roll(self.mask), roll(self.pooled), self.image)
+
 
 class Head(nn.Module):
     """One feature map [batch, channels, side, side] -> logits [batch, side, side]."""

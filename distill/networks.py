@@ -192,8 +192,8 @@ class TextToImage(nn.Module):
         super().__init__()
         self.text, self.unet = text, unet
         # The first encoder's last layer is read by nobody (SDXL takes the one before it).
-        unused = [text.first.text_model.encoder.layers[-1], text.first.text_model.final_layer_norm]
-        for module in unused:
+        body = getattr(text.first, "text_model", text.first)  # nested before transformers 5
+        for module in (body.encoder.layers[-1], body.final_layer_norm):
             module.requires_grad_(False)
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor, ids_2: Tensor, time_ids: Tensor) -> Tensor:

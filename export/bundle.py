@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
 
 SCHEMA = 1
+PARITY = "parity.json"
+"""The record of the comparison with torch; written by backends/parity.py."""
 MANIFEST = "manifest.json"
 WEIGHTS_ORDER = ("hub", "folder", "random")
 DTYPES = ("fp16", "fp32")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from made import cell, make_run, row
 
 from bench import plot, publish, table
+from bench.progress import Display
 from bench.store import ROWS, Row, Run, open_run
 from core.cli import run as shell
 from core.errors import PreconditionError
@@ -43,7 +45,7 @@ def test_the_table_has_a_line_per_cell_with_units(made: Run) -> None:
     assert len(lines) == 2 + 24
     assert len({line.count("|") for line in lines}) == 1
     head = [name.strip() for name in lines[0].strip("|").split("|")]
-    for name in ("weights", "numerics", "flags", "median (ms)", "images/s", "UNet step (ms)"):
+    for name in ("weights", "numerics", "flags", "median (ms)", "images/s", "decode (ms)"):
         assert name in head
     assert "storage fp16, precision fp32" in lines[2]
     assert "random" in lines[2]
@@ -86,13 +88,46 @@ def test_csv_has_every_column(made: Run) -> None:
     assert float(lines[0]["median (ms)"]) == 60.0
 
 
-def test_the_terminal_table_fits_what_it_says(
-    made: Run, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("width", [60, 80, 100, 140, 190])
+def test_the_terminal_table_never_cuts_a_figure(
+    made: Run, width: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table.show(made, made.rows())
+    table.show(made, made.rows(), width)
     text = capsys.readouterr().out
-    assert "median (ms)" in text
-    assert "storage fp16, precision fp32" in text
+    assert "storage fp16" in text
+    assert max(map(len, text.splitlines())) <= width
+    assert "\u2026" not in text  # rich's mark of a cut
+    for line in table.lines_of(made.rows()):
+        assert f" {line.median('median_ms'):.1f} " in text
+
+
+def test_the_waiting_parent_redraws_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    drawn = []
+    display = Display(total=3, rounds=1)
+    assert display.redraws
+    monkeypatch.setattr(display.progress, "refresh", lambda: drawn.append(1))
+    started = time.monotonic()
+    while time.monotonic() < started + 1.3:
+        display.tick()
+        display.sampled(5)
+    assert 1 <= len(drawn) <= 2
+
+
+def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Display(total=2, rounds=1) as display:
+        assert not display.redraws
+        display.loading([cell()], 0)
+        display.begin(cell())
+        display.tick()
+        display.finished(row(cell(), [10.0, 10.0, 10.0], flags=["disturbed"]))
+        words = {"what": "out of memory"}
+        display.finished(row(cell(steps=2), [], status="oom", error=words))
+    assert capsys.readouterr().out == (
+        "[0/2] loading null taesd batch 1\n"
+        "[1/2] null taesd batch 1 steps 1: 10.0 ms, 100 images/s (3 samples, CV 0.0%, disturbed)\n"
+        "[2/2] null taesd batch 1 steps 2: oom: out of memory\n"
+    )
 
 
 def test_the_plot_states_the_fit_beside_the_points(made: Run) -> None:
@@ -100,13 +135,13 @@ def test_the_plot_states_the_fit_beside_the_points(made: Run) -> None:
     assert sorted(found) == [1, 4]
     first = found[1][0]
     assert first.points("median_ms") == [(1, 60.0), (2, 70.0), (4, 90.0)]
-    assert plot.fit_text(first) == "10 ms/step + 50 ms"
-    assert plot.fit_text(found[4][1]) == "40 ms/step + 20 ms"
+    assert plot.fit_text(first) == "10 ms/step + 50 ms fixed"
+    assert plot.fit_text(found[4][1]) == "40 ms/step + 20 ms fixed"
     drawn = plot.figure(made, made.rows())
     assert drawn is not None
     assert len(drawn.axes) == 4
     texts = [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
-    assert "null, vae: 10 ms/step + 50 ms" in texts
+    assert "null, vae: 10 ms/step + 50 ms fixed" in texts
     assert len(texts) == 8
 
 
@@ -161,7 +196,7 @@ def test_publish_then_check(made: Run, place: list[str], tmp_path: Path) -> None
     assert f"results/plots/{made.name}.svg" in readme
     assert readme.startswith("# Title\n\n<!-- results -->\n")
     assert readme.endswith("<!-- /results -->\n\nend\n")
-    assert "old" not in readme
+    assert "\nold\n" not in readme
     assert shell(publish.main, ["--check", *place]) == 0
     # Publishing changes nothing the second time.
     assert shell(publish.main, ["latest", *place]) == 0
@@ -227,6 +262,8 @@ def test_a_named_block_shows_that_run(made: Run, tmp_path: Path) -> None:
     )
     with pytest.raises(PreconditionError, match="asks for the results"):
         publish.fill(text, {})
+    unnamed = "<!-- results -->\nsoon\n<!-- /results -->\n"
+    assert publish.fill(unnamed, {}) == unnamed
 
 
 def test_what_cannot_be_published(tmp_path: Path, place: list[str]) -> None:

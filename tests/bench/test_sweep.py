@@ -45,7 +45,7 @@ def faults(sweep: Sweep, tmp_path_factory: pytest.TempPathFactory) -> Done:
     backends = [
         "null",
         "null:fail=crash,only_steps=1",  # kills the worker: steps 2 needs a fresh one
-        "null:fail=oom,only_steps=2,text_ms=0",
+        "null:at=5,fail=oom,only_steps=2",
         "null:fail=nan,only_steps=1",
         "null:fail=wrong,only_steps=1",
         "null:at=8,fail=error,only_steps=2",  # in the middle of the samples
@@ -66,8 +66,8 @@ def test_every_fault_is_a_row_with_its_status(faults: Done) -> None:
         ("", 2): "ok",
         ("fail=crash,only_steps=1", 1): "crashed",
         ("fail=crash,only_steps=1", 2): "ok",
-        ("fail=oom,only_steps=2,text_ms=0", 1): "ok",
-        ("fail=oom,only_steps=2,text_ms=0", 2): "oom",
+        ("at=5,fail=oom,only_steps=2", 1): "ok",
+        ("at=5,fail=oom,only_steps=2", 2): "oom",
         ("fail=nan,only_steps=1", 1): "non_finite",
         ("fail=nan,only_steps=1", 2): "ok",
         ("fail=wrong,only_steps=1", 1): "mismatch",

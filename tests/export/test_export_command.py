@@ -44,9 +44,10 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
         time.sleep(0.02)
 
 
-def first_part(target: Path) -> Callable[[], object]:
-    """Whether the scratch folder of an export to `target` holds its first graph."""
-    return lambda: list(target.parent.glob(f".staging-{target.name}-*/text_encoder/model.onnx"))
+def wait_for_first_part(process: subprocess.Popen[str], target: Path) -> None:
+    """Until the scratch folder of the export holds its first graph: it is in the middle of it."""
+    pattern = f".staging-{target.name}-{process.pid}-*/text_encoder/model.onnx"
+    wait_for(lambda: list(target.parent.glob(pattern)), process)
 
 
 def leftovers(target: Path) -> list[str]:
@@ -73,13 +74,13 @@ def test_help_is_fast_and_imports_no_torch() -> None:
 def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     process = start(*TINY, "--out", str(target))
-    wait_for(first_part(target), process)
+    wait_for_first_part(process, target)
     process.kill()
     process.communicate()
     assert not target.exists()
     assert leftovers(target)  # a killed process cannot clean up
     process = start(*TINY, "--out", str(target))
-    wait_for(first_part(target), process)
+    wait_for_first_part(process, target)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == EXIT_INTERRUPTED
@@ -91,7 +92,7 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tmp_path: P
 def test_an_interrupted_export_leaves_the_old_bundle(tiny_bundle: Bundle, tmp_path: Path) -> None:
     target = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
     process = start(*TINY, "--force", "--out", str(target))
-    wait_for(first_part(target), process)
+    wait_for_first_part(process, target)
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == EXIT_INTERRUPTED
@@ -114,7 +115,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_fills_up_leaves_nothing(small_disk: Path) -> None:
     target = small_disk / "bundle"
     process = start(*TINY, "--out", str(target))
-    wait_for(first_part(target), process)
+    wait_for_first_part(process, target)
     with pytest.raises(OSError, match="No space left"), (small_disk / "ballast").open("wb") as file:
         while True:
             file.write(bytes(1 << 16))

@@ -1,0 +1,224 @@
+"""A finished run as model folders in diffusers format, float16, with a card that says how.
+
+`<name>-turbo` is whole; `<name>-teacher` has its own UNet and scheduler and links to the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.errors import AddbenchError
+from core.files import ROOT, read_json, staged_folder, write_atomic, write_json
+from distill.context import DONE, Context
+
+SHARED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "taesd", "fid")
+CLASSES = {
+    "scheduler": None,
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "CLIPTokenizer"),
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+}
+
+
+def export_run(context: Context) -> list[Path]:
+    """Write the folders of a finished run; for a run over a checkpoint, the student's alone."""
+    name, folder = context.config.name, context.folder
+    student = context.weights("student") / "weights"
+    if "teacher" not in context.config.stages:
+        target = folder / f"{name}-student"
+        with staged_folder(target) as scratch:
+            for part in ("unet", "scheduler"):
+                _copy_half(student / part, scratch / part)
+            _write_record(context, scratch)
+        return [target]
+    teacher = context.weights("teacher") / "weights"
+    sources = {part: teacher / part for part in SHARED[:4]}
+    sources["vae"] = context.weights("autoencoder") / "weights"
+    sources["taesd"] = context.weights("tiny-autoencoder") / "weights"
+    turbo = folder / f"{name}-turbo"
+    with staged_folder(turbo) as scratch:
+        for part, source in sources.items():
+            _copy_half(source, scratch / part)
+        _copy_fid(context.weights("features") / "weights", scratch / "fid")
+        for part in ("unet", "scheduler"):
+            _copy_half(student / part, scratch / part)
+        _write_index(scratch)
+        _write_record(context, scratch)
+        _write_card(context, scratch, turbo.name)
+    whole = folder / f"{name}-teacher"
+    with staged_folder(whole) as scratch:
+        for part in ("unet", "scheduler"):
+            _copy_half(teacher / part, scratch / part)
+        for part in SHARED:
+            os.symlink(f"../{turbo.name}/{part}", scratch / part)
+        _write_index(scratch)
+        _write_card(context, scratch, whole.name)
+    return [turbo, whole]
+
+
+def _copy_half(source: Path, target: Path) -> None:
+    """A part with its weights in float16; a value beyond float16 is an error that names it."""
+    target.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        if file.suffix != ".safetensors":
+            shutil.copy(file, target / file.name)
+            continue
+        half: dict[str, torch.Tensor] = {}
+        for name, value in load_file(file).items():
+            cast = value.half() if value.is_floating_point() else value
+            if not bool(torch.isfinite(cast).all()):
+                raise AddbenchError(
+                    f"{source.name} does not fit float16",
+                    f"{name} has a value beyond 65504 or not finite",
+                    "train the stage again with a lower learning rate",
+                )
+            # transformers before 5 nests the first encoder's weights, and 5 reads both.
+            if source.name == "text_encoder" and not name.startswith("text_model."):
+                name = f"text_model.{name}"
+            half[name] = cast.contiguous()
+        save_file(half, target / file.name, metadata={"format": "pt"})
+    config = target / "config.json"
+    if config.exists():
+        settings = read_json(config)
+        for key in ("dtype", "torch_dtype"):
+            if key in settings:
+                settings[key] = "float16"
+        # A diffusers config remembers the folder it was loaded from.
+        write_json(config, {k: v for k, v in settings.items() if k != "_name_or_path"})
+
+
+def _copy_fid(source: Path, target: Path) -> None:
+    target.mkdir()
+    for suffix in ("safetensors", "json"):
+        shutil.copy(source / f"fid.{suffix}", target / f"fid.{suffix}")
+
+
+def _write_index(folder: Path) -> None:
+    """model_index.json of a StableDiffusionXLPipeline."""
+    import diffusers
+
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "force_zeros_for_empty_prompt": False,
+        "add_watermarker": None,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    for part, found in CLASSES.items():
+        index[part] = list(found or ("diffusers", scheduler))
+    write_json(folder / "model_index.json", index)
+
+
+def _write_record(context: Context, folder: Path) -> None:
+    """training.json: the recipe and how it went; training-log.jsonl: the losses."""
+    stages = {}
+    for name in context.config.stages:
+        if (found := context.finished(name)) is not None:
+            stages[name] = read_json(found / DONE)
+    record = {
+        "config": dataclasses.asdict(context.config),
+        "stages": stages,
+        "git_revision": git_revision(),
+        "versions": _versions(),
+        "device": str(context.device),
+        "precision": context.accelerator.mixed_precision,
+        "cpu": platform.processor() or platform.machine(),
+    }
+    write_json(folder / "training.json", record)
+    log = context.folder / "log.jsonl"
+    if log.exists():
+        write_atomic(folder / "training-log.jsonl", log.read_bytes())
+
+
+def write_quality(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Record what an evaluation measured, beside the weights it measured."""
+    write_json(folder / "quality.json", figures)
+
+
+def _write_card(context: Context, folder: Path, name: str) -> None:
+    config = context.config
+    record = read_json(folder / "training.json") if (folder / "training.json").exists() else {}
+    lines = [
+        f"# {name}",
+        "",
+        "Draws one to three flat shapes from a caption, at 64 x 64 pixels. Made to measure runtimes"
+        " with a model that was really trained, on any machine, without a download.",
+        "",
+        "    a large red circle on the left of a black background",
+        "    a small blue star above a large white square on a gray background",
+        "",
+        f"Trained from nothing by `python -m distill.train --preset {config.name}`, seed"
+        f" {config.seed}, git revision {record.get('git_revision', git_revision())}; nothing in it"
+        " comes from another model or from pictures of others. `training.json` has the whole"
+        " configuration and the time of each stage, `training-log.jsonl` the losses,"
+        " `quality.json` what was measured of it.",
+        "",
+        "| stage | steps | minutes |",
+        "|---|---|---|",
+    ]
+    for stage in config.stages:
+        if (found := context.finished(stage)) is not None:
+            done = read_json(found / DONE)
+            lines.append(f"| {stage} | {done['steps']} | {done['seconds'] / 60:.1f} |")
+    turbo = name.endswith("turbo")
+    lines += [
+        "",
+        "The student of adversarial diffusion distillation: 1, 2 or 4 steps, no guidance."
+        if turbo
+        else f"The teacher: {config.teacher.steps} steps with guidance {config.teacher.guidance}."
+        " All but the UNet and the scheduler are links into the turbo model's folder.",
+        "",
+        "Limits: it knows the captions of one grammar (`distill/shapes.py`) and nothing else; three"
+        " objects are harder than one; a word it never saw is noise to it; it says nothing about"
+        " the quality of large models. One combination in five was held out of training.",
+        "",
+        "Licence: that of the project; the weights are its own work.",
+        "",
+    ]
+    write_atomic(folder / "README.md", "\n".join(lines))
+
+
+def git_revision() -> str:
+    """The checkout's revision, with `-dirty` when it has changes; `unknown` outside git."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=ROOT, capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("torch", "diffusers", "transformers", "accelerate", "tokenizers", "safetensors")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Rows of log.jsonl; a torn last line is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

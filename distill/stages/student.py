@@ -1,0 +1,296 @@
+"""Stage `student`: adversarial diffusion distillation (Sauer et al., arXiv 2311.17042)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from core.errors import PreconditionError
+from distill import losses
+from distill.checkpoint import load_unet, open_checkpoint, open_features
+from distill.discriminator import Condition, Discriminator
+from distill.distillation import nfsd_target, rediffuse, teacher_target
+from distill.judge import following
+from distill.latents import Latents
+from distill.loop import Trainer
+from distill.networks import LATENTS, size_ids, tokenize, use_eager_attention
+from distill.pipeline import assemble, generate
+from distill.schedule import Schedule
+from distill.shapes import scenes
+
+CHECKS = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Real latents and pictures, the student's input, and the captions' embeddings."""
+
+    clean: Tensor
+    noisy: Tensor
+    s: Tensor
+    context: Tensor
+    pooled: Tensor
+    mask: Tensor
+    indices: list[int]
+
+
+class StudentTrainer(Trainer):
+    name = "student"
+
+    def setup(self) -> None:
+        context, config, settings = self.context, self.config, self.settings
+        if settings.weighting == "nfsd" and settings.teacher_steps != 1:
+            raise PreconditionError(
+                "NFSD weighting goes with one teacher step",
+                f"student.teacher-steps is {settings.teacher_steps}",
+                "set it to 1, or take exp or sds weighting",
+            )
+        self.checkpoint = open_checkpoint(context)
+        self.schedule = Schedule.from_config(self.checkpoint.scheduler_config, context.device)
+        shapes = config.data.kind == "shapes"
+        self.latents = Latents(context, self.checkpoint.vae, cache=shapes)
+        self.timesteps = torch.tensor(settings.timesteps)
+        student = self._student()
+        if settings.gradient_checkpointing:
+            student.enable_gradient_checkpointing()
+        if shapes:
+            use_eager_attention(student)
+        self.learn("student", student)
+        self.adversarial = settings.loss in ("adversarial", "both")
+        self.distils = settings.loss in ("distillation", "both")
+        if self.adversarial:
+            self.features: Any = open_features(context)
+            self.learn("discriminator", self._discriminator(), settings.discriminator_rate)
+        self.fixed = {which: self._embed([text]) for which, text in
+                      (("empty", ""), ("negative", settings.negative))}  # fmt: skip
+        self.checks = scenes(CHECKS, config.seed + 1, held_out=True)
+
+    def _student(self) -> Any:
+        folder = self.config.networks.student
+        unet = load_unet(Path(folder) if folder else self.checkpoint.folder / "unet")
+        if self.settings.pretrained:
+            return unet
+        torch.manual_seed(self.config.seed)
+        return type(unet).from_config(unet.config)
+
+    def _discriminator(self) -> Discriminator:
+        kind = self.settings.conditioning
+        text = self.settings.text if kind in ("text", "both") else None
+        config = self.checkpoint.text.second.config
+        widths = {
+            "tokens": self.checkpoint.teacher.config.cross_attention_dim,
+            "pooled": config.projection_dim,
+        }
+        torch.manual_seed(self.config.seed)
+        return Discriminator(
+            self.features.channels,
+            self.features.sides,
+            width=self.settings.head_width,
+            text=text,
+            text_dim=widths.get(text or "", 0),
+            image_dim=self.features.embedding if kind in ("image", "both") else 0,
+        )
+
+    @torch.no_grad()
+    def _embed(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Context [n, 77, width], pooled [n, width], mask [n, 77] of a caption's own tokens."""
+        checkpoint, device = self.checkpoint, self.context.device
+        ids = tokenize(checkpoint.tokenizer, captions).to(device)
+        ids_2 = tokenize(checkpoint.tokenizer_2, captions).to(device)
+        with self.context.accelerator.autocast():
+            context, pooled = checkpoint.text(ids, ids_2)
+        if checkpoint.zeros_for_empty and captions == [""]:
+            context, pooled = torch.zeros_like(context), torch.zeros_like(pooled)
+        ends = (ids == checkpoint.tokenizer.eos_token_id).int()
+        return context.float(), pooled.float(), ends.cumsum(1) - ends == 0
+
+    def _batch(self, step: int, generator: torch.Generator) -> Batch:
+        context, batch = self.context, self.settings.batch
+        indices = context.indices(batch, step)
+        side = self.config.data.size // 8
+        shape = (batch, LATENTS, side, side)
+        posterior = context.share(torch.randn(shape, generator=generator))
+        noise = context.share(torch.randn(shape, generator=generator))
+        s = self.timesteps[torch.randint(len(self.timesteps), (batch,), generator=generator)]
+        if self.settings.terminal is not None:
+            last = torch.rand(batch, generator=generator) < self.settings.terminal
+            others = self.timesteps[:-1][
+                torch.randint(len(self.timesteps) - 1, (batch,), generator=generator)
+            ]
+            s = torch.where(last, self.timesteps[-1], others)
+        s = context.share(s)
+        clean = self.latents.encode(indices, posterior)
+        embedded = self._embed([context.source.captions[i] for i in indices])
+        noisy = self.schedule.add_noise(clean, noise, s)
+        return Batch(clean, noisy, s, *embedded, indices)
+
+    def _unet(self, unet: Any, noisy: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        ids = size_ids(len(noisy), self.config.data.size, self.context.device)
+        with self.context.accelerator.autocast():
+            output: Tensor = unet(
+                noisy, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
+            ).sample
+        return output.float()
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        generator = self.context.generator(self.name, step)
+        batch = self._batch(step, generator)
+        head_start = self.adversarial and step < self.settings.headstart
+        with torch.set_grad_enabled(not head_start):
+            output = self._unet(
+                self.networks["student"], batch.noisy, batch.s, batch.context, batch.pooled
+            )
+            sample = self.schedule.denoised(output, batch.noisy, batch.s)
+            in_pixels = self.adversarial or self.settings.space == "pixel"
+            fake = self.latents.decode(sample) if in_pixels else sample
+        logged: dict[str, Tensor] = {}
+        terms: list[Tensor] = []
+        if self.adversarial:
+            told, real_features = self._condition(batch)
+            fake_features, _ = self._features(fake)
+            if not head_start:
+                heads = self.plain("discriminator").eval().requires_grad_(False)
+                logged["adv"] = losses.hinge_generator(heads(fake_features, told))
+                heads.train().requires_grad_(True)
+                terms.append(logged["adv"])
+        if self.distils and not head_start:
+            logged["distill"] = self._distillation(sample, fake, batch, generator)
+            terms.append(self.settings.lambda_ * logged["distill"])
+        if terms:
+            self.update("student", torch.stack(terms).sum())
+        if self.adversarial:
+            frozen = [feature.detach() for feature in fake_features]
+            logged |= self._discriminate(step, real_features, frozen, told)
+        return logged
+
+    def _features(self, pictures: Tensor) -> tuple[list[Tensor], Tensor]:
+        with self.context.accelerator.autocast():
+            maps, embedding = self.features(pictures)
+        return [found.float() for found in maps], embedding.float()
+
+    @torch.no_grad()
+    def _condition(self, batch: Batch) -> tuple[Condition, list[Tensor]]:
+        """What the heads are told, and the real pictures' features."""
+        if self.settings.reals == "reconstructed":
+            pictures = self.latents.decode(batch.clean)
+        else:
+            pictures = self.context.pictures(batch.indices)
+        maps, embedding = self._features(pictures)
+        # At the last timestep the student saw nothing of the picture and cannot match it.
+        seen = (batch.s != self.timesteps[-1]).float()[:, None]
+        length = int(batch.mask.sum(1).max())
+        told = Condition(
+            tokens=batch.context[:, :length],
+            mask=batch.mask[:, :length],
+            pooled=batch.pooled,
+            image=embedding * seen,
+        )
+        return told, maps
+
+    def _distillation(
+        self, sample: Tensor, fake: Tensor, batch: Batch, generator: torch.Generator
+    ) -> Tensor:
+        settings, schedule = self.settings, self.schedule
+        low, high = (round(share * len(schedule)) for share in settings.teacher_range)
+        t = self.context.share(torch.randint(low, high, (settings.batch,), generator=generator))
+        drawn = torch.randn((settings.batch, *sample.shape[1:]), generator=generator)
+        noisy = rediffuse(sample, self.context.share(drawn), schedule, t)
+
+        def predict(noisy: Tensor, t: Tensor, which: str) -> Tensor:
+            context, pooled = batch.context, batch.pooled
+            if which != "given":
+                context, pooled = (
+                    value.expand(len(noisy), *value.shape[1:]) for value in self.fixed[which][:2]
+                )
+            return self._unet(self.checkpoint.teacher, noisy, t, context, pooled)
+
+        if settings.weighting == "nfsd":
+            target = nfsd_target(predict, sample, noisy, schedule, t)
+        else:
+            target = teacher_target(
+                predict, noisy, schedule, t, steps=settings.teacher_steps, guidance=settings.guidance
+            )
+        c = losses.weight(settings.weighting, schedule, t)
+        if settings.space == "latent":
+            return losses.distillation_loss(sample, target, c, settings.reduction)
+        with torch.no_grad():
+            wanted = self.latents.decode(target)
+        return losses.distillation_loss(fake, wanted, c, settings.reduction)
+
+    def _discriminate(
+        self, step: int, real: list[Tensor], fake: list[Tensor], told: Condition
+    ) -> dict[str, Tensor]:
+        settings = self.settings
+        penalised = settings.gamma > 0 and step % settings.r1_every == 0
+        real = [feature.detach().requires_grad_(penalised) for feature in real]
+        pieces, condition = [real, fake], told.cat(told)
+        if settings.mismatch:
+            pieces.append(real)
+            condition = condition.cat(told.rolled())
+        # One forward for all, as data parallelism wants it.
+        joined = [torch.cat(level) for level in zip(*pieces, strict=True)]
+        verdicts = [logits.split(len(real[0])) for logits in self.networks["discriminator"](joined, condition)]
+        good, bad = ([parts[i] for parts in verdicts] for i in (0, 1))
+        loss = losses.hinge_discriminator(good, bad)
+        logged = {"disc": loss}
+        if settings.mismatch:
+            wrong = torch.stack([(1 + parts[2]).relu().mean() for parts in verdicts]).sum()
+            logged["mismatch"] = wrong
+            loss = loss + settings.mismatch * wrong
+        if penalised:
+            logged["r1"] = losses.r1_penalty(good, real)
+            loss = loss + settings.gamma * settings.r1_every * logged["r1"]
+        self.update("discriminator", loss)
+        with torch.no_grad():
+            logged["gap"] = torch.stack(
+                [a.mean() - b.mean() for a, b in zip(good, bad, strict=True)]
+            ).mean()
+        return logged
+
+    def scheduler(self) -> Any:
+        """The student's sampler: it predicts x_0 at each of its timesteps and noises it again."""
+        import diffusers
+
+        config = dict(self.checkpoint.scheduler_config) | {"timestep_spacing": "trailing"}
+        if self.settings.scheduler == "LCMScheduler":
+            config |= {"original_inference_steps": len(self.timesteps), "clip_sample": False}
+        return getattr(diffusers, self.settings.scheduler).from_config(config)
+
+    def grid(self) -> tuple[NDArray[np.uint8] | None, dict[str, float]]:
+        """Held-out captions at one step, then at four; what the judge reads of each."""
+        if self.config.data.kind != "shapes":
+            return None, {}
+        checkpoint = self.checkpoint
+        pipeline = assemble(
+            tokenizer=checkpoint.tokenizer,
+            tokenizer_2=checkpoint.tokenizer_2,
+            text=checkpoint.text,
+            unet=self.plain("student"),
+            vae=self.latents.vae,
+            scheduler=self.scheduler(),
+        )
+        sheets, figures = [], {}
+        for steps in (1, 4):
+            pictures = generate(
+                pipeline,
+                [scene.caption for scene in self.checks],
+                steps=steps,
+                guidance=0.0,
+                seeds=range(CHECKS),
+                size=self.config.data.size,
+                autocast=self.context.accelerator.autocast(),
+            )
+            sheets.append(pictures[:32])
+            shares = following(pictures, self.checks)
+            figures |= {f"{name}@{steps}": share for name, share in shares.items()}
+        return np.concatenate(sheets), figures
+
+    def write(self, folder: Path) -> None:
+        self.plain("student").save_pretrained(folder / "unet")
+        self.scheduler().save_pretrained(folder / "scheduler")
