@@ -28,7 +28,8 @@ from backends.base import (
     Shapes,
     thread_count,
 )
-from core.files import require_disk, require_memory
+from core.files import require_disk
+from core.memory import require_memory
 from export.lower import CPU, Profile, lower
 
 if TYPE_CHECKING:

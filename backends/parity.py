@@ -8,7 +8,6 @@ CPU computes FP16 graphs in FP32 and would never show it.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import AddbenchError
 from core.files import ROOT, read_json, write_json
+from core.memory import give_memory_back
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +98,7 @@ def run_part(job: Mapping[str, Any]) -> None:
     found = {}
     for runtime in (REFERENCE, job["backend"]):
         found[runtime] = run_stage(bundle, part, runtime, folder)
-        gc.collect()  # one runtime's weights are gone before the other's come
+        give_memory_back()  # one runtime's weights are gone before the other's come
     write_json(folder / f"{part}.json", {"overflow": found[REFERENCE]})
 
 

@@ -120,17 +120,3 @@ def require_disk(folder: Path, need_bytes: int, purpose: str) -> None:
             f"{existing} is the disk it would be written to",
             "free some room (`python -m backends cache prune`) or set ADDBENCH_BUILD",
         )
-
-
-def require_memory(need_bytes: int, purpose: str) -> None:
-    """Refuse work whose estimated peak does not fit the memory that is available now."""
-    import psutil
-
-    available = psutil.virtual_memory().available
-    if need_bytes > available:
-        raise PreconditionError(
-            f"{purpose} needs about {need_bytes / 1e9:.1f} GB of memory"
-            f" and {available / 1e9:.1f} GB are available",
-            "the estimate comes from the size of its weights",
-            "close other programs, or use a machine with more memory",
-        )

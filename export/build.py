@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import errno
-import gc
 import platform
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from core.errors import AddbenchError, PreconditionError
-from core.files import require_disk, require_memory, sha256_file, staged_folder, write_json
+from core.files import require_disk, sha256_file, staged_folder, write_json
+from core.memory import give_memory_back, require_memory
 from export.bundle import MANIFEST, SCHEMA, part_hash
 from export.checkpoint import Checkpoint
 
@@ -50,11 +51,14 @@ def build_bundle(plan: Plan, target: Path, console: Console) -> None:
     require_disk(target, int(sum(need.values()) * 1.02) + (16 << 20), f"the bundle {target.name}")
     # Beside the weights of a part: 0.6 GB of libraries, a tenth for the traced graph.
     require_memory(int(max(need.values()) * 1.1 + 0.6e9), f"exporting {model.name}")
-    with _disk_errors(target), staged_folder(target) as folder:
+    with _disk_errors(target), _heard_interrupt() as check, staged_folder(target) as folder:
         checkpoint.save_tokenizers(folder)
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.scheduler_config())
-        parts = {part: _export_part(plan, part, folder, console) for part in model.parts}
+        parts = {}
+        for part in model.parts:
+            parts[part] = _export_part(plan, part, folder, console)
+            check()
         with console.status("hashing"):
             files: dict[str, dict[str, Any]] = {
                 file.relative_to(folder).as_posix(): {
@@ -88,6 +92,7 @@ def build_bundle(plan: Plan, target: Path, console: Console) -> None:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_json(folder / MANIFEST, manifest)
+        check()
 
 
 def _export_part(plan: Plan, part: str, folder: Path, console: Console) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def _export_part(plan: Plan, part: str, folder: Path, console: Console) -> dict[
         save_graph(graph, folder / part)
         entry = describe_graph(graph)
     del module, inputs, graph
-    _give_memory_back()
+    give_memory_back()  # a part is freed before the next one comes
     data = folder / part / "model.onnx.data"
     entry["graph"] = f"{part}/model.onnx"
     entry["data"] = f"{part}/{data.name}" if data.exists() else None
@@ -125,17 +130,6 @@ def _export_part(plan: Plan, part: str, folder: Path, console: Console) -> dict[
         soft_wrap=True,
     )
     return entry
-
-
-def _give_memory_back() -> None:
-    """Free the part that was exported: it lies in cycles, and then in the heap's free lists.
-
-    glibc keeps freed tensors below 32 MB: 1.3 GB of a text encoder beside the UNet's 5 GB.
-    """
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def weight_bytes(plan: Plan, skeletons: dict[str, Any]) -> dict[str, int]:
@@ -206,6 +200,34 @@ def torch_dtype(dtype: str) -> Any:
 def _versions() -> dict[str, str]:
     packages = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "tokenizers")
     return {name: version(name) for name in packages} | {"python": platform.python_version()}
+
+
+@contextmanager
+def _heard_interrupt() -> Iterator[Callable[[], None]]:
+    """Ctrl-C ends the export, if not at once then at the next `check()`.
+
+    An interrupt that arrives while Python finalises what torch traced is printed and dropped.
+    """
+    heard = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        heard = True
+        signal.default_int_handler(number, frame)
+
+    def check() -> None:
+        if heard:
+            raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored by who started us, or another's
+        yield check
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
