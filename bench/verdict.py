@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -211,10 +212,8 @@ def rank_sum_tail(n: int, m: int, alpha: float) -> int:
     Exact up to 50 values a side, the normal approximation above (it is off by less than 1% there).
     """
     if max(n, m) > 50:
-        from scipy.stats import norm
-
-        spread = math.sqrt(n * m * (n + m + 1) / 12)
-        return max(0, int(n * m / 2 + norm.ppf(alpha) * spread))
+        normal = NormalDist(n * m / 2, math.sqrt(n * m * (n + m + 1) / 12))
+        return max(0, int(normal.inv_cdf(alpha)))
     # ways[j][u]: orderings of i of one sample and j of the other with Mann-Whitney count u
     size = n * m + 1
     ways = [np.eye(1, size)[0] for _ in range(m + 1)]

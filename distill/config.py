@@ -79,15 +79,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Autoencoder(Stage):
-    """`kl`: weight of the KL term per latent element; `edges`: weight of the gradients' L1.
-
-    `noise`: standard deviation of noise added to the unit-variance latents, so that a small error
-    of a denoiser stays a small error of the picture.
+    """Weights of the loss beside L1: `square` of the squared error, `edges` of the L1 between
+    neighbouring pixels' differences, `kl` of the KL term per latent element.
     """
 
-    kl: float = 1e-4
+    square: float = 4.0
     edges: float = 1.0
-    noise: float = 0.0
+    kl: float = 1e-4
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def export_run(context: Context) -> list[Path]:
             _copy_half(student / part, scratch / part)
         _write_index(scratch)
         _write_record(context, scratch)
-        _write_card(context, scratch, turbo.name)
+        write_card(context, scratch, name=turbo.name)
     whole = folder / f"{name}-teacher"
     with staged_folder(whole) as scratch:
         for part in ("unet", "scheduler"):
@@ -66,7 +66,8 @@ def export_run(context: Context) -> list[Path]:
         for part in SHARED:
             os.symlink(f"../{turbo.name}/{part}", scratch / part)
         _write_index(scratch)
-        _write_card(context, scratch, whole.name)
+        _write_record(context, scratch)
+        write_card(context, scratch, name=whole.name)
     return [turbo, whole]
 
 
@@ -146,14 +147,15 @@ def _write_record(context: Context, folder: Path) -> None:
         write_atomic(folder / "training-log.jsonl", log.read_bytes())
 
 
-def write_quality(folder: Path, figures: Mapping[str, Any]) -> None:
-    """Record what an evaluation measured, beside the weights it measured."""
-    write_json(folder / "quality.json", figures)
+def write_card(
+    context: Context, folder: Path, quality: dict[str, Any] | None = None, name: str = ""
+) -> None:
+    """README.md of a model folder: recipe, times, limits, and what was measured of it."""
+    from distill.report import quality_table
 
-
-def _write_card(context: Context, folder: Path, name: str) -> None:
+    name = name or folder.name
     config = context.config
-    record = read_json(folder / "training.json") if (folder / "training.json").exists() else {}
+    record = read_json(folder / "training.json")
     lines = [
         f"# {name}",
         "",
@@ -164,7 +166,7 @@ def _write_card(context: Context, folder: Path, name: str) -> None:
         "    a small blue star above a large white square on a gray background",
         "",
         f"Trained from nothing by `python -m distill.train --preset {config.name}`, seed"
-        f" {config.seed}, git revision {record.get('git_revision', git_revision())}; nothing in it"
+        f" {config.seed}, git revision {record['git_revision']}; nothing in it"
         " comes from another model or from pictures of others. `training.json` has the whole"
         " configuration and the time of each stage, `training-log.jsonl` the losses,"
         " `quality.json` what was measured of it.",

@@ -21,7 +21,7 @@ from distill.context import DONE, Context
 
 CHECKPOINT_SECONDS = 120
 GRIDS = 8
-"""Sample grids over a stage."""
+"""Sample grids over a stage; one at the end of a short one."""
 AGREE_EVERY = 10
 """Steps between processes agreeing on the clock."""
 
@@ -167,7 +167,8 @@ def run_stage(trainer: Trainer, minutes: float | None = None) -> Path:
     clock = _Clock(accelerator, state.seconds, minutes)
     log = Log(context, trainer.name, step, total)
     saved_at = clock.seconds
-    grids = int(clock.progress(step, total) * GRIDS)
+    grids_wanted = GRIDS if total >= 200 else 1
+    grids = int(clock.progress(step, total) * grids_wanted)
     while clock.progress(step, total) < 1:
         trainer.set_rates(clock.progress(step, total))
         try:
@@ -187,8 +188,8 @@ def run_stage(trainer: Trainer, minutes: float | None = None) -> Path:
         if clock.seconds - saved_at > CHECKPOINT_SECONDS:
             checkpointing.save(accelerator, checkpoints, checkpointing.State(step, clock.seconds, config))
             saved_at = clock.seconds
-        if int(clock.progress(step, total) * GRIDS) > grids:
-            grids = int(clock.progress(step, total) * GRIDS)
+        if int(clock.progress(step, total) * grids_wanted) > grids:
+            grids = int(clock.progress(step, total) * grids_wanted)
             with averaged(trainer):
                 log.grid(step, *trainer.grid())
     log.close()

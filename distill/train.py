@@ -85,6 +85,7 @@ def train(
     from distill.loop import run_stage
     from distill.stages import trainer
 
+    _quiet_libraries()
     accelerator = make_accelerator(device, precision)
     folder = runs_root() / run_name
     context = Context(config, folder, accelerator, runs_root() / base if base else None)
@@ -100,10 +101,26 @@ def train(
     if export and accelerator.is_main_process and context.finished("student"):
         from distill.folder import export_run
 
-        for path in export_run(context):
+        written = export_run(context)
+        for path in written:
             _say(accelerator, f"wrote {path}")
+        if len(written) == 2:  # turbo and teacher: a run from nothing
+            from distill.report import measure_run
+
+            found = measure_run(context, *written)
+            _say(accelerator, f"ratios {found['ratios']}, wanted {found['wanted']}")
     accelerator.wait_for_everyone()
     return folder
+
+
+def _quiet_libraries() -> None:
+    """Progress of loading a megabyte is noise in the log."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
 
 
 def _say(accelerator: Any, text: str) -> None:

@@ -37,7 +37,8 @@ class AutoencoderTrainer(Trainer):
 
     def setup(self) -> None:
         self.learn("vae", _Autoencoder(build_vae(self.config.networks, self.config.data.size)))
-        self.checks = scenes(96, self.config.seed + 1, held_out=True)
+        count = min(96, self.config.evaluate_captions)
+        self.checks = scenes(count, self.config.seed + 1, held_out=True)
 
     def step(self, step: int) -> dict[str, Tensor]:
         context, settings = self.context, self.settings
@@ -47,10 +48,12 @@ class AutoencoderTrainer(Trainer):
             (settings.batch, LATENTS, side, side), generator=context.generator(self.name, step)
         )
         made, kl = self.networks["vae"](pictures, context.share(drawn))
-        flat = functional.l1_loss(made, pictures)
+        # L1 alone is content to leave the small objects out of the picture for a long time.
+        flat, square = functional.l1_loss(made, pictures), functional.mse_loss(made, pictures)
         edges = edge_loss(made, pictures)
-        self.update("vae", flat + settings.edges * edges + settings.kl * kl)
-        return {"l1": flat, "edges": edges, "kl": kl}
+        loss = flat + settings.square * square + settings.edges * edges + settings.kl * kl
+        self.update("vae", loss)
+        return {"l1": flat, "mse": square, "edges": edges, "kl": kl}
 
     @torch.no_grad()
     def grid(self) -> tuple[NDArray[np.uint8] | None, dict[str, float]]:

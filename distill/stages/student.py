@@ -69,7 +69,8 @@ class StudentTrainer(Trainer):
             self.learn("discriminator", self._discriminator(), settings.discriminator_rate)
         self.fixed = {which: self._embed([text]) for which, text in
                       (("empty", ""), ("negative", settings.negative))}  # fmt: skip
-        self.checks = scenes(CHECKS, config.seed + 1, held_out=True)
+        count = min(CHECKS, config.evaluate_captions)
+        self.checks = scenes(count, config.seed + 1, held_out=True)
 
     def _student(self) -> Any:
         folder = self.config.networks.student
@@ -282,7 +283,7 @@ class StudentTrainer(Trainer):
                 [scene.caption for scene in self.checks],
                 steps=steps,
                 guidance=0.0,
-                seeds=range(CHECKS),
+                seeds=range(len(self.checks)),
                 size=self.config.data.size,
                 autocast=self.context.accelerator.autocast(),
             )

@@ -54,7 +54,8 @@ class TeacherTrainer(Trainer):
         self.ids = tokenize(self.tokenizer, list(context.source.captions))
         self.empty = tokenize(self.tokenizer, [""])
         self.schedule = Schedule.from_config(dict(self.scheduler().config), context.device)
-        self.checks = scenes(CHECKS, config.seed + 1, held_out=True)
+        count = min(CHECKS, config.evaluate_captions)
+        self.checks = scenes(count, config.seed + 1, held_out=True)
 
     def scheduler(self) -> Any:
         settings = self.settings
@@ -101,7 +102,7 @@ class TeacherTrainer(Trainer):
             [scene.caption for scene in self.checks],
             steps=min(CHECK_STEPS, self.settings.steps),
             guidance=self.settings.guidance,
-            seeds=range(CHECKS),
+            seeds=range(len(self.checks)),
             size=self.config.data.size,
             autocast=self.context.accelerator.autocast(),
         )

@@ -36,7 +36,8 @@ class TinyAutoencoderTrainer(Trainer):
         folder = self.context.weights("autoencoder") / "weights"
         self.latents = Latents(self.context, folder, cache=self.config.data.kind == "shapes")
         self.learn("vae", _Tiny(build_tiny_vae(self.config.networks)))
-        self.checks = scenes(96, self.config.seed + 1, held_out=True)
+        count = min(96, self.config.evaluate_captions)
+        self.checks = scenes(count, self.config.seed + 1, held_out=True)
 
     def step(self, step: int) -> dict[str, Tensor]:
         context, settings = self.context, self.settings
@@ -50,10 +51,12 @@ class TinyAutoencoderTrainer(Trainer):
         with torch.no_grad():
             wanted = self.latents.decode(noisy)
         encoded, decoded = self.networks["vae"](context.pictures(indices), noisy)
-        flat, edges = functional.l1_loss(decoded, wanted), edge_loss(decoded, wanted)
+        flat, square = functional.l1_loss(decoded, wanted), functional.mse_loss(decoded, wanted)
+        edges = edge_loss(decoded, wanted)
         code = functional.mse_loss(encoded, latents)
-        self.update("vae", flat + settings.edges * edges + 0.1 * code)
-        return {"l1": flat, "edges": edges, "latents": code}
+        loss = flat + settings.square * square + settings.edges * edges + 0.1 * code
+        self.update("vae", loss)
+        return {"l1": flat, "mse": square, "edges": edges, "latents": code}
 
     @torch.no_grad()
     def grid(self) -> tuple[NDArray[np.uint8] | None, dict[str, float]]:

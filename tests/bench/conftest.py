@@ -72,7 +72,7 @@ class Started:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in children.read_text().split()]
 
-    def wait_for(self, what: Callable[[], object], seconds: float = 90) -> None:
+    def wait_for(self, what: Callable[[], object], seconds: float = 180) -> None:
         until = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < until, f"it did not come:\n{self.text()}"
