@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -191,9 +192,22 @@ class OrtBackend(Backend):
         if path is None:
             raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
         try:
-            return OrtSession(path / MODEL, self.options, bundle, artifact.part)
+            session = OrtSession(path / MODEL, self.options, bundle, artifact.part)
         except Exception as error:
             raise translate(error, f"loading {artifact.part}") from error
+        forget_unmapped(path / f"{MODEL}.data")
+        return session
+
+
+def forget_unmapped(file: Path) -> None:
+    """Drop from the page cache what loading read and the session does not map.
+
+    Those are the plain weights, read once and as large as the mapped ones: on a machine with
+    24 GB they push SDXL's mapped weights out, and the first images wait for the disk.
+    """
+    if file.exists():
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:

@@ -148,12 +148,8 @@ def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
 
 WORKER_START_S = 5.0
 """Python, torch, diffusers and scikit-image, imported on two cores."""
-GFLOP = {
-    # sdxl-turbo at 512x512, batch 1, a multiply-add as two: counted on the exported graphs
-    ("sdxl-turbo", "512x512"): {"text": 110.1, "unet": 1588.8, "vae": 2514.5, "taesd": 141.4},
-}
-ROUGH_GFLOPS_PER_CORE = 70.0
-"""Order of magnitude of FP32 convolutions and matmuls on a core with AVX2."""
+TYPICAL_FRACTION = 0.6
+"""Of the floor that a CPU backend reaches over a whole call, roughly."""
 
 
 @dataclass(frozen=True)
@@ -165,20 +161,20 @@ class Estimate:
     bound: bool = False
 
 
-def estimate(cell: Cell, rule: StopRule, history: Mapping[Cell, Row]) -> Estimate:
-    """How long one round of `cell` takes: by an earlier row, else rough FLOPs, else a bound."""
+def estimate(
+    cell: Cell, rule: StopRule, history: Mapping[Cell, Row], surveyed: Mapping[str, Any] | None
+) -> Estimate:
+    """How long one round of `cell` takes: by an earlier row, else its floor, else a bound."""
+    from bench.roofline import call_floor_s
+
     if cell in history:
         row = history[cell]
         call_s, cold_s = row["median_ms"] / 1e3, row["cold_ms"] / 1e3
         return Estimate(sampling_s(call_s, cold_s, rule), f"run {row['run']}")
-    work = GFLOP.get((cell.model, cell.size))
-    if work is not None and cell.device == "cpu" and cell.backend != "null":
-        import os
-
-        per_image = work["text"] + cell.steps * work["unet"] + work[cell.decoder]
-        cores = len(os.sched_getaffinity(0))
-        call_s = cell.batch * per_image / (ROUGH_GFLOPS_PER_CORE * cores)
-        return Estimate(sampling_s(call_s, call_s, rule), "rough FLOPs")
+    least = call_floor_s(cell, surveyed) if surveyed and cell.backend != "null" else None
+    if least is not None:
+        call_s = least / TYPICAL_FRACTION
+        return Estimate(sampling_s(call_s, call_s, rule), f"floor / {TYPICAL_FRACTION}")
     return Estimate(rule.min_time, "no figure yet", bound=True)
 
 

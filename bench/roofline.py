@@ -81,39 +81,65 @@ def survey(bundle: Path, batches: Sequence[int], dtypes: Sequence[str]) -> dict[
     return {"ceilings": measure(dtypes).columns(), "graph_dtype": opened.dtype, "costs": costs}
 
 
-def of_row(
-    row: Mapping[str, Any], cell: Cell, surveyed: Mapping[str, Any]
-) -> dict[str, dict[str, float]] | None:
-    """A row's `roofline`: stage -> achieved rates, floor and the fraction of it reached."""
+@dataclass(frozen=True)
+class Work:
+    """What one stage of a cell does in one call: FLOPs, bytes at least, floor in ms."""
+
+    flops: float
+    moved: float
+    floor_ms: float
+
+
+def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
+    """Work of `text`, `unet_step` and `decode` of a cell; empty where no ceiling is known."""
     from export.cost import Cost
 
     ceilings, graph_dtype = Ceilings.of(surveyed["ceilings"]), surveyed["graph_dtype"]
-    if not row.get("stages_ms") or cell.device != ceilings.device:
-        return None
-    # At one step there is no later step: the first one is the UNet's time.
-    times = dict(row["stages_ms"])
-    times["unet_step"] = times["unet_step"] or times["unet_first"]
+    if cell.device != ceilings.device or cell.precision not in ceilings.tflops:
+        return {}
+    unused = {"vae": "taesd_decoder", "taesd": "vae_decoder"}[cell.decoder]
     found = {}
     for stage, names in STAGES.items():
-        unused = {"vae": "taesd_decoder", "taesd": "vae_decoder"}[cell.decoder]
         costs = [
             Cost(**surveyed["costs"][part][str(cell.batch)])
             for part in names
             if part in surveyed["costs"] and part != unused
         ]
         floors = [floor(cost, ceilings, graph_dtype, cell.precision) for cost in costs]
-        least = sum(each.ms for each in floors if each is not None)
-        if not times[stage] or not least:
-            continue
-        seconds = times[stage] / 1e3
-        moved = sum(moved_bytes(cost, graph_dtype, cell.precision) for cost in costs)
-        found[stage] = {
-            "tflops": round(sum(cost.flops for cost in costs) / seconds / 1e12, 5),
-            "gb_per_s": round(moved / seconds / 1e9, 4),
-            "floor_ms": round(least, 4),
-            "fraction": round(least / times[stage], 4),
+        found[stage] = Work(
+            sum(cost.flops for cost in costs),
+            sum(moved_bytes(cost, graph_dtype, cell.precision) for cost in costs),
+            sum(each.ms for each in floors if each is not None),
+        )
+    return found
+
+
+def call_floor_s(cell: Cell, surveyed: Mapping[str, Any]) -> float | None:
+    """The floor of one pipeline call in seconds, or None where it is not known."""
+    work = stage_work(cell, surveyed)
+    calls = {"text": 1, "unet_step": cell.steps, "decode": 1}
+    return sum(calls[stage] * each.floor_ms for stage, each in work.items()) / 1e3 or None
+
+
+def of_row(
+    row: Mapping[str, Any], cell: Cell, surveyed: Mapping[str, Any]
+) -> dict[str, dict[str, float]] | None:
+    """A row's `roofline`: stage -> achieved rates, floor and the fraction of it reached."""
+    if not row.get("stages_ms"):
+        return None
+    # At one step there is no later step: the first one is the UNet's time.
+    times = dict(row["stages_ms"])
+    times["unet_step"] = times["unet_step"] or times["unet_first"]
+    return {
+        stage: {
+            "tflops": round(work.flops / times[stage] / 1e9, 5),
+            "gb_per_s": round(work.moved / times[stage] / 1e6, 4),
+            "floor_ms": round(work.floor_ms, 4),
+            "fraction": round(work.floor_ms / times[stage], 4),
         }
-    return found or None
+        for stage, work in stage_work(cell, surveyed).items()
+        if times[stage]
+    } or None
 
 
 def survey_apart(bundle: Path, batches: Sequence[int], dtypes: Sequence[str]) -> dict[str, Any]:

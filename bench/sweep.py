@@ -239,6 +239,9 @@ class Sweep:
         from bench.plan import estimate, load_s, past_rows
 
         history = past_rows(self.out, self.header["environment"]["machine"])
+        surveyed = None
+        if any(cell not in history for cell, _ in self.work):
+            surveyed = self.header.get("roofline") or self.survey()
         total, bounds = 0.0, 0
         print(f"{len(self.work)} cells in {len(self.by_round())} processes, not measured now:")
         for round_, group in self.by_round():
@@ -250,7 +253,7 @@ class Sweep:
                 if not candidate.found.usable:
                     print(f"{line}unavailable: {candidate.found.why or candidate.found.what}")
                     continue
-                guess = estimate(cell, self.settings.rule, history)
+                guess = estimate(cell, self.settings.rule, history, surveyed)
                 total, bounds = total + guess.seconds, bounds + guess.bound
                 least = "at least " if guess.bound else "about "
                 print(f"{line}{least}{guess.seconds:.0f} s ({guess.source})")

@@ -103,19 +103,25 @@ def _export(args: argparse.Namespace) -> int:
     from export.bundle import bundle_path
     from export.request import make_request
 
-    console = Console()
+    console = Console(file=sys.stdout)
     model, weights = _model_and_weights(args.model, args.weights)
     request = make_request(model, weights, args.vae, args.taesd, args.seed, args.allow_pickle)
     asked = {"dtype": args.dtype, "size": args.size or model.size} | request.as_dict()
     target: Path = args.out or bundle_path(model.name, request.weights.kind, args.dtype)
     target = target.expanduser().absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target.parent / f".{target.name}.lock")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         console.print(f"another export is making {target.name}: waiting for it", soft_wrap=True)
         lock.acquire()
+    except OSError as error:
+        raise PreconditionError(
+            f"{target.parent} cannot be written",
+            str(error),
+            "name another folder with --out, or set ADDBENCH_BUILD",
+        ) from error
     try:
         if _is_there(target, model, asked, args.force):
             print(f"{target} is there already and matches: nothing to do (--force exports again)")

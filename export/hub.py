@@ -40,8 +40,6 @@ def fetch(
         wanted = choose(names)
         if wanted:
             snapshot_download(repo, revision=commit, allow_patterns=wanted)
-    except KeyboardInterrupt:
-        raise
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise _unavailable(
             repo, flag, "the hub does not show it without the right login"

@@ -9,7 +9,7 @@ from typing import Any
 
 from core.errors import AddbenchError
 from core.files import read_json, sha256_json
-from export.layout import COMPONENTS, CheckpointError
+from export.layout import COMPONENTS, FOLDERS, CheckpointError
 from export.models import MODELS, Model
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -123,7 +123,7 @@ def fingerprint(folders: list[Path]) -> str | None:
     for folder in folders:
         if not folder.is_dir():
             return None
-        for file in sorted(folder.rglob("*")):
+        for file in sorted(file for name in ("", *FOLDERS) for file in (folder / name).glob("*")):
             if file.suffix in (".json", ".txt", ".safetensors", ".bin") and file.is_file():
                 stat = file.stat()
                 stats.append([file.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns])
@@ -193,11 +193,10 @@ def infer_model(folder: Path) -> Model:
 
 def _config(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / name).is_file():
-        parts = ", ".join(component.folder for component in COMPONENTS.values())
         raise CheckpointError(
             f"{folder} is not a checkpoint in diffusers format",
             f"{name} is missing",
-            f"pass a folder that holds {parts} (taesd may be missing), scheduler and tokenizers",
+            f"pass a folder that holds {', '.join(FOLDERS)} (of these, taesd may be missing)",
         )
     try:
         config: dict[str, Any] = read_json(folder / name)
