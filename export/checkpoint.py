@@ -93,7 +93,7 @@ class Checkpoint:
             module = self.skeleton(part)
             fill_random(module, origin.seed, dtype)
             return module.requires_grad_(False)
-        module = _load(COMPONENTS[part], origin, dtype)
+        module = _load(COMPONENTS[part], origin.folder, origin.stored, dtype)
         _require_finite(module, origin)
         return module.eval().requires_grad_(False)
 
@@ -137,14 +137,16 @@ def load_tokenizers(model: Model, folder: Path) -> list[Any]:
     return [CLIPTokenizer.from_pretrained(folder / name) for name in tokenizer_names(model)]
 
 
-def _load(component: Component, origin: Origin, dtype: torch.dtype) -> nn.Module:
-    stored = origin.stored
-    assert stored is not None  # for mypy: the caller has looked
+def _load(component: Component, folder: Path, stored: Stored, dtype: torch.dtype) -> nn.Module:
+    from transformers.utils import logging as transformers_logging
+
     cls = getattr(importlib.import_module(component.library), component.cls)
     dtype_key = "dtype" if component.library == "transformers" else "torch_dtype"
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what is missing is looked at below
     try:
         module, info = cls.from_pretrained(
-            origin.folder,
+            folder,
             variant=stored.variant,
             use_safetensors=not stored.pickle,
             local_files_only=True,
@@ -153,14 +155,14 @@ def _load(component: Component, origin: Origin, dtype: torch.dtype) -> nn.Module
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{origin.folder} cannot be loaded as {component.cls}",
+            f"{folder} cannot be loaded as {component.cls}",
             str(error).strip().splitlines()[0],
             "download the checkpoint again, or check that its config.json fits its weights",
         ) from error
     missing = sorted([*info["missing_keys"], *map(str, info.get("mismatched_keys", ()))])
     if missing:
         raise CheckpointError(
-            f"{origin.folder} lacks weights that its config.json asks for",
+            f"{folder} lacks weights that its config.json asks for",
             f"{len(missing)} tensors are missing or of another shape, the first: {missing[0]}",
             "download the checkpoint again, or check that its config.json fits its weights",
         )

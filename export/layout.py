@@ -47,6 +47,9 @@ COMPONENTS = {
 }
 """part -> the module that it is cut from."""
 
+FOLDERS = (*(part.folder for part in COMPONENTS.values()), "scheduler", "tokenizer", "tokenizer_2")
+"""Of a whole checkpoint."""
+
 
 @dataclass(frozen=True)
 class Stored:

@@ -9,7 +9,7 @@ from typing import Any
 
 from core.errors import AddbenchError
 from core.files import read_json, sha256_json
-from export.layout import COMPONENTS, FOLDERS, CheckpointError
+from export.layout import FOLDERS, CheckpointError
 from export.models import MODELS, Model
 
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -177,7 +177,7 @@ def infer_model(folder: Path) -> Model:
         name=folder.name,
         architecture=str(folder),
         checkpoint=None,
-        licence="not known: see the checkpoint's own terms",
+        licence=_card_licence(folder) or "not known: see the checkpoint's own terms",
         licence_notice="",
         vae=None,
         taesd=MODELS["sdxl-turbo"].taesd,
@@ -189,6 +189,20 @@ def infer_model(folder: Path) -> Model:
         steps=1,
         guidance=0.0,
     )
+
+
+def _card_licence(folder: Path) -> str | None:
+    """What the model card says, if the folder has one: README.md with a `license` in its header."""
+    if not (folder / "README.md").is_file():
+        return None
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(folder / "README.md").data.to_dict()
+    except (ValueError, OSError):
+        return None  # a README that is no model card
+    licence = data.get("license_name") or data.get("license")
+    return f"{licence}, as its model card says" if licence else None
 
 
 def _config(folder: Path, name: str) -> dict[str, Any]:
