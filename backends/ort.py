@@ -112,7 +112,11 @@ class OrtBackend(Backend):
         "level": Option("all", "graph optimisation level", tuple(LEVELS)),
         "prepack": Option("1", "store weights in the kernels' layout: twice the disk", ("0", "1")),
         "arena": Option("1", "keep freed memory for the next call", ("0", "1")),
-        "spin": Option("1", "threads spin while they wait for work", ("0", "1")),
+        "spin": Option(
+            "in-call",
+            "threads spin while they wait for work: in a part's call, always, never",
+            ("in-call", "always", "never"),
+        ),
     }
 
     def probe(self) -> Capability:
@@ -218,7 +222,11 @@ def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
     made.intra_op_num_threads = thread_count(options["threads"])
     made.inter_op_num_threads = 1
     made.enable_cpu_mem_arena = options["arena"] == "1"
-    made.add_session_config_entry("session.intra_op.allow_spinning", options["spin"])
+    spin = options["spin"]
+    # Each part has a pool of its own: one that goes on spinning takes the cores from the next part
+    # (tiny-sdxl on 2 cores, interleaved: in-call 4.6 ms an image, never 5.6, always 13).
+    made.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin != "never")))
+    made.add_session_config_entry("session.force_spinning_stop", str(int(spin == "in-call")))
     level = LEVELS[options["level"]] if optimise else "ORT_DISABLE_ALL"
     made.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     return made

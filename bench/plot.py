@@ -275,26 +275,33 @@ def draw(target: Run, rows: Sequence[Row], stem: Path) -> list[Path]:
     return [] if drawn is None else save(drawn, stem)
 
 
-def save(drawn: Figure, stem: Path) -> list[Path]:
-    """Write `stem.svg` and `stem.png`. The SVG is the same every time."""
+FORMATS: dict[str, dict[str, Any]] = {
+    "svg": {"metadata": {"Date": None, "Creator": None}},
+    "png": {"dpi": 160, "metadata": {"Software": None}},
+}
+
+
+def image_bytes(drawn: Figure, form: str) -> bytes:
+    """The figure as `svg` or `png`. The SVG is the same every time."""
     import io
 
     from matplotlib import style
 
+    buffer = io.BytesIO()
+    with style.context(STYLE):
+        drawn.savefig(buffer, format=form, facecolor="white", **FORMATS[form])
+    return buffer.getvalue()
+
+
+def save(drawn: Figure, stem: Path) -> list[Path]:
+    """Write `stem.svg` and `stem.png`."""
     from core.files import write_atomic
 
     files = []
-    blank: dict[str, Any] = {"Date": None, "Creator": None}
-    with style.context(STYLE):
-        for suffix, options in (
-            (".svg", {"metadata": blank}),
-            (".png", {"dpi": 160, "metadata": {"Software": None}}),
-        ):
-            buffer = io.BytesIO()
-            drawn.savefig(buffer, format=suffix[1:], facecolor="white", **options)
-            file = stem.with_name(stem.name + suffix)
-            write_atomic(file, buffer.getvalue())
-            files.append(file)
+    for form in FORMATS:
+        file = stem.with_name(f"{stem.name}.{form}")
+        write_atomic(file, image_bytes(drawn, form))
+        files.append(file)
     return files
 
 
@@ -310,13 +317,19 @@ def parser() -> Parser:
     )
     top.add_argument("run", nargs="?", default=LATEST, metavar="RUN|latest")
     top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
+    top.add_argument("--roofline", action="store_true", help="draw the roofline instead")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     target = open_run(args.run, args.out)
-    files = write(target, target.rows())
+    if args.roofline:
+        from bench import roofplot
+
+        files = roofplot.write(target, target.rows())
+    else:
+        files = write(target, target.rows())
     for file in files:
         print(file)
     if not files:

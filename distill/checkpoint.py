@@ -89,7 +89,7 @@ def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def open_features(context: Context) -> nn.Module:
-    """The discriminator's feature network, frozen: DINOv2 from a folder, or the one trained here."""
+    """The discriminator's feature network, frozen: DINOv2 of a folder, or the one trained here."""
     folder = context.config.networks.features
     network: nn.Module
     if folder:

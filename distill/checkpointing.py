@@ -93,7 +93,8 @@ def resume(accelerator: Any, folder: Path, config: str) -> State | None:
 def _is_write_error(error: Exception) -> bool:
     text = str(error).lower()
     return isinstance(error, OSError) or any(
-        sign in text for sign in ("no space left", "file write failed", "unexpected pos", "i/o error")
+        sign in text
+        for sign in ("no space left", "file write failed", "unexpected pos", "i/o error")
     )
 
 

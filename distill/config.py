@@ -75,6 +75,7 @@ class Stage:
     weight_decay: float = 0.01
     ema: float = 0.0
     clip: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,9 @@ def _build(cls: Any, table: dict[str, Any], where: str) -> Any:
                 "use one of these",
             )
         plain = {int: int, float: (int, float), str: str, bool: bool}.get(hint)
-        if plain is not None and (not isinstance(value, plain) or (hint is not bool) & isinstance(value, bool)):
+        if plain is not None and (
+            not isinstance(value, plain) or (hint is not bool) & isinstance(value, bool)
+        ):
             raise PreconditionError(
                 f"{where}: {key} = {value!r} has the wrong type",
                 f"it wants a {hint.__name__}",

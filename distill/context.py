@@ -42,9 +42,9 @@ class Context:
         """The output folder of a stage finished with this configuration, in the run or its base."""
         wanted = self.config.stage_hash(stage)
         for run in (self.folder, self.base):
-            if run is not None and (run / stage / DONE).exists():
-                if read_json(run / stage / DONE)["config"] == wanted:
-                    return run / stage
+            done = None if run is None else run / stage / DONE
+            if done is not None and done.exists() and read_json(done)["config"] == wanted:
+                return done.parent
         return None
 
     def weights(self, stage: str) -> Path:
@@ -61,9 +61,11 @@ class Context:
 
     def generator(self, stage: str, step: int) -> torch.Generator:
         """Random numbers of one step: a function of seed, stage and step alone."""
-        key = f"{self.config.seed}/{stage}/{step}".encode()
-        seed = int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
-        return torch.Generator().manual_seed(seed)
+        return torch.Generator().manual_seed(self.seed(stage, step))
+
+    def seed(self, stage: str, step: int | str) -> int:
+        key = f"{self.config.seed}/{stage}/{self.config.stage(stage).seed}/{step}".encode()
+        return int.from_bytes(hashlib.sha256(key).digest()[:7], "big")
 
     def mine(self, batch: int) -> slice:
         """This process's part of a global batch."""

@@ -78,7 +78,10 @@ class Folder:
 
     def pictures(self, indices: Sequence[int]) -> Tensor:
         return torch.stack(
-            [read_picture(self.files[i].read_bytes(), str(self.files[i]), self.size) for i in indices]
+            [
+                read_picture(self.files[i].read_bytes(), str(self.files[i]), self.size)
+                for i in indices
+            ]
         )
 
 

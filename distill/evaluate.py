@@ -1,7 +1,7 @@
 """Judge a model folder: prompt following on held-out captions, and FID, by steps.
 
-    python -m distill.evaluate build/distill/shapes/shapes-turbo --steps 1,2,4
-    python -m distill.evaluate build/distill/shapes/shapes-teacher --steps 50,4,1 --guidance 3
+python -m distill.evaluate build/distill/shapes/shapes-turbo --steps 1,2,4
+python -m distill.evaluate build/distill/shapes/shapes-teacher --steps 50,4,1 --guidance 3
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def evaluate(
         kind = getattr(diffusers, scheduler, None)
         if kind is None:
             raise PreconditionError(
-                f"diffusers has no scheduler {scheduler!r}", "--scheduler names it", "check the name"
+                f"diffusers has no scheduler {scheduler!r}",
+                "--scheduler names it",
+                "check the name",
             )
         extra = {"original_inference_steps": 4} if scheduler == "LCMScheduler" else {}
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **extra)

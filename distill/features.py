@@ -20,7 +20,7 @@ from core.errors import PreconditionError
 
 
 class FeatureNetwork(Protocol):
-    """Pictures [batch, 3, size, size] in [-1, 1] -> feature maps, and one embedding of the whole."""
+    """Pictures [batch, 3, size, size] in [-1, 1] -> feature maps and an embedding of the whole."""
 
     channels: Sequence[int]
     sides: Sequence[int]
@@ -57,7 +57,9 @@ class PictureFeatures(nn.Module):
 
     embedding = 128
 
-    def __init__(self, channels: Sequence[int], size: int, classes: Sequence[int], facts: int) -> None:
+    def __init__(
+        self, channels: Sequence[int], size: int, classes: Sequence[int], facts: int
+    ) -> None:
         super().__init__()
         self.channels = tuple(channels)
         self.sides = tuple(size // 2 ** (level + 1) for level in range(len(channels)))
@@ -183,7 +185,7 @@ class DinoFeatures(nn.Module):
         maps = []
         for layer in self.layers:
             tokens = functional.layer_norm(out.hidden_states[layer], (self.embedding,))
-            tokens = tokens[:, -self.side**2 :].transpose(1, 2)
+            tokens = tokens[:, -(self.side**2) :].transpose(1, 2)
             maps.append(tokens.unflatten(2, (self.side, self.side)))
         return maps, out.last_hidden_state[:, 0]
 

@@ -45,7 +45,12 @@ def frechet_distance(first: Features, second: Features) -> float:
 
 
 def standard_scores(
-    made: Pictures, real: Pictures, captions: list[str], *, inception: Path | None, clip: Path | None
+    made: Pictures,
+    real: Pictures,
+    captions: list[str],
+    *,
+    inception: Path | None,
+    clip: Path | None,
 ) -> dict[str, float]:
     """The standard FID and CLIP score through torchmetrics, from weights on this disk.
 

@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,20 +44,8 @@ def export_run(context: Context) -> list[Path]:
                 _copy_half(student / part, scratch / part)
             _write_record(context, scratch)
         return [target]
+    turbo = assemble_turbo(context)
     teacher = context.weights("teacher") / "weights"
-    sources = {part: teacher / part for part in SHARED[:4]}
-    sources["vae"] = context.weights("autoencoder") / "weights"
-    sources["taesd"] = context.weights("tiny-autoencoder") / "weights"
-    turbo = folder / f"{name}-turbo"
-    with staged_folder(turbo) as scratch:
-        for part, source in sources.items():
-            _copy_half(source, scratch / part)
-        _copy_fid(context.weights("features") / "weights", scratch / "fid")
-        for part in ("unet", "scheduler"):
-            _copy_half(student / part, scratch / part)
-        _write_index(scratch)
-        _write_record(context, scratch)
-        write_card(context, scratch, name=turbo.name)
     whole = folder / f"{name}-teacher"
     with staged_folder(whole) as scratch:
         for part in ("unet", "scheduler"):
@@ -69,6 +56,26 @@ def export_run(context: Context) -> list[Path]:
         _write_record(context, scratch)
         write_card(context, scratch, name=whole.name)
     return [turbo, whole]
+
+
+def assemble_turbo(context: Context) -> Path:
+    """The student with all it needs, below the run's folder."""
+    student = context.weights("student") / "weights"
+    teacher = context.weights("teacher") / "weights"
+    sources = {part: teacher / part for part in SHARED[:4]}
+    sources["vae"] = context.weights("autoencoder") / "weights"
+    sources["taesd"] = context.weights("tiny-autoencoder") / "weights"
+    turbo = context.folder / f"{context.config.name}-turbo"
+    with staged_folder(turbo) as scratch:
+        for part, source in sources.items():
+            _copy_half(source, scratch / part)
+        _copy_fid(context.weights("features") / "weights", scratch / "fid")
+        for part in ("unet", "scheduler"):
+            _copy_half(student / part, scratch / part)
+        _write_index(scratch)
+        _write_record(context, scratch)
+        write_card(context, scratch, name=turbo.name)
+    return turbo
 
 
 def _copy_half(source: Path, target: Path) -> None:
@@ -185,6 +192,21 @@ def write_card(
         if turbo
         else f"The teacher: {config.teacher.steps} steps with guidance {config.teacher.guidance}."
         " All but the UNet and the scheduler are links into the turbo model's folder.",
+    ]
+    if quality is not None:
+        count = quality["student"][0]["captions"]
+        lines += [
+            "",
+            f"Share of {count} held-out captions with every attribute right, as `distill/judge.py`"
+            " reads them from pixels (1, 2, 3: by number of objects), and the FID of as many pictures"
+            " over a network of this project, comparable only with itself:",
+            "",
+            *quality_table(quality),
+        ]
+        for goal, wanted in quality["wanted"].items():
+            missed = ": missed" if goal in quality["missed"] else ""
+            lines += ["", f"{goal} {quality['ratios'][goal]}, wanted {wanted}{missed}"]
+    lines += [
         "",
         "Limits: it knows the captions of one grammar (`distill/shapes.py`) and nothing else; three"
         " objects are harder than one; a word it never saw is noise to it; it says nothing about"

@@ -144,7 +144,10 @@ def judge(picture: Pictures, scene: Scene) -> Verdict:
     for order in permutations(padded[:5], len(wanted)):
         pairs = list(zip(wanted, order, strict=True))
         flags = {
-            name: [item is not None and getattr(want, name) == getattr(item, name) for want, item in pairs]
+            name: [
+                item is not None and getattr(want, name) == getattr(item, name)
+                for want, item in pairs
+            ]
             for name in ("shape", "colour", "size")
         }
         flags["position"] = _positions_right(scene, order)
@@ -175,9 +178,7 @@ def _positions_right(scene: Scene, order: Sequence[Found | None]) -> list[bool]:
 
 
 def _near_anchor(item: Found, place: str) -> bool:
-    distances = {
-        name: float(np.hypot(item.x - x, item.y - y)) for name, (x, y) in ANCHORS.items()
-    }
+    distances = {name: float(np.hypot(item.x - x, item.y - y)) for name, (x, y) in ANCHORS.items()}
     nearest = min(distances, key=distances.__getitem__)
     return nearest == place and distances[nearest] <= MAX_ANCHOR_DISTANCE
 
@@ -200,4 +201,3 @@ def following(pictures: Pictures, scenes: Sequence[Scene]) -> dict[str, float]:
         if subset:
             shares[f"all_{count}"] = float(np.mean(subset))
     return shares
-

@@ -1,4 +1,4 @@
-"""The autoencoder as the other stages use it: frozen, in unit-variance latents, cached for shapes."""
+"""The autoencoder as the other stages use it: frozen, cached for shapes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Latents:
     def _cached(self, key: str) -> Tensor:
         import io
 
-        path = self.context.folder / f"latents-{key}.npy"
+        path = (self.context.base or self.context.folder) / f"latents-{key}.npy"
         if self.context.accelerator.is_main_process and not path.exists():
             count = len(self.context.source.captions)
             chunks = [
@@ -74,7 +74,7 @@ class Latents:
 
 
 def edge_loss(made: Tensor, wanted: Tensor) -> Tensor:
-    """L1 of the differences between neighbouring pixels: blurred edges cost more than by L1 alone."""
+    """L1 of the differences between neighbouring pixels: makes blurred edges cost more."""
     rows = functional.l1_loss(made.diff(dim=2), wanted.diff(dim=2))
     return rows + functional.l1_loss(made.diff(dim=3), wanted.diff(dim=3))
 

@@ -70,7 +70,9 @@ class Log:
         now = time.monotonic()
         pace = (now - self.clock_at) / max(1, step - self.last)
         self.sums, self.count, self.clock_at, self.last = {}, 0, now, step
-        self._write(step, {"seconds": round(clock.seconds, 2), "s_per_step": round(pace, 4), **means})
+        self._write(
+            step, {"seconds": round(clock.seconds, 2), "s_per_step": round(pace, 4), **means}
+        )
         text = " ".join(f"{name} {value:.4g}" for name, value in means.items())
         if self.progress is not None:
             self.progress.update(self.bar, losses=text)
@@ -131,6 +133,9 @@ def _tensorboard(context: Context) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        print("note: no TensorBoard log (pip install tensorboard); log.jsonl has it all", file=sys.stderr)
+        print(
+            "note: no TensorBoard log (pip install tensorboard); log.jsonl has it all",
+            file=sys.stderr,
+        )
         return None
     return SummaryWriter(str(context.folder / "tensorboard"))

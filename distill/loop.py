@@ -19,7 +19,6 @@ from core.files import staged_folder, write_atomic, write_json
 from distill import checkpointing
 from distill.context import DONE, Context
 
-CHECKPOINT_SECONDS = 120
 GRIDS = 8
 """Sample grids over a stage; one at the end of a short one."""
 AGREE_EVERY = 10
@@ -46,7 +45,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def step(self, step: int) -> dict[str, Tensor]:
-        """One iteration, optimizers included; the losses, each the mean over this process's part."""
+        """One iteration, optimizers included; each loss is the mean over this process's part."""
 
     @abstractmethod
     def write(self, folder: Path) -> None:
@@ -92,7 +91,9 @@ class Trainer(ABC):
         """
         accelerator, optimizer = self.context.accelerator, self.optimizers[name]
         accelerator.backward(loss)
-        given = [parameter for parameter in self.networks[name].parameters() if parameter.requires_grad]
+        given = [
+            parameter for parameter in self.networks[name].parameters() if parameter.requires_grad
+        ]
         norm = accelerator.clip_grad_norm_(given, self.settings.clip)
         # With fp16 the scaler skips steps that overflow, and is meant to.
         if accelerator.scaler is None and not math.isfinite(float(norm)):
@@ -135,12 +136,15 @@ class averaged:
             network.train()
 
 
-def run_stage(trainer: Trainer, minutes: float | None = None) -> Path:
+def run_stage(
+    trainer: Trainer, minutes: float | None = None, checkpoint_seconds: float = 120.0
+) -> Path:
     """Train a stage to its end and write its weights below the run's folder.
 
     Args:
         minutes: a budget; the learning rate's schedule then ends when the first of iterations and
             minutes does.
+        checkpoint_seconds: time between checkpoints.
 
     Raises:
         PreconditionError: a checkpoint of another configuration is there.
@@ -159,7 +163,7 @@ def run_stage(trainer: Trainer, minutes: float | None = None) -> Path:
         )
     config = context.config.stage_hash(trainer.name)
     checkpoints = context.folder / trainer.name / "checkpoints"
-    torch.manual_seed(int(context.generator(trainer.name, 0).initial_seed()) % 2**63)
+    torch.manual_seed(context.seed(trainer.name, "start"))
     trainer.setup()
     state = checkpointing.resume(accelerator, checkpoints, config)
     state = state or checkpointing.State(0, 0.0, config)
@@ -185,8 +189,10 @@ def run_stage(trainer: Trainer, minutes: float | None = None) -> Path:
         step += 1
         clock.tick(step)
         log.losses(step, clock, {name: _mean(accelerator, value) for name, value in losses.items()})
-        if clock.seconds - saved_at > CHECKPOINT_SECONDS:
-            checkpointing.save(accelerator, checkpoints, checkpointing.State(step, clock.seconds, config))
+        if clock.seconds - saved_at >= checkpoint_seconds:
+            checkpointing.save(
+                accelerator, checkpoints, checkpointing.State(step, clock.seconds, config)
+            )
             saved_at = clock.seconds
         if int(clock.progress(step, total) * grids_wanted) > grids:
             grids = int(clock.progress(step, total) * grids_wanted)

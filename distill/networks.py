@@ -141,7 +141,7 @@ def build_scheduler(kind: str, beta_start: float, beta_end: float) -> Any:
 
 
 def use_eager_attention(*modules: nn.Module) -> None:
-    """Plain attention in training: on a CPU the fused backward in bfloat16 is several times slower."""
+    """Plain attention in training: on a CPU the fused backward in bfloat16 is far slower."""
     from diffusers.models.attention_processor import AttnProcessor
 
     for module in modules:
@@ -196,7 +196,9 @@ class TextToImage(nn.Module):
         for module in (body.encoder.layers[-1], body.final_layer_norm):
             module.requires_grad_(False)
 
-    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor, ids_2: Tensor, time_ids: Tensor) -> Tensor:
+    def forward(
+        self, noisy: Tensor, t: Tensor, ids: Tensor, ids_2: Tensor, time_ids: Tensor
+    ) -> Tensor:
         context, pooled = self.text(ids, ids_2)
         out: Tensor = self.unet(
             noisy, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}

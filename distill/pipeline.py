@@ -19,7 +19,13 @@ PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "
 
 
 def assemble(
-    *, tokenizer: Any, tokenizer_2: Any, text: TextEncoding, unet: nn.Module, vae: Any, scheduler: Any
+    *,
+    tokenizer: Any,
+    tokenizer_2: Any,
+    text: TextEncoding,
+    unet: nn.Module,
+    vae: Any,
+    scheduler: Any,
 ) -> Any:
     """A StableDiffusionXLPipeline of these networks, without copies."""
     from diffusers import StableDiffusionXLPipeline

@@ -1,4 +1,4 @@
-"""What a finished run must show: student and teacher on held-out captions, and what they compare to."""
+"""What a finished run must show: student and teacher on held-out captions, compared."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from distill.folder import write_card
 
 STUDENT_STEPS = (1, 2, 4)
 WANTED = {"one_step": 0.9, "gap_closed": 0.8, "four_steps": 0.97, "teacher_single": 0.93}
-"""One step and four steps of the student against the teacher's full run; the share of the way from
-the teacher's one step to its full run that the student's one step goes; the teacher on one object."""
+"""The student at one and four steps against the teacher in full; the share of the way from the
+teacher at one step to the teacher in full that the student at one step goes; the teacher on
+single objects."""
 
 
 def measure_run(context: Context, turbo: Path, teacher: Path) -> dict[str, Any]:
@@ -26,7 +27,9 @@ def measure_run(context: Context, turbo: Path, teacher: Path) -> dict[str, Any]:
     ]
     # The paper's student has no guidance; the teacher at few steps is given its best of both.
     teacher_rows = [
-        evaluate(teacher, steps=full, guidance=config.teacher.guidance, captions=captions, device=device)[0]
+        evaluate(
+            teacher, steps=full, guidance=config.teacher.guidance, captions=captions, device=device
+        )[0]
     ]
     for steps in STUDENT_STEPS:
         teacher_rows += [
@@ -72,5 +75,7 @@ def quality_table(found: dict[str, Any]) -> list[str]:
     for row in (*found["student"], *found["teacher"]):
         shares = " | ".join(f"{row[name]:.3f}" if name in row else "" for name in names)
         fid = f"{row['fid_shapes']:.4f}" if "fid_shapes" in row else ""
-        lines.append(f"| {row['model']} | {row['steps']} | {row['guidance']:g} | {shares} | {fid} |")
+        lines.append(
+            f"| {row['model']} | {row['steps']} | {row['guidance']:g} | {shares} | {fid} |"
+        )
     return lines

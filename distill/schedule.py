@@ -97,9 +97,7 @@ class Schedule:
         return alpha * output + sigma * noisy
 
 
-def scheduler_config(
-    beta_start: float, beta_end: float, steps: int = 1000
-) -> dict[str, Any]:
+def scheduler_config(beta_start: float, beta_end: float, steps: int = 1000) -> dict[str, Any]:
     """Config of the schedulers of our own models: v prediction, zero terminal SNR, trailing.
 
     Trailing spacing takes t = 999, 749, 499, 249 at four steps: the student's timesteps.

@@ -56,7 +56,13 @@ OPPOSITE = {"left of": "right of", "above": "below", "right of": "left of", "bel
 
 CANVAS = 64
 """Lengths below are pixels of a 64 px picture and scale with the picture."""
-ANCHORS = {"left": (12, 32), "right": (52, 32), "top": (32, 12), "bottom": (32, 52), "middle": (32, 32)}
+ANCHORS = {
+    "left": (12, 32),
+    "right": (52, 32),
+    "top": (32, 12),
+    "bottom": (32, 52),
+    "middle": (32, 32),
+}
 RADIUS = {"small": 5.2, "large": 8.5}
 EXTENT = {"circle": 1.0, "square": 0.9, "triangle": 1.25, "star": 1.3}
 """Half a side for the square, the circumradius for the rest, in units of the radius."""
@@ -117,7 +123,9 @@ class Scene:
                 self, objects=self.objects[::-1], relation=OPPOSITE[self.relation or ""]
             )
             return flipped.combination
-        items = [f"{item} {place}" for item, place in zip(self.objects, self.positions, strict=False)]
+        items = [
+            f"{item} {place}" for item, place in zip(self.objects, self.positions, strict=False)
+        ]
         if self.relation is not None:
             items = [f"{self.objects[0]} {self.relation} {self.objects[1]}"]
         return f"{', '.join(sorted(items))} on {self.background}"
@@ -135,9 +143,7 @@ _GROUND = rf"a ({'|'.join(BACKGROUNDS)}) background"
 _ANYWHERE = re.compile(rf"{_OBJECT} on {_GROUND}")
 _ONE = re.compile(rf"{_OBJECT} {_PLACE} of {_GROUND}")
 _TWO = re.compile(rf"{_OBJECT} ({'|'.join(RELATIONS)}) {_OBJECT} on {_GROUND}")
-_THREE = re.compile(
-    rf"{_OBJECT} {_PLACE}, {_OBJECT} {_PLACE} and {_OBJECT} {_PLACE} of {_GROUND}"
-)
+_THREE = re.compile(rf"{_OBJECT} {_PLACE}, {_OBJECT} {_PLACE} and {_OBJECT} {_PLACE} of {_GROUND}")
 
 
 def parse_caption(caption: str) -> Scene:

@@ -1,8 +1,8 @@
 """Train a model by adversarial diffusion distillation, every stage from nothing or one of them.
 
-    python -m distill.train --preset shapes
-    python -m distill.train --preset shapes --stage student --minutes 60
-    accelerate launch -m distill.train --preset sdxl --device cuda
+python -m distill.train --preset shapes
+python -m distill.train --preset shapes --stage student --minutes 60
+accelerate launch -m distill.train --preset sdxl --device cuda
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from core.files import build_root, write_json
 
 if TYPE_CHECKING:
     from distill.config import Config
+    from distill.context import Context
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -31,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--smoke", action="store_true", help="the same as --preset smoke")
     parser.add_argument("--stage", help="only this stage (default: all that are not finished)")
     parser.add_argument("--minutes", type=float, help="budget of each stage; rates end with it")
+    parser.add_argument(
+        "--checkpoint-seconds", type=float, default=120.0, help="time between checkpoints"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--precision",
@@ -43,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change a setting"
     )
-    parser.add_argument("--no-export", action="store_true", help="train only, write no model folder")
+    parser.add_argument(
+        "--no-export", action="store_true", help="train only, write no model folder"
+    )
     return parser
 
 
@@ -69,26 +75,35 @@ def make_accelerator(device: str, precision: str) -> Any:
     return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
 
 
+def make_context(
+    config: Config, run_name: str, *, device: str, precision: str, base: str | None = None
+) -> Context:
+    from distill.context import Context
+
+    _quiet_libraries()
+    root = runs_root()
+    accelerator = make_accelerator(device, precision)
+    return Context(config, root / run_name, accelerator, root / base if base else None)
+
+
 def train(
     config: Config,
     *,
     run_name: str,
     stage: str | None = None,
     minutes: float | None = None,
+    checkpoint_seconds: float = 120.0,
     device: str = "cpu",
     precision: str = "auto",
     base: str | None = None,
     export: bool = True,
 ) -> Path:
     """Run the stages of a config that are not finished; the run's folder."""
-    from distill.context import Context
     from distill.loop import run_stage
     from distill.stages import trainer
 
-    _quiet_libraries()
-    accelerator = make_accelerator(device, precision)
-    folder = runs_root() / run_name
-    context = Context(config, folder, accelerator, runs_root() / base if base else None)
+    context = make_context(config, run_name, device=device, precision=precision, base=base)
+    accelerator, folder = context.accelerator, context.folder
     if accelerator.is_main_process:
         write_json(folder / "config.json", dataclasses.asdict(config))
     for name in [stage] if stage else list(config.stages):
@@ -96,7 +111,7 @@ def train(
             _say(accelerator, f"stage {name} is finished")
             continue
         _say(accelerator, f"stage {name} on {accelerator.device}, {accelerator.mixed_precision}")
-        run_stage(trainer(name, context), minutes)
+        run_stage(trainer(name, context), minutes, checkpoint_seconds)
         accelerator.free_memory()
     if export and accelerator.is_main_process and context.finished("student"):
         from distill.folder import export_run
@@ -146,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_name=arguments.run or config.name,
         stage=arguments.stage,
         minutes=arguments.minutes,
+        checkpoint_seconds=arguments.checkpoint_seconds,
         device=arguments.device,
         precision=arguments.precision,
         base=arguments.base,

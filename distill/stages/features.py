@@ -27,7 +27,6 @@ from distill.shapes import (
     CANVAS,
     COLOURS,
     EXTENT,
-    POSITIONS,
     SHAPES,
     SIZES,
     Layout,
@@ -102,7 +101,7 @@ class FeaturesTrainer(Trainer):
         networks, size = self.config.networks, self.config.data.size
         self.described = feature_settings(networks.feature_channels, size)
         pictures = PictureFeatures(**self.described)
-        torch.manual_seed(self.config.seed + 1)
+        torch.manual_seed(self.context.seed(self.name, "fid"))
         fid = FidFeatures(networks.fid_channels, FACTS)
         self.learn("features", _Both(pictures, fid))
 

@@ -77,7 +77,7 @@ class StudentTrainer(Trainer):
         unet = load_unet(Path(folder) if folder else self.checkpoint.folder / "unet")
         if self.settings.pretrained:
             return unet
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(self.context.seed(self.name, "student"))
         return type(unet).from_config(unet.config)
 
     def _discriminator(self) -> Discriminator:
@@ -88,7 +88,7 @@ class StudentTrainer(Trainer):
             "tokens": self.checkpoint.teacher.config.cross_attention_dim,
             "pooled": config.projection_dim,
         }
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(self.context.seed(self.name, "heads"))
         return Discriminator(
             self.features.channels,
             self.features.sides,
@@ -215,7 +215,12 @@ class StudentTrainer(Trainer):
             target = nfsd_target(predict, sample, noisy, schedule, t)
         else:
             target = teacher_target(
-                predict, noisy, schedule, t, steps=settings.teacher_steps, guidance=settings.guidance
+                predict,
+                noisy,
+                schedule,
+                t,
+                steps=settings.teacher_steps,
+                guidance=settings.guidance,
             )
         c = losses.weight(settings.weighting, schedule, t)
         if settings.space == "latent":
@@ -236,7 +241,10 @@ class StudentTrainer(Trainer):
             condition = condition.cat(told.rolled())
         # One forward for all, as data parallelism wants it.
         joined = [torch.cat(level) for level in zip(*pieces, strict=True)]
-        verdicts = [logits.split(len(real[0])) for logits in self.networks["discriminator"](joined, condition)]
+        verdicts = [
+            logits.split(len(real[0]))
+            for logits in self.networks["discriminator"](joined, condition)
+        ]
         good, bad = ([parts[i] for parts in verdicts] for i in (0, 1))
         loss = losses.hinge_discriminator(good, bad)
         logged = {"disc": loss}

@@ -69,7 +69,9 @@ class TeacherTrainer(Trainer):
         posterior = context.share(torch.randn(shape, generator=generator))
         noise = context.share(torch.randn(shape, generator=generator))
         # Evenly spread over the schedule in every batch: less variance than independent draws.
-        spread = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+        spread = (
+            torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)
+        ) / batch
         t = context.share((spread * len(self.schedule)).long())
         drop = context.share(torch.rand(batch, generator=generator) < self.settings.empty)
         indices = context.indices(batch, step)

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from made import gone
+
 from bench.cell import Cell
 from bench.store import ROWS, open_run, run_names
-from made import gone
 
 STEPS = ["--decoder", "taesd", "--steps", "1,2,4", "--min-samples", "3", "--min-time", "0.01"]
 STUCK = ["--backend", "null:at=10,fail=hang", *STEPS]
-"""Five calls a cell: the third cell hangs until somebody ends it. In a fresh process it would not."""
+"""Five calls a cell: the third cell hangs until it is ended. In a fresh process it would not."""
 
 
 def test_a_killed_sweep_keeps_its_rows_and_is_resumed(

@@ -53,8 +53,14 @@ def others(words: object, but: str) -> list[str]:
 @pytest.mark.parametrize(
     ("attribute", "shown"),
     [
-        *[("shape", replace(ONE, objects=(replace(CIRCLE, shape=s),))) for s in others(SHAPES, "circle")],
-        *[("colour", replace(ONE, objects=(replace(CIRCLE, colour=c),))) for c in others(COLOURS, "red")],
+        *[
+            ("shape", replace(ONE, objects=(replace(CIRCLE, shape=s),)))
+            for s in others(SHAPES, "circle")
+        ],
+        *[
+            ("colour", replace(ONE, objects=(replace(CIRCLE, colour=c),)))
+            for c in others(COLOURS, "red")
+        ],
         ("size", replace(ONE, objects=(replace(CIRCLE, size="small"),))),
         *[("position", replace(ONE, positions=(p,))) for p in ("right", "top", "bottom", "middle")],
         *[("background", replace(ONE, background=b)) for b in others(BACKGROUNDS, "black")],

@@ -104,7 +104,8 @@ def test_nfsd_weighting_has_the_noise_free_gradient_in_latent_space() -> None:
     loss = losses.distillation_loss(sample, target, c, "sum") * len(sample)
     (gradient,) = torch.autograd.grad(loss, sample)
     given, empty, negative = (
-        SCHEDULE.noise(predict(noisy, T, which), noisy, T) for which in ("given", "empty", "negative")
+        SCHEDULE.noise(predict(noisy, T, which), noisy, T)
+        for which in ("given", "empty", "negative")
     )
     residual = empty - negative
     residual[0] = empty[0]  # t = 100 is below 200

@@ -107,7 +107,9 @@ def test_objects_stand_apart_inside_the_picture_and_where_the_caption_says(seed:
     scene = random_scene(rng)
     centres, radii = layout(scene, rng)
     reach = [r * EXTENT[o.shape] for o, r in zip(scene.objects, radii, strict=True)]
-    assert all(r - 1e-3 <= v <= 64 - r + 1e-3 for c, r in zip(centres, reach, strict=True) for v in c)
+    assert all(
+        r - 1e-3 <= v <= 64 - r + 1e-3 for c, r in zip(centres, reach, strict=True) for v in c
+    )
     for a, b in itertools.combinations(range(len(radii)), 2):
         assert np.hypot(*(centres[a] - centres[b])) >= reach[a] + reach[b] + GAP - 1e-3
     if scene.relation is not None:

@@ -1,0 +1,369 @@
+"""`bench.ab`: order, budget and confirmation on scripted sides; then real revisions in a scratch
+repository, with a scripted worker, and (slow) with the real one on the null backend.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made import cell, row
+
+from bench import sides
+from bench.cell import Cell
+from bench.store import open_run, run_names
+from bench.trial import BASE, HEAD, Measured, Trial, order
+from core.errors import AddbenchError, PreconditionError
+from core.files import ROOT
+from export.bundle import Bundle
+
+GROUP = [cell(steps=steps) for steps in (1, 2, 4)]
+OTHER = [cell(steps=steps, decoder="vae") for steps in (1, 2)]
+
+
+class Scripted:
+    """Two sides as `Trial` measures them, with a clock of their own (a test double)."""
+
+    def __init__(
+        self,
+        head: Callable[[Cell, int], float] = lambda _cell, _round: 1.0,
+        status: Callable[[int, Cell, int], str] = lambda _side, _cell, _round: "ok",
+        seconds: float = 1.0,
+        start: float = 0.0,
+    ) -> None:
+        self.head, self.status, self.seconds, self.start = head, status, seconds, start
+        self.now = 0.0
+        self.calls: list[tuple[int, int, list[Cell]]] = []
+
+    def __call__(self, side: int, group: Sequence[Cell], round_: int) -> Measured:
+        self.calls.append((round_, side, list(group)))
+        self.now += self.start
+        for each in group:
+            self.now += self.seconds
+            factor = self.head(each, round_) if side == HEAD else 1.0
+            wobble = 1 + 0.01 * (-1) ** (round_ // 2)
+            status = self.status(side, each, round_)
+            samples = [10.0 * factor * wobble] if status == "ok" else []
+            columns = {"median_ms": None} if status != "ok" else {}
+            yield each, row(each, samples, round_, status=status, **columns)
+
+    def trial(self, cells: Sequence[Cell], rounds: int = 10, budget_s: float = 1e6) -> Trial:
+        return Trial(cells, rounds, self, 0.08, budget_s, lambda: self.now, lambda _: None)
+
+    def rounds_of(self, wanted: Cell, side: int = HEAD) -> int:
+        return sum(wanted in group for _, which, group in self.calls if which == side)
+
+
+def verdicts(trial: Trial) -> list[str]:
+    return [line.verdict for line in trial.run()]
+
+
+def test_the_order_is_abba_group_by_group() -> None:
+    assert [order(round_) for round_ in range(4)] == [(0, 1), (1, 0), (0, 1), (1, 0)]
+    scripted = Scripted()
+    scripted.trial([*GROUP, *OTHER], rounds=5).run()
+    assert [(round_, side, group[0].decoder) for round_, side, group in scripted.calls[:8]] == [
+        (0, BASE, "taesd"),
+        (0, HEAD, "taesd"),
+        (0, BASE, "vae"),
+        (0, HEAD, "vae"),
+        (1, HEAD, "taesd"),
+        (1, BASE, "taesd"),
+        (1, HEAD, "vae"),
+        (1, BASE, "vae"),
+    ]
+    assert len(scripted.calls) == 5 * 2 * 2
+
+
+def test_a_regression_is_measured_once_more() -> None:
+    scripted = Scripted(head=lambda each, _: 1.2 if each == GROUP[1] else 1.0)
+    trial = scripted.trial([*GROUP, *OTHER])
+    lines = trial.run()
+    assert [line.verdict for line in lines] == ["same", "slower", "same", "same", "same"]
+    assert "confirmed" in lines[1].reason
+    assert scripted.rounds_of(GROUP[1]) == 20
+    assert scripted.rounds_of(GROUP[0]) == 10
+
+
+def test_what_is_not_flagged_again_is_no_regression() -> None:
+    scripted = Scripted(head=lambda _, round_: 1.2 if round_ < 10 else 1.0)
+    lines = scripted.trial(GROUP).run()
+    assert {line.verdict for line in lines} == {"same"}
+    assert "not confirmed" in lines[0].reason
+    assert "+20.0% at first" in lines[0].reason
+    contrary = Scripted(head=lambda _, round_: 1.2 if round_ < 10 else 0.8)
+    assert set(verdicts(contrary.trial(GROUP))) == {"inconclusive"}
+
+
+def test_a_gain_needs_no_confirmation() -> None:
+    scripted = Scripted(head=lambda *_: 0.8)
+    assert set(verdicts(scripted.trial(GROUP))) == {"faster"}
+    assert scripted.rounds_of(GROUP[0]) == 10
+
+
+def test_failures_by_side() -> None:
+    def status(side: int, each: Cell, round_: int) -> str:
+        if each == GROUP[0]:
+            return "mismatch" if side == HEAD and round_ == 3 else "ok"
+        if each == GROUP[1]:
+            return "oom" if side == BASE else "ok"
+        return "crashed" if side == BASE and round_ < 6 else "ok"
+
+    lines = Scripted(status=status).trial(GROUP).run()
+    assert [line.verdict for line in lines] == ["failed", "failed", "inconclusive"]
+    assert "HEAD: mismatch in 1 rounds" in lines[0].reason
+    assert "BASE: oom in 10 rounds" in lines[1].reason
+    assert "4 rounds have both sides" in lines[2].reason
+
+
+def test_the_budget_cuts_cells_and_never_rounds() -> None:
+    # A round of a cell costs 2 s; ten rounds and room to confirm one: 80 s hold three cells.
+    scripted = Scripted()
+    lines = scripted.trial([*GROUP, *OTHER], budget_s=80).run()
+    assert [line.verdict for line in lines] == ["same"] * 3 + ["inconclusive"] * 2
+    assert "--budget" in lines[3].reason
+    assert [scripted.rounds_of(each) for each in GROUP] == [10, 10, 10]
+    assert scripted.rounds_of(OTHER[0]) == 1
+    assert scripted.now <= 80
+
+
+def test_a_cell_bears_the_start_of_its_process() -> None:
+    # Starting costs 20 s a round and cells 2 s: 44 s for the first, whichever is first.
+    scripted = Scripted(start=10.0)
+    lines = scripted.trial(GROUP, budget_s=500).run()
+    assert [line.verdict for line in lines] == ["same", "same", "same"]
+    assert set(verdicts(Scripted(start=10.0).trial(GROUP, budget_s=300))) == {"inconclusive"}
+
+
+def test_the_first_round_ends_when_it_fills_the_budget() -> None:
+    many = [cell(decoder=decoder, batch=batch) for decoder in ("vae", "taesd") for batch in (1, 2)]
+    scripted = Scripted(seconds=100.0)
+    lines = scripted.trial(many, budget_s=1800).run()
+    assert {line.verdict for line in lines} == {"inconclusive"}
+    assert len(scripted.calls) == 2
+
+
+def test_the_worst_suspect_is_confirmed_whatever_is_left() -> None:
+    scripted = Scripted(head=lambda each, _: 1.1 + 0.1 * each.steps)
+    lines = scripted.trial(GROUP, budget_s=85).run()
+    assert [line.verdict for line in lines] == ["inconclusive", "inconclusive", "slower"]
+    assert "no time to confirm" in lines[0].reason
+
+
+# ---- revisions
+
+
+def git(repo: Path, *arguments: str) -> str:
+    identity = ["-c", "user.email=a@example.org", "-c", "user.name=a"]
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=repo, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of this project with the scripted worker in three revisions, tagged.
+
+    `base`; `slow`, whose null backend takes longer by default; `new`, whose worker speaks a
+    protocol that nobody knows yet; `broken`, whose second cell gives a wrong image.
+    """
+    repo = tmp_path_factory.mktemp("scratch") / "repo"
+    repo.mkdir()
+    for name in ("core", "export", "backends", "bench"):
+        shutil.copytree(ROOT / name, repo / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "constraints.txt", ".gitignore"):
+        shutil.copy(ROOT / name, repo)
+    worker = repo / "bench" / "worker.py"
+    shutil.copy(Path(__file__).with_name("scripted_worker.py"), worker)
+    null = repo / "backends" / "null.py"
+    text = null.read_text().replace('"unet_ms": Option("2"', '"unet_ms": Option("20"')
+    null.write_text(text)
+    git(repo, "init", "--quiet")
+    for tag, file, was, now in (
+        ("base", null, "", ""),
+        ("slow", null, '"unet_ms": Option("20"', '"unet_ms": Option("30"'),
+        ("new", worker, "PROTOCOL = 1", "PROTOCOL = 2"),
+        ("broken", null, '"""A scripted', '"""SCRIPTED_FAILURE'),
+    ):
+        if tag != "base":
+            git(repo, "checkout", "--quiet", "base")
+            content = file.read_text()
+            assert was in content
+            file.write_text(content.replace(was, now))
+        git(repo, "add", "--all")
+        git(repo, "commit", "--quiet", "--message", tag)
+        git(repo, "tag", tag)
+    git(repo, "checkout", "--quiet", "base")
+    return repo
+
+
+class Finished:
+    def __init__(self, done: subprocess.CompletedProcess[str]) -> None:
+        self.code, self.out, self.err = done.returncode, done.stdout, done.stderr
+
+    @property
+    def json(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def ab(scratch: Path, tiny_bundle: Bundle, tmp_path: Path) -> Iterator[Any]:
+    """Run bench.ab in the scratch repository; nothing of it may be left there afterwards."""
+
+    def run(*arguments: str, rounds: int = 5) -> Finished:
+        command = [sys.executable, "-m", "bench.ab", "--model", str(tiny_bundle.path)]
+        command += ["--backend", "null", "--decoder", "taesd", "--steps", "1,2"]
+        command += ["--rounds", str(rounds), "--out", str(tmp_path / "runs"), "--format", "json"]
+        return Finished(
+            subprocess.run([*command, *arguments], cwd=scratch, capture_output=True, text=True)
+        )
+
+    yield run
+    assert git(scratch, "worktree", "list").count("\n") == 0
+    assert not list((scratch / "build" / "ab").glob("run-*"))
+
+
+def test_a_slower_revision_is_a_regression(ab: Any, tmp_path: Path) -> None:
+    found = ab("--base", "base", "--head", "slow")
+    assert found.code == 3, found.err
+    outcome = found.json
+    assert [line["verdict"] for line in outcome["cells"]] == ["slower", "slower"]
+    assert outcome["cells"][0]["ratio"] == pytest.approx(1.5, rel=0.1)
+    runs = [open_run(name, tmp_path / "runs") for name in run_names(tmp_path / "runs")]
+    assert [run.header["ab"]["side"] for run in runs] == ["base", "head"]
+    assert [len(run.all_rows()) for run in runs] == [20, 20]  # five rounds, and five again
+    medians = [run.rows()[0]["median_ms"] for run in runs]
+    assert medians[0] == pytest.approx(20, rel=0.25)
+    assert medians[1] == pytest.approx(30, rel=0.25)
+    assert runs[0].rows()[0]["git_commit"] != runs[1].rows()[0]["git_commit"]
+
+
+def test_the_other_way_round_it_is_a_gain(ab: Any) -> None:
+    found = ab("--base", "slow", "--head", "base")
+    assert found.code == 0, found.err
+    assert found.json["counts"] == {"faster": 2}
+
+
+def test_a_failing_cell(ab: Any) -> None:
+    found = ab("--base", "base", "--head", "broken")
+    assert found.code == 4, found.err
+    assert found.json["cells"][1]["verdict"] == "failed"
+
+
+def test_an_unknown_protocol_is_inconclusive(ab: Any) -> None:
+    found = ab("--base", "new", "--head", "base")
+    assert found.code == 5, found.err
+    assert found.json["cells"] == []
+    assert "protocol 2" in found.json["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--base", "nowhere"], "not a revision"),
+        (["--base", "base", "--rounds", "4"], "too few"),
+        (["--base", "base", "--backend", "null:usable=0"], "cannot be used"),
+        (["--base", "base", "--decoder", "jpeg"], "jpeg"),
+        (["--head", "base"], "--base"),
+    ],
+)
+def test_preconditions(ab: Any, arguments: list[str], words: str) -> None:
+    found = ab(*arguments)
+    assert found.code == 2, found.err
+    assert words in found.err
+
+
+def test_ctrl_c_leaves_nothing_behind(
+    scratch: Path, tiny_bundle: Bundle, tmp_path: Path, ab: Any
+) -> None:
+    log = tmp_path / "err.txt"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bench.ab", "--base", "base", "--head", "slow",
+             "--model", str(tiny_bundle.path), "--backend", "null", "--out", str(tmp_path)],
+            cwd=scratch, stdout=subprocess.DEVNULL, stderr=stream,
+        )  # fmt: skip
+    until = time.monotonic() + 90
+    while "round 1" not in log.read_text() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130, log.read_text()
+
+
+def test_a_kept_workplace_is_used_again(ab: Any, scratch: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    for _ in range(2):
+        found = ab("--base", "base", "--head", "base", "--work", str(work))
+        assert found.code in (0, 5), found.err
+        assert any("one commit" in note for note in found.json["notes"])
+    trees = sorted(path.name for path in work.glob("*/tree"))
+    assert trees == ["tree", "tree"]
+    shutil.rmtree(work)
+    git(scratch, "worktree", "prune")
+
+
+# ---- environments
+
+
+def test_one_environment_if_the_constraints_are_equal(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sides, "ROOT", scratch)
+    commits = [sides.resolve(tag) for tag in ("base", "slow")]
+    found = sides.environments(commits, "cpu", tmp_path, lambda _: None)
+    assert found == [Path(sys.executable)] * 2
+    assert sides.protocol_of(commits[0]) == 1
+    assert sides.protocol_of(sides.resolve("new")) == 2
+    with pytest.raises(PreconditionError, match="not a revision"):
+        sides.resolve("--help")
+
+
+def test_an_environment_is_made_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    first = sides.environment("", [], tmp_path, said.append)
+    assert subprocess.run([first, "-c", "import pip"]).returncode == 0
+    assert sides.environment("", [], tmp_path, said.append) == first
+    assert len(said) == 1
+    with pytest.raises(AddbenchError, match="could not be made"):
+        sides.environment("", ["./no-such-folder"], tmp_path, said.append)
+
+
+def test_code_of_another_checkout_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    side = sides.Side("base", "x", "0" * 40, tmp_path / "empty", tmp_path, Path(sys.executable))
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    try:
+        with pytest.raises(AddbenchError, match="its own code"):
+            sides.check_code(side, tmp_path / "log.txt")
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+@pytest.mark.slow
+def test_with_the_real_worker(scratch: Path, ab: Any) -> None:
+    """Each round starts a worker that imports torch: minutes."""
+    git(scratch, "checkout", "--quiet", "-B", "real", "base")
+    worker = scratch / "bench" / "worker.py"
+    shutil.copy(ROOT / "bench" / "worker.py", worker)
+    git(scratch, "commit", "--quiet", "--all", "--message", "real")
+    null = scratch / "backends" / "null.py"
+    null.write_text(null.read_text().replace('Option("20"', 'Option("200"'))
+    git(scratch, "commit", "--quiet", "--all", "--message", "slower")
+    found = ab("--base", "real~1", "--head", "real", "--steps", "1", "--min-time", "0.1")
+    assert found.code == 3, found.err
+    assert found.json["cells"][0]["ratio"] > 2
+    git(scratch, "checkout", "--quiet", "base")

@@ -1,0 +1,91 @@
+"""FID's arithmetic, the evaluation of a folder, the comparison of student and teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.errors import PreconditionError
+from distill.evaluate import fid_shapes, held_out, main
+from distill.fidelity import frechet_distance, standard_scores
+from distill.report import compare
+from distill.shapes import draw
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    rng = np.random.default_rng(0)
+    first = rng.normal(0, 1, (60_000, 3))
+    second = rng.normal((1, 0, 2), (2, 1, 1), (60_000, 3))
+    # |mu|^2 = 5; per axis (s1 - s2)^2: 1.
+    assert frechet_distance(first, second) == pytest.approx(6, rel=0.03)
+    assert frechet_distance(second, first) == pytest.approx(frechet_distance(first, second))
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+
+
+def test_held_out_captions_are_fixed_and_held_out() -> None:
+    items = held_out(30)
+    assert items == held_out(30)
+    assert all(scene.held_out for scene in items)
+    assert [len(scene.objects) for scene in items] == [1] * 10 + [2] * 10 + [3] * 10
+
+
+def test_fid_grows_with_damage(smoke: Path) -> None:
+    network = smoke / "distill" / "smoke" / "smoke-turbo" / "fid"
+    items = held_out(300)
+    clean = draw(items, seed=1)
+    noise = np.random.default_rng(0).normal(0, 60, clean.shape)
+    noisy = (clean + noise).clip(0, 255).astype(np.uint8)
+    assert fid_shapes(clean, items, network, 64) < 0.2 * fid_shapes(noisy, items, network, 64)
+
+
+def test_the_command(smoke: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = smoke / "distill" / "smoke" / "smoke-turbo"
+    out, picture = tmp_path / "figures.json", tmp_path / "sheet.png"
+    arguments = ["--steps", "1,2", "--captions", "6", "--out", str(out), "--picture", str(picture)]
+    assert main([str(folder), *arguments]) == 0
+    rows = json.loads(out.read_text())
+    assert [row["steps"] for row in rows] == [1, 2]
+    assert rows[0]["captions"] == rows[0]["fid_samples"] == 6
+    assert set(rows[0]) >= {"all", "shape", "colour", "size", "position", "background", "count"}
+    assert json.loads(capsys.readouterr().out.splitlines()[0]) == rows[0]
+    assert picture.stat().st_size > 100
+
+
+def test_other_folders_and_schedulers_are_refused(smoke: Path, tmp_path: Path) -> None:
+    with pytest.raises(PreconditionError, match="no checkpoint folder"):
+        main([str(tmp_path / "none")])
+    with pytest.raises(PreconditionError, match="lacks"):
+        main([str(tmp_path)])
+    with pytest.raises(PreconditionError, match="no scheduler"):
+        main(
+            [
+                str(smoke / "distill" / "smoke" / "smoke-turbo"),
+                "--scheduler",
+                "Best",
+                "--captions",
+                "3",
+            ]
+        )
+
+
+def test_standard_scores_want_their_weights(tmp_path: Path) -> None:
+    pictures = np.zeros((2, 8, 8, 3), np.uint8)
+    with pytest.raises(PreconditionError, match="no weights at"):
+        standard_scores(pictures, pictures, ["a"] * 2, inception=tmp_path / "none", clip=None)
+
+
+def row(steps: int, share: float) -> dict[str, float]:
+    return {"steps": steps, "all": share, "all_1": share}
+
+
+def test_ratios_of_student_and_teacher() -> None:
+    student = [row(1, 0.8), row(2, 0.85), row(4, 0.9)]
+    found = compare(student, [row(50, 0.9), row(1, 0.3), row(1, 0.4)], 50)["ratios"]
+    assert found["one_step"] == pytest.approx(0.8889, abs=1e-4)
+    assert found["four_steps"] == 1.0
+    assert found["gap_closed"] == pytest.approx(0.8)  # from the better of the teacher's one-steps
+    assert found["teacher_single"] == 0.9
+    assert compare(student, [row(50, 0.0), row(1, 0.0)], 50)["ratios"]["one_step"] is None

@@ -1,0 +1,251 @@
+"""The whole machinery: every stage, the folders it writes, resuming, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from core.errors import PreconditionError
+from core.files import ROOT
+from distill.train import main
+
+from .conftest import SMALL
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+FP32 = ["--smoke", "--precision", "fp32", *SMALL]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "distill.train", *FP32, *arguments]
+
+
+def rows(build: Path, run: str, stage: str) -> dict[int, dict[str, float]]:
+    """Losses by step."""
+    found = {}
+    for line in (build / "distill" / run / "log.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["stage"] == stage and "quality" not in row:
+            found[row["step"]] = {
+                k: v for k, v in row.items() if k not in ("stage", "step", "seconds", "s_per_step")
+            }
+    return found
+
+
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
+    for module in ("distill.train", "distill.evaluate", "distill.ablate"):
+        code = f"import sys, {module} as m; m.parser(); print(sorted(sys.modules))"
+        out = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        assert not {"torch", "diffusers", "transformers", "numpy"} & set(eval(out))
+
+
+def test_a_run_writes_logs_samples_and_models(smoke: Path) -> None:
+    run = smoke / "distill" / "smoke"
+    for stage in ("autoencoder", "tiny-autoencoder", "features", "teacher", "student"):
+        losses = rows(smoke, "smoke", stage)
+        assert losses
+        assert all(np.isfinite(v) for row in losses.values() for v in row.values())
+        done = json.loads((run / stage / "stage.json").read_text())
+        assert done["steps"] == max(losses)
+    assert set(rows(smoke, "smoke", "student")[1]) >= {"adv", "distill", "disc", "r1"}
+    assert list((run / "samples").glob("student-*.png"))
+    record = json.loads((run / "smoke-turbo" / "training.json").read_text())
+    assert record["git_revision"]
+    assert record["config"]["student"]["lambda_"] == 2.5
+    quality = json.loads((run / "smoke-turbo" / "quality.json").read_text())
+    assert {row["steps"] for row in quality["student"]} == {1, 2, 4}
+    assert quality["student"][0]["fid_shapes"] > 0
+    card = (run / "smoke-turbo" / "README.md").read_text()
+    assert record["git_revision"] in card
+    assert "missed" in card  # six steps of training reach no goal, and the card says so
+    assert str(smoke) not in card
+
+
+@pytest.mark.parametrize("name", ["smoke-turbo", "smoke-teacher"])
+def test_diffusers_loads_the_folders(smoke: Path, name: str) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = smoke / "distill" / "smoke" / name
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    images = pipeline(
+        ["a large red circle on a black background"] * 2,
+        num_inference_steps=1,
+        guidance_scale=0.0,
+        output_type="np",
+    ).images
+    assert images.shape == (2, 64, 64, 3)
+    assert np.isfinite(images).all()
+    assert pipeline.tokenizer.eos_token_id == len(pipeline.tokenizer) - 1
+
+
+def test_weights_are_float16_and_nothing_is_missing(smoke: Path) -> None:
+    from diffusers import AutoencoderTiny
+    from transformers import CLIPTextModel
+
+    folder = smoke / "distill" / "smoke" / "smoke-turbo"
+    for file in folder.rglob("*.safetensors"):
+        if file.parent.name != "fid":
+            floats = [v for v in load_file(file).values() if v.is_floating_point()]
+            assert {v.dtype for v in floats} == {torch.float16}
+    # The names in the files are the ones that the libraries look for.
+    _, info = CLIPTextModel.from_pretrained(folder / "text_encoder", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    tiny = AutoencoderTiny.from_pretrained(folder / "taesd", torch_dtype=torch.float32)
+    assert tiny.decode(torch.zeros(1, 4, 8, 8)).sample.shape == (1, 3, 64, 64)
+
+
+def test_latents_have_unit_variance_and_scaling_factor_one(smoke: Path) -> None:
+    run = smoke / "distill" / "smoke"
+    moments = np.load(next(run.glob("latents-*.npy"))).astype(np.float32)
+    mean, deviation = moments[:, :4], moments[:, 4:]
+    total = np.sqrt(mean.var((0, 2, 3)) + np.square(deviation).mean((0, 2, 3)))
+    assert total == pytest.approx(np.ones(4), abs=0.1)
+    assert mean.mean((0, 2, 3)) == pytest.approx(np.zeros(4), abs=0.1)
+    config = json.loads((run / "smoke-turbo" / "vae" / "config.json").read_text())
+    assert config["scaling_factor"] == 1.0
+
+
+def test_an_image_does_not_depend_on_its_batch(smoke: Path) -> None:
+    from distill.pipeline import generate, open_folder
+
+    pipeline = open_folder(smoke / "distill" / "smoke" / "smoke-turbo")
+    captions = [
+        "a small red circle on a white background",
+        "a large blue star on a gray background",
+    ]
+    options = {"steps": 2, "guidance": 0.0, "size": 64}
+    together = generate(pipeline, captions, seeds=[1, 2], **options)  # type: ignore[arg-type]
+    alone = generate(pipeline, captions[1:], seeds=[2], **options)  # type: ignore[arg-type]
+    assert np.abs(together[1].astype(int) - alone[0]).max() <= 1
+
+
+def test_finished_stages_are_left_alone(
+    smoke: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(smoke))
+    before = (smoke / "distill" / "smoke" / "log.jsonl").read_bytes()
+    assert main([*FP32, "--no-export"]) == 0
+    assert capsys.readouterr().err.count("is finished") == 5
+    assert (smoke / "distill" / "smoke" / "log.jsonl").read_bytes() == before
+
+
+def test_a_stage_without_those_before_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    with pytest.raises(PreconditionError, match="stage autoencoder is not finished"):
+        main([*FP32, "--stage", "teacher"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--stage", "dinner"], ["--preset", "none"], ["--minutes", "x"]]
+)
+def test_wrong_usage(arguments: list[str]) -> None:
+    with pytest.raises(PreconditionError):
+        main([*arguments])
+
+
+VARIANTS = (
+    ["student.loss=adversarial", "student.conditioning=none"],
+    ["student.loss=distillation", "student.space=latent", "student.weighting=sds"],
+    ["student.weighting=nfsd", "student.conditioning=image"],
+    ["student.teacher-steps=2", "student.text=pooled", "student.mismatch=0.5"],
+    ["student.pretrained=false", "student.terminal=0.5", "student.headstart=1"],
+)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: ",".join(c))
+def test_every_choice_of_the_method_runs(
+    smoke: Path, changes: list[str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(smoke))
+    run = f"variant-{VARIANTS.index(changes)}"
+    settings = [x for change in (*changes, "student.iterations=2") for x in ("--set", change)]
+    assert (
+        main(
+            [*FP32, "--run", run, "--base", "smoke", "--stage", "student", "--no-export", *settings]
+        )
+        == 0
+    )
+    losses = rows(smoke, run, "student")[2]
+    assert ("distill" in losses) == ("student.loss=adversarial" not in changes)
+    assert ("adv" in losses) == ("student.loss=distillation" not in changes)
+    assert ("mismatch" in losses) == ("student.mismatch=0.5" in changes)
+
+
+def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path) -> None:
+    """kill -9 in the middle of a stage; the resumed run repeats what an unharmed one does."""
+    stage = [
+        "--stage",
+        "autoencoder",
+        "--set",
+        "autoencoder.iterations=14",
+        "--checkpoint-seconds",
+        "0",
+    ]
+    environment = {**ENVIRONMENT, "ADDBENCH_BUILD": str(tmp_path)}
+    checkpoints = tmp_path / "distill" / "killed" / "autoencoder" / "checkpoints"
+    process = subprocess.Popen(
+        command(*stage, "--run", "killed"), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-0000[01][4-9]")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (checkpoints.parent / "stage.json").exists(), "it finished before it was killed"
+    # A half-written line at the end of the log is what a kill can leave too.
+    with (tmp_path / "distill" / "killed" / "log.jsonl").open("a") as file:
+        file.write('{"stage": "autoencoder", "st')
+
+    refused = subprocess.run(
+        command(*stage, "--run", "killed", "--set", "autoencoder.kl=0.5"),
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "belongs to another configuration" in refused.stderr
+    for run in ("killed", "whole"):
+        subprocess.run(
+            command(*stage, "--run", run),
+            cwd=ROOT,
+            env=environment,
+            check=True,
+            capture_output=True,
+        )
+    killed, whole = (rows(tmp_path, run, "autoencoder") for run in ("killed", "whole"))
+    assert killed.keys() == whole.keys()
+    for step, losses in whole.items():
+        assert killed[step] == pytest.approx(losses, rel=1e-5), step
+
+
+def test_two_processes_have_the_losses_of_one(smoke: Path) -> None:
+    environment = {**ENVIRONMENT, "ADDBENCH_BUILD": str(smoke)}
+    stage = ["--stage", "student", "--base", "smoke", "--no-export"]
+    stage += ["--set", "student.iterations=4"]
+    subprocess.run(
+        command(*stage, "--run", "one"), cwd=ROOT, env=environment, check=True, capture_output=True
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+              "--main_process_port", "0", "-m"]  # fmt: skip
+    two = subprocess.run(
+        [*launch, *command(*stage, "--run", "two")[2:]],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr[-3000:]
+    alone, together = (rows(smoke, run, "student") for run in ("one", "two"))
+    assert alone.keys() == together.keys()
+    for step, losses in alone.items():
+        assert together[step] == pytest.approx(losses, rel=2e-3, abs=1e-5), step
