@@ -8,9 +8,12 @@ FP16 weights are stored as FP16 in the bundle and computed in FP32.
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
+import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +32,7 @@ from backends.base import (
     Shapes,
     thread_count,
 )
-from core.files import require_disk
+from core.files import ROOT, require_disk
 from core.memory import require_memory
 from export.lower import CPU, Profile, lower
 
@@ -110,7 +113,11 @@ class OrtBackend(Backend):
     option_types: ClassVar[Mapping[str, Option]] = {
         "threads": Option("auto", "intra-op threads (auto: physical cores)"),
         "level": Option("all", "graph optimisation level", tuple(LEVELS)),
-        "prepack": Option("1", "store weights in the kernels' layout: twice the disk", ("0", "1")),
+        "prepack": Option(
+            "0",
+            "keep weights in the kernels' layout: mapped and shared, twice the disk",
+            ("0", "1"),
+        ),
         "arena": Option("1", "keep freed memory for the next call", ("0", "1")),
         "spin": Option(
             "in-call",
@@ -150,32 +157,29 @@ class OrtBackend(Backend):
         require_disk(folder, self.disk_need(bundle, part), f"compiling {bundle.name} {part}")
         require_memory(self.memory_need(bundle, part), f"compiling {bundle.name} {part}")
         # A process of its own: its peak memory is not the caller's, and a kill is only a failure.
-        context = multiprocessing.get_context("spawn")
-        receive, send = context.Pipe(duplex=False)
-        graph = bundle.parts[part].graph
-        child = context.Process(target=optimise, args=(graph, folder, dict(self.options), send))
-        child.start()
-        send.close()
-        try:
-            message = receive.recv()
-        except EOFError:
-            child.join()
-            message = None
-        finally:
-            if child.is_alive():
-                child.join()
-        if message is None:
-            kind = OutOfMemoryError if child.exitcode == -9 else BackendError
-            raise kind(
-                f"compiling {part} for onnxruntime died with exit code {child.exitcode}",
-                "-9 is the system's out-of-memory kill" if child.exitcode == -9 else "a crash",
-                f"free memory (it needs about {self.memory_need(bundle, part) / 1e9:.1f} GB), "
-                "or use ort:prepack=0",
+        job = {
+            "graph": str(bundle.parts[part].graph),
+            "folder": str(folder),
+            "options": self.options,
+        }
+        child = subprocess.run(
+            [sys.executable, "-m", "backends.ort"],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+        if child.returncode == -signal.SIGKILL:
+            raise OutOfMemoryError(
+                f"compiling {part} for onnxruntime was killed",
+                "most likely by the system, for want of memory",
+                f"free memory (it needs about {self.memory_need(bundle, part) / 1e9:.1f} GB)",
             )
-        if message:
+        if child.returncode:
             raise BackendError(
-                f"compiling {part} for onnxruntime failed",
-                message,
+                f"compiling {part} for onnxruntime failed with exit code {child.returncode}",
+                child.stderr.strip()[-2000:],
                 "try ort:level=basic; `python -m export verify` checks the bundle",
             )
 
@@ -199,7 +203,8 @@ class OrtBackend(Backend):
             session = OrtSession(path / MODEL, self.options, bundle, artifact.part)
         except Exception as error:
             raise translate(error, f"loading {artifact.part}") from error
-        forget_unmapped(path / f"{MODEL}.data")
+        if self.options["prepack"] == "1":
+            forget_unmapped(path / f"{MODEL}.data")
         return session
 
 
@@ -232,26 +237,20 @@ def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
     return made
 
 
-def optimise(graph: Path, folder: Path, options: Mapping[str, str], send: Any) -> None:
+def optimise(graph: Path, folder: Path, options: Mapping[str, str]) -> None:
     """Child process: lower the graph, let onnxruntime optimise it, and write what it made.
 
-    Two steps, since one that does both holds the weights twice (SDXL's UNet: 19 GB, not 12): first
-    the optimised graph with plain weights, then those in the kernels' layout, from a mapped file.
-    Sends "" when all went well, else the reason.
+    Packing the weights is a second step, from a mapped file: one that does both holds the weights
+    twice (SDXL's UNet: 19 GB, not 12).
     """
-    try:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            lowered, plain = Path(scratch) / "lowered", Path(scratch) / "plain"
-            prepack = options["prepack"] == "1"
-            lower(graph, CPU, lowered / MODEL)
-            write_optimised(lowered, plain if prepack else folder, options, prepacked=False)
-            shutil.rmtree(lowered)
-            if prepack:
-                write_optimised(plain, folder, options, prepacked=True)
-        send.send("")
-    except BaseException as error:
-        send.send(f"{type(error).__name__}: {error}"[:4000])
-        raise SystemExit(1) from None
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".lower-") as scratch:
+        lowered, plain = Path(scratch) / "lowered", Path(scratch) / "plain"
+        prepack = options["prepack"] == "1"
+        lower(graph, CPU, lowered / MODEL)
+        write_optimised(lowered, plain if prepack else folder, options, prepacked=False)
+        shutil.rmtree(lowered)
+        if prepack:
+            write_optimised(plain, folder, options, prepacked=True)
 
 
 def write_optimised(
@@ -284,3 +283,18 @@ def translate(error: Exception, doing: str) -> BackendError:
     return BackendError(
         f"onnxruntime failed {doing}", text[:2000], "`python -m backends cache verify`, then retry"
     )
+
+
+def _child() -> None:
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
+    job = json.loads(sys.stdin.read())
+    try:
+        optimise(Path(job["graph"]), Path(job["folder"]), job["options"])
+    except Exception as error:  # the parent shows it; a traceback would bury the reason
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+if __name__ == "__main__":
+    _child()

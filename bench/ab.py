@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace, arguments: Sequence[str]) -> Outcome:
     with ExitStack() as stack:
         place = stack.enter_context(sides.workplace(args.work))
         pair = sides.sides(revisions, commits, place, args.extra, say)
-        bundles = [prepare(side, args, place) for side in pair]
+        bundles = [prepare(side, args, candidates, place) for side in pair]
         cells = make_cells(
             bundles[1],
             candidates,
@@ -182,7 +182,9 @@ def unknown_protocol(
     return Outcome(revisions[0], revisions[1], rule_text(limit), [], notes)
 
 
-def prepare(side: Side, args: argparse.Namespace, place: Path) -> Bundle:
+def prepare(
+    side: Side, args: argparse.Namespace, candidates: Sequence[Candidate], place: Path
+) -> Bundle:
     """The bundle that one side measures; its cache filled, so that no round pays for a compile."""
     from bench import sides
     from export.bundle import MANIFEST, Bundle
@@ -197,11 +199,13 @@ def prepare(side: Side, args: argparse.Namespace, place: Path) -> Bundle:
         asked += ["--weights", args.weights] if args.weights else []
         folder = sides.export(side, asked, log)
     bundle = Bundle.open(folder)
-    say(f"{side.name} {side}: compiling")
-    backends = [piece for text in args.backend or ["ort"] for piece in ("--backend", text)]
-    axes = ["--batch", ",".join(map(str, args.batch)), "--decoder", ",".join(args.decoder)]
-    # Whether it works is for the workers to say, cell by cell.
-    side.python("-m", "backends", "compile", "--model", str(folder), *backends, *axes, log=log)
+    kept = [each for each in candidates if each.backend and each.backend.keeps_artifacts]
+    if kept:
+        say(f"{side.name} {side}: compiling")
+        backends = [piece for each in kept for piece in ("--backend", each.text)]
+        axes = ["--batch", ",".join(map(str, args.batch)), "--decoder", ",".join(args.decoder)]
+        # Whether it works is for the workers to say, cell by cell.
+        side.python("-m", "backends", "compile", "--model", str(folder), *backends, *axes, log=log)
     return bundle
 
 

@@ -7,7 +7,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.cell import KEY_COLUMNS, Cell
@@ -23,6 +23,8 @@ VERDICTS = (SLOWER, FAILED, MISSING, INCONCLUSIVE, FASTER, SAME)
 """In the order in which they matter to the exit code."""
 FORMATS = ("table", "markdown", "json")
 SCHEMA = 1
+LONG = 200
+"""More cells than this nobody reads in a terminal: only what is not the same is listed."""
 ALWAYS = ("backend", "options", "decoder", "batch", "steps")
 """Key columns that are printed even where all cells agree."""
 
@@ -156,9 +158,11 @@ FIGURES = (
 
 def printed(lines: Sequence[Line]) -> tuple[list[Column], str]:
     """(columns to print, the key columns that say the same everywhere in a sentence)."""
-    values = zip(*(astuple(line.cell) for line in lines), strict=True)
-    found = dict(zip(KEY_COLUMNS, values, strict=True))
-    same = [name for name in KEY_COLUMNS if len(set(found[name])) == 1 and name not in ALWAYS]
+    same = [
+        name
+        for name in KEY_COLUMNS
+        if name not in ALWAYS and len({getattr(line.cell, name) for line in lines}) == 1
+    ]
     empty = "options" if not any(line.cell.options for line in lines) else None
     keys = [key(name) for name in KEY_COLUMNS if name not in (*same, empty)]
     figures = [column for column in FIGURES if any(column.value(line) for line in lines)]
@@ -199,9 +203,14 @@ def show(outcome: Outcome, form: str) -> None:
         )
         for column in columns:
             table.add_column(column.header, justify="left" if column.digits is None else "right")
-        for line in outcome.lines:
+        long = len(outcome.lines) > LONG
+        lines = [line for line in outcome.lines if not long or line.verdict != SAME]
+        for line in lines[:LONG]:
             table.add_row(*(column.text(line) for column in columns))
         console.print(table)
+        if long:
+            print(f"{min(len(lines), LONG)} of {len(outcome.lines)} cells shown, none that is the"
+                  " same; --format json has all")  # fmt: skip
     print(outcome.rule)
     for note in outcome.notes:
         print(f"note: {note}")

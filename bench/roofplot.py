@@ -61,7 +61,7 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
     with style.context(STYLE):
         drawn = Figure(figsize=(9.6, 5.4))
         axes = drawn.subplots()
-        drawn.subplots_adjust(left=0.08, right=0.70, top=0.84, bottom=0.11)
+        drawn.subplots_adjust(left=0.10, right=0.70, top=0.84, bottom=0.11)
         drawn.text(
             0.012, 0.965, f"Roofline: {rows[0]['model']}, {rows[0]['size'].replace('x', '×')} px",
             va="top", fontsize=13, fontweight="bold",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.cell import KEY_COLUMNS
+from bench.compare import gather
 from bench.store import COLUMNS, HEADER, LATEST, ROWS, RUNS, Row, Run, open_run
 from bench.table import Line, lines_of
 from core.cli import Parser, run
@@ -97,7 +98,13 @@ def parquet(target: Run) -> bytes:
 
 
 def some_rows(target: Run) -> list[Row]:
-    """The rows that count; PreconditionError where there is none."""
+    """The rows that count.
+
+    Raises:
+        PreconditionError: there is none.
+        AddbenchError: a line is not a row, or a cell was measured twice in one round.
+    """
+    gather(target.all_rows(), target.name)
     rows = target.rows()
     if not rows:
         raise PreconditionError(
@@ -138,7 +145,7 @@ def entry(target: Run, line: Line) -> dict[str, Any]:
     extra = [
         f"run {target.name}",
         f"commit {line.good[0]['git_commit']}",
-        f"{sum(len(row['samples_ms']) for row in line.good)} samples, {len(line.good)} rounds",
+        f"samples {sum(len(row['samples_ms']) for row in line.good)}, rounds {len(line.good)}",
         f"provenance {line.provenance}",
     ]
     if line.flags:

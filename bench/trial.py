@@ -58,10 +58,9 @@ class Trial:
         lines = {cell: self.judged(cell, range(self.rounds)) for cell in kept}
         suspects = [cell for cell in kept if lines[cell].verdict == SLOWER]
         lines |= self.confirmed({cell: lines[cell] for cell in suspects})
-        needed = self.rounds * sum(self.cost_s.values()) / 60
-        cut = f"left out: all {len(self.cells)} cells need more than --budget allows"
+        cut = f"left out: --budget holds {len(kept)} of {len(self.cells)} cells"
         if all(cell in self.cost_s for cell in self.cells):
-            cut += f", about {2 * needed:.0f} min with a confirmation"
+            cut += f"; all take about {self.rounds * sum(self.cost_s.values()) / 60:.0f} min"
         return [lines.get(cell) or Line(cell, INCONCLUSIVE, cut) for cell in self.cells]
 
     @property

@@ -74,7 +74,9 @@ def open_checkpoint(context: Context) -> Checkpoint:
     for network in (text, teacher):
         network.to(context.device).eval().requires_grad_(False)
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    return Checkpoint(folder, vae, *tokenizers, text, teacher, config, zeros)
+    return Checkpoint(
+        folder, vae, tokenizers[0], tokenizers[1], text, teacher, config, zeros_for_empty=zeros
+    )
 
 
 def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

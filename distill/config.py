@@ -273,7 +273,7 @@ def _build(cls: Any, table: dict[str, Any], where: str) -> Any:
                 f"it takes: {', '.join(choices)}",
                 "use one of these",
             )
-        plain = {int: int, float: (int, float), str: str, bool: bool}.get(hint)
+        plain: Any = {int: int, float: (int, float), str: str, bool: bool}.get(hint)
         if plain is not None and (
             not isinstance(value, plain) or (hint is not bool) & isinstance(value, bool)
         ):

@@ -28,7 +28,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 class Source(Protocol):
     """`captions[i]` goes with picture i."""
 
-    captions: Sequence[str]
+    @property
+    def captions(self) -> Sequence[str]: ...
 
     def pictures(self, indices: Sequence[int]) -> Tensor:
         """float32 [n, 3, size, size] in [-1, 1]."""

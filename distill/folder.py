@@ -198,8 +198,8 @@ def write_card(
         lines += [
             "",
             f"Share of {count} held-out captions with every attribute right, as `distill/judge.py`"
-            " reads them from pixels (1, 2, 3: by number of objects), and the FID of as many pictures"
-            " over a network of this project, comparable only with itself:",
+            " reads them from pixels (1, 2, 3: by number of objects), and the FID of as many"
+            " pictures over a network of this project, comparable only with itself:",
             "",
             *quality_table(quality),
         ]

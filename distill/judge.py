@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,7 +115,9 @@ def _read_object(
     )
 
 
-def _best_template(share: Array, dx: Array, dy: Array, pixel: float) -> tuple[float, str, float]:
+def _best_template(
+    share: NDArray[Any], dx: Array, dy: Array, pixel: float
+) -> tuple[float, str, float]:
     """Overlap, shape and radius of the drawn template that fits a coverage map best."""
     rows, columns = share.any(1), share.any(0)
     crop = share[np.ix_(rows, columns)]

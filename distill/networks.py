@@ -140,7 +140,7 @@ def build_scheduler(kind: str, beta_start: float, beta_end: float) -> Any:
     return getattr(diffusers, kind)(**config)
 
 
-def use_eager_attention(*modules: nn.Module) -> None:
+def use_eager_attention(*modules: Any) -> None:
     """Plain attention in training: on a CPU the fused backward in bfloat16 is far slower."""
     from diffusers.models.attention_processor import AttnProcessor
 

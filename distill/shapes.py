@@ -19,6 +19,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -257,7 +258,8 @@ def coverage(shape: str, dx: Array, dy: Array, radius: Array, pixel: float = 1.0
 def _star_distance(dx: Array, dy: Array, reach: Array) -> Array:
     """Signed distance to a five-pointed star: fold the plane into one sector, then one edge."""
     cos36, sin36 = 0.80901699, 0.58778525
-    x, y = abs(dx), -dy
+    x: NDArray[Any] = abs(dx)
+    y: NDArray[Any] = -dy
     for normal in ((cos36, -sin36), (-cos36, -sin36)):
         beyond = 2 * np.maximum(normal[0] * x + normal[1] * y, 0)
         x, y = x - beyond * normal[0], y - beyond * normal[1]

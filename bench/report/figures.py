@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.plot import COLOURS, STYLE, image_bytes, scale_of
 from bench.table import Line
@@ -68,7 +68,12 @@ def slotted(lines: Sequence[Line], largest: Callable[[Line], float], draw: Panel
             unit_ms, unit = scale_of(max(largest(line) for line in found))
             for place, label in enumerate(labels(found)):
                 axes.text(
-                    0, place - 0.24, label, fontsize=8, va="bottom", transform=axes.get_yaxis_transform()
+                    0,
+                    place - 0.24,
+                    label,
+                    fontsize=8,
+                    va="bottom",
+                    transform=axes.get_yaxis_transform(),
                 )
             draw(axes, found, unit_ms)
             axes.set_title(f"batch {found[0].cell.batch}", loc="left")
@@ -123,13 +128,11 @@ def cold(lines: Sequence[Line]) -> Figure:
                 markersize=6.5,
                 zorder=3,
             )
-            beside(axes, max(ends), place, f"{cold_ms / warm_ms:.2g}×")
+            beside(axes, max(ends), place, f"{cold_ms / warm_ms:.2f}×")
         blank: tuple[list[float], list[float]] = ([], [])
         axes.plot(*blank, "o", color=COLOURS[0], markersize=7, label="warm (median)")
         axes.plot(*blank, "D", color=COLOURS[1], markersize=6.5, label="process's first call")
-        axes.plot(
-            *blank, "D", color=COLOURS[1], markerfacecolor="white", label="cell's first call"
-        )
+        axes.plot(*blank, "D", color=COLOURS[1], markerfacecolor="white", label="cell's first call")
 
     return slotted(lines, largest, draw)
 
@@ -147,6 +150,12 @@ def beside(axes: Axes, x: float, place: int, text: str) -> None:
     )
 
 
+def duration(value_ms: float) -> tuple[str, str]:
+    """Three digits and the unit."""
+    unit_ms, unit = scale_of(value_ms)
+    return f"{value_ms / unit_ms:.3g}", unit
+
+
 # ---- as markup
 
 
@@ -158,49 +167,57 @@ def inline(drawn: Figure, prefix: str, words: str) -> Markup:
     from markupsafe import Markup, escape
 
     text = image_bytes(drawn, "svg").decode()
-    text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(
+        r"<!--.*?-->|<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S
+    )
     text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(words)}"', 1))  # noqa: S704
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{escape(words)}"', 1))
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One round's samples as a polyline in a box of 100 x 40.
+    """The samples of a cell, round after round, in a box of 100 x 40.
 
     Attributes:
-        low, high: how far the samples go below and above their median, as fractions.
+        rounds, samples: how many of each.
+        median: of the rounds, with its unit.
+        low, high: how far the samples go below and above it, as fractions.
+        lines: the points of each round's polyline.
         middle: height of the median in the box.
     """
 
-    round: int
-    median_ms: float
+    rounds: int
     samples: int
+    median: str
     low: float
     high: float
-    points: str
+    lines: Sequence[str]
     middle: float
 
 
 LEAST_SPAN = 0.02
 """A trace's box is at least this share of the median high: quiet samples look quiet."""
+GAP = 2
+"""Samples' widths between two rounds."""
 
 
-def traces(line: Line) -> list[Trace]:
-    """The samples of a cell in the order they were taken, a trace per round that is ok."""
-    return [trace(row) for row in line.good]
-
-
-def trace(row: dict[str, Any]) -> Trace:
-    samples, median = row["samples_ms"], row["median_ms"]
-    off = [sample / median - 1 for sample in samples]
-    low, high = min(off), max(off)
+def trace(line: Line) -> Trace:
+    """Every sample of the rounds that are ok, in the order they were taken."""
+    median = line.median("median_ms") or 1.0
+    rounds = [[sample / median - 1 for sample in row["samples_ms"]] for row in line.good]
+    every = [value for values in rounds for value in values]
+    low, high = min(every), max(every)
     slack = max(0.0, LEAST_SPAN - (high - low)) / 2
     bottom, span = low - slack, high - low + 2 * slack
+    step = 100 / max(1, len(every) - 1 + (GAP - 1) * (len(rounds) - 1))
 
     def y(value: float) -> float:
         return round(38 - 36 * (value - bottom) / span, 2)
 
-    step = 100 / (len(off) - 1) if len(off) > 1 else 0.0
-    drawn = off if len(off) > 1 else off * 2  # a line of no length is a dot
-    points = " ".join(f"{place * step:.2f},{y(value)}" for place, value in enumerate(drawn))
-    return Trace(row["round"], median, len(off), low, high, points, y(0.0))
+    lines, start = [], 0
+    for values in rounds:
+        points = [f"{(start + place) * step:.2f},{y(value)}" for place, value in enumerate(values)]
+        lines.append(" ".join(points if len(points) > 1 else points * 2))  # no length: a dot
+        start += len(values) - 1 + GAP
+    text = " ".join(duration(median))
+    return Trace(len(rounds), len(every), text, low, high, lines, y(0.0))

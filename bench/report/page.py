@@ -5,16 +5,16 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench import claims, outcome, table
 from bench.compare import compare, header, plan_of
-from bench.ledger import measured
+from bench.ledger import measured, read_claims
 from bench.outcome import Outcome
-from bench.plot import fit_text, scale_of, series_of
+from bench.plot import legend_text, series_of
 from bench.report import figures
 from bench.rows import by_provenance, some_rows
 from bench.stats import DISTURBED_CPU, UNSTABLE_CV
@@ -53,13 +53,18 @@ class Plot:
 
 @dataclass(frozen=True)
 class Card:
-    """A headline number with all that it must not be quoted without."""
+    """A headline number with all that it must not be quoted without: `lines` are its cells."""
 
     title: str
     value: str
     unit: str
-    line: Line
-    detail: str = ""
+    lines: Sequence[Line]
+    detail: str
+
+    @property
+    def flags(self) -> list[str]:
+        found = {flag for line in self.lines for row in line.good for flag in row["flags"]}
+        return [flag for flag in FLAGS if flag in found]
 
 
 @dataclass(frozen=True)
@@ -98,22 +103,22 @@ def render(target: Run, base: Run | None = None) -> str:
     script = (HERE / "page.js").read_text()
     return environment.get_template("page.html").render(
         run=target,
-        style=Markup((HERE / "page.css").read_text()),  # noqa: S704
-        script=Markup(script),  # noqa: S704
+        style=Markup((HERE / "page.css").read_text()),
+        script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         conditions=[text for text in table.conditions(target, lines) if text],
         cards={kind: headlines(found) for kind, found in groups.items()},
         counts=counts(target, rows, lines),
         flags={name: FLAG_WORDS[name] for name in FLAGS if any(name in r["flags"] for r in rows)},
         brief=brief(lines),
-        full=[column for column in table.COLUMNS if column_says(column, lines)],
+        full=ordered(column for column in table.COLUMNS if column_says(column, lines)),
         lines=lines,
         failures=failures(lines),
         missing=target.missing(rows),
         performance=performance(target, rows),
         breakdown=breakdown(groups),
         roofline=roofline(target, rows),
-        traces=[(line, figures.traces(line)) for line in lines if line.good],
+        traces=[(line, figures.trace(line)) for line in lines if line.good],
         parity=parity(target),
         claims=claimed(target),
         verdict=None if base is None else verdict(base, target),
@@ -131,28 +136,23 @@ def headlines(lines: Sequence[Line]) -> list[Card]:
         return []
     fastest = min(good, key=lambda line: line.median("median_ms") or 0.0)
     most = max(good, key=lambda line: line.median("images_per_s") or 0.0)
+    shortest = figures.duration(fastest.median("median_ms") or 0.0)
+    rate = f"{most.median('images_per_s') or 0.0:.3g}", "images/s"
     cards = [
-        Card("Shortest call", *duration(fastest.median("median_ms") or 0.0), fastest),
-        Card("Most images", f"{most.median('images_per_s') or 0.0:.3g}", "images/s", most),
+        Card("Shortest call", *shortest, [fastest], str(fastest.cell)),
+        Card("Most images", *rate, [most], str(most.cell)),
     ]
     fits = [
-        (series.fit.per_step_ms, series)
-        for found in series_of(good).values()
+        (series.fit.per_step_ms, batch, series)
+        for batch, found in series_of(good).items()
         for series in found
         if series.fit
     ]
     if fits:
-        per_step_ms, series = min(fits, key=lambda pair: pair[0])
-        slowest = series.lines[-1]
-        cards.append(
-            Card("Cheapest step", *duration(per_step_ms), slowest, f"fit: {fit_text(series)}")
-        )
+        per_step_ms, batch, series = min(fits, key=lambda each: each[0])
+        detail = f"{legend_text(series)}, batch {batch}"
+        cards.append(Card("Cheapest step", *figures.duration(per_step_ms), series.lines, detail))
     return cards
-
-
-def duration(value_ms: float) -> tuple[str, str]:
-    unit_ms, unit = scale_of(value_ms)
-    return f"{value_ms / unit_ms:.3g}", unit
 
 
 def counts(target: Run, rows: Sequence[Row], lines: Sequence[Line]) -> str:
@@ -177,11 +177,21 @@ def column_says(column: Column, lines: Sequence[Line]) -> bool:
     return any(column.text(line) != table.EMPTY for line in lines)
 
 
+FIRST = ("backend", "decoder", "batch", "steps", "median (ms)", "images/s", "change", "verdict",
+         "numerics", "weights")  # fmt: skip
+"""What a phone shows before one scrolls sideways."""
+
+
+def ordered(columns: Iterable[Column]) -> list[Column]:
+    found = {column.header: column for column in columns}
+    return [found[name] for name in dict.fromkeys((*FIRST, *found)) if name in found]
+
+
 def brief(lines: Sequence[Line]) -> list[Column]:
     """The short table's columns, with what the lines differ in."""
     shown = {column.header for column in table.brief_columns(lines)}
-    differing = set(table.CONDITIONS) - {column.header for column in table.columns_for(lines)[1]}
-    return [column for column in table.COLUMNS if column.header in shown | differing]
+    shown |= set(table.CONDITIONS) - {column.header for column in table.columns_for(lines)[1]}
+    return ordered(column for column in table.COLUMNS if column.header in shown)
 
 
 def failures(lines: Sequence[Line]) -> list[Failure]:
@@ -207,7 +217,7 @@ def performance(target: Run, rows: Sequence[Row]) -> list[Plot]:
     """Latency and images/s against steps, a figure for each provenance."""
     from bench import plot
 
-    plots = []
+    plots: list[Plot] = []
     for kind in dict.fromkeys(row["provenance"] for row in rows):
         drawn = plot.figure(target, [row for row in rows if row["provenance"] == kind])
         if drawn is not None:
@@ -219,7 +229,7 @@ def performance(target: Run, rows: Sequence[Row]) -> list[Plot]:
 
 def breakdown(groups: Mapping[str, Sequence[Line]]) -> list[Plot]:
     """Stages, and cold against warm, for each provenance."""
-    plots = []
+    plots: list[Plot] = []
     for kind, lines in groups.items():
         staged = [line for line in lines if any(row["stages_ms"] for row in line.good)]
         begun = [line for line in lines if line.median("cold_ms") is not None]
@@ -329,7 +339,7 @@ class Claims:
 def claimed(target: Run) -> Claims:
     """Every claim judged with this run alone."""
     ours = measured([target])
-    found = claims.findings(claims.read_claims(), ours)
+    found = claims.findings(read_claims(), ours)
     first = [claims.headline(each) for each in found if each.claim.id in claims.HEADLINES]
     return Claims(first, found, len(ours), claims.explained())
 
@@ -347,10 +357,14 @@ def verdict(base: Run, head: Run) -> Verdict:
     from bench.verdict import RUN_SLOWDOWN
 
     found = compare(base, head, RUN_SLOWDOWN, allow_other_machine=True)
-    return Verdict(found, *outcome.printed(found.lines))
+    columns, above = outcome.printed(found.lines)
+    return Verdict(found, ordered(columns), above)
 
 
 # ---- environment
+
+
+DIRTY = " with uncommitted changes"
 
 
 def surroundings(target: Run, rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -361,8 +375,7 @@ def surroundings(target: Run, rows: Sequence[Row]) -> list[tuple[str, str]]:
         ("run", target.name),
         ("created", words(said.get("created_utc"))),
         ("command", " ".join(map(str, said.get("command", [])))),
-        ("commit", "; ".join(
-            f"{commit}{' with uncommitted changes' if dirty else ''}" for commit, dirty in commits)),
+        ("commit", "; ".join(f"{commit}{DIRTY if dirty else ''}" for commit, dirty in commits)),
         *((f"bundle {name}", words(value)) for name, value in said["bundle"].items()),
         *((name.replace("_", " "), words(value)) for name, value in said["environment"].items()),
         *((f"setting {name}", words(value)) for name, value in said["settings"].items()),

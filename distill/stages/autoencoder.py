@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from distill.shapes import draw, scenes
 class _Autoencoder(nn.Module):
     """One forward for both directions, so that data parallelism sees it."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
@@ -75,7 +76,7 @@ class AutoencoderTrainer(Trainer):
         vae.save_pretrained(folder)
 
     @torch.no_grad()
-    def _standardise(self, vae: nn.Module) -> None:
+    def _standardise(self, vae: Any) -> None:
         """Fold each latent channel's mean and deviation into the 1x1 convolutions around it.
 
         The latents then have zero mean and unit variance per channel, the scaling factor is 1,

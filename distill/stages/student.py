@@ -284,7 +284,8 @@ class StudentTrainer(Trainer):
             vae=self.latents.vae,
             scheduler=self.scheduler(),
         )
-        sheets, figures = [], {}
+        sheets = []
+        figures: dict[str, float] = {}
         for steps in (1, 4):
             pictures = generate(
                 pipeline,

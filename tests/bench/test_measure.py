@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import bench.measure
 from backends.pipeline import Output, Timings, load_pipeline
 from bench.measure import PROMPTS, CpuShare, PeakMemory, StopRule, inputs_of_call, measure
+from bench.overhead import bare_call, blocks, interleaved
 from bench.stats import DISTURBED_CPU
 from core.errors import AddbenchError
 from export.bundle import Bundle
@@ -188,6 +189,17 @@ def test_on_the_null_backend_time_is_what_was_scripted(tiny_bundle: Bundle) -> N
     assert min(step for unet in found.unet_ms for step in unet) >= 20
     assert found.stages_agree()
     assert found.image.shape == (64, 64, 3)
+
+
+def test_the_bare_loop_makes_the_same_images(tiny_bundle: Bundle) -> None:
+    """The benchmark of the overhead compares like with like."""
+    prompts, seeds = inputs_of_call(3, 2)
+    with load_pipeline(str(tiny_bundle.path), "ort", "taesd", batch=2) as pipe:
+        ours = pipe(prompts, steps=2, seed=seeds).images
+        assert np.array_equal(bare_call(pipe, prompts, 2, seeds), ours)
+        ways = blocks(pipe, 2, 1, calls=4)
+        found = interleaved(ways, repeats=2, calls=4)
+    assert [len(times) for times in found.values()] == [2, 2, 2]
 
 
 def test_own_work_is_not_others() -> None:

@@ -8,7 +8,7 @@ from made import cell, row
 from backends.base import UnavailableError
 from bench.cell import Cell
 from bench.measure import StopRule
-from bench.plan import Settings, estimate, groups, make_cells, probe, sampling_s
+from bench.plan import TYPICAL_FRACTION, Settings, estimate, groups, make_cells, probe, sampling_s
 from core.errors import PreconditionError
 from export.bundle import Bundle
 
@@ -69,18 +69,20 @@ def test_seconds_of_a_cell(call_s: float, seconds: float) -> None:
     assert sampling_s(call_s, call_s, RULE) == pytest.approx(seconds)
 
 
-def test_estimates_say_where_they_come_from() -> None:
-    one = cell()
+def test_estimates_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = cell(backend="ort")
     earlier = row(one, [1000.0] * 3, cold_ms=2000.0)
-    known = estimate(one, RULE, {one: earlier})
+    known = estimate(one, RULE, {one: earlier}, None)
     assert known.seconds == pytest.approx(2 + 11)
     assert known.source == "run made"
-    unknown = estimate(one, RULE, {})
+    unknown = estimate(one, RULE, {}, None)
     assert unknown.bound
     assert unknown.seconds == 3.0
-    full = cell(model="sdxl-turbo", size="512x512", backend="ort")
-    rough = estimate(full, RULE, {})
-    assert rough.source == "rough FLOPs"
+    monkeypatch.setattr("bench.roofline.call_floor_s", lambda cell, surveyed: 6.0)
+    rough = estimate(one, RULE, {}, {"some": "survey"})
+    assert rough.source == f"floor / {TYPICAL_FRACTION}"
+    call_s = 6.0 / TYPICAL_FRACTION
+    assert rough.seconds == pytest.approx(sampling_s(call_s, call_s, RULE))
     assert not rough.bound
-    vae = estimate(cell(model="sdxl-turbo", size="512x512", backend="ort", decoder="vae"), RULE, {})
-    assert vae.seconds > rough.seconds
+    # The null backend takes as long as it is told: a floor says nothing about it.
+    assert estimate(cell(backend="null"), RULE, {}, {"some": "survey"}).bound

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from bench.report.page import render
 from bench.store import HEADER, ROWS, Run
 from bench.table import lines_of
 from core.cli import run as shell
+from export.bundle import PARITY, Bundle
 
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror=alert(1)> & "quoted"'
 ERROR = {"type": "BadThing", "what": f"broken by {HOSTILE}", "why": "a cause", "next": "a remedy"}
@@ -109,7 +111,7 @@ def test_figures_carry_their_labels(made: Run) -> None:
         assert word in card
     cheapest = text[text.index("Cheapest step") :][:900]
     assert "10 ms/step + 5" in cheapest
-    assert "14 of 17 measurements are ok, 2 failed, 1 missing" in text
+    assert "13 of 16 measurements are ok, 2 failed, 1 missing" in text
     assert "<b>disturbed</b>" in text
     assert "<b>unstable</b>" not in text
 
@@ -166,22 +168,53 @@ def test_the_verdict_against_a_base(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_parity_is_of_the_bundle_that_was_measured(
+    made: Run, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
+    assert "there is no bundle of tiny-sdxl" in render(made)
+    home = tmp_path / "build" / "tiny-sdxl-random-fp16"
+    home.mkdir(parents=True)
+    for file in tiny_bundle.path.iterdir():
+        if file.name != PARITY:
+            (home / file.name).symlink_to(file)
+    assert "the bundle here is not the one that was measured" in render(made)
+    made.header["bundle"]["hash"] = tiny_bundle.hash
+    assert "parity has not been run on this bundle" in render(made)
+    record = json.loads((tiny_bundle.path / PARITY).read_text())
+    (home / PARITY).write_text(json.dumps(record))
+    text = render(made)
+    assert "Every part and every image is within it" in text
+    assert "vae_decoder" in text
+    record["parts"]["unet"]["ok"] = False
+    (home / PARITY).write_text(json.dumps(record))
+    assert "ort does not match torch FP32" in render(made)
+    (home / PARITY).write_text('{"schema": 1}')
+    assert "parity.json is of another schema" in render(made)
+
+
 def test_stages_add_up_to_the_call() -> None:
     one = row(cell(steps=4), [54.0] * 3, stages_ms=stages(10.0))
     (line,) = lines_of([one])
     assert sum(figures.stage_ms(line, name) for name, _, _ in figures.STAGES) == 54.0
 
 
+def points_of(text: str) -> list[tuple[float, float]]:
+    pairs = (pair.split(",") for pair in text.split())
+    return [(float(x), float(y)) for x, y in pairs]
+
+
 def test_a_trace_keeps_every_sample_inside_its_box() -> None:
-    (line,) = lines_of([row(cell(), [10.0, 20.0, 9.0, 10.0])])
-    (trace,) = figures.traces(line)
-    points = [tuple(map(float, pair.split(","))) for pair in trace.points.split()]
-    assert [x for x, _ in points] == [0, 33.33, 66.67, 100]
-    assert all(0 <= y <= 40 for _, y in points)
-    assert points[1][1] < points[0][1] < points[2][1]  # slower is higher
+    rows = [row(cell(), [10.0, 20.0, 9.0, 10.0]), row(cell(), [10.0, 10.0], round_=1)]
+    trace = figures.trace(lines_of(rows)[0])
+    first, second = map(points_of, trace.lines)
+    assert [x for x, _ in (*first, *second)] == pytest.approx([0, 16.67, 33.33, 50, 83.33, 100])
+    assert all(0 <= y <= 40 for _, y in (*first, *second))
+    assert first[1][1] < first[0][1] < first[2][1]  # slower is higher
     assert (trace.low, trace.high) == pytest.approx((-0.1, 1.0))
-    (still,) = figures.traces(lines_of([row(cell(), [10.0])])[0])
-    assert still.points == "0.00,20.0 0.00,20.0"
+    assert (trace.samples, trace.rounds, trace.median) == (6, 2, "10 ms")
+    still = figures.trace(lines_of([row(cell(), [10.0])])[0])
+    assert still.lines == ["0.00,20.0 0.00,20.0"]
 
 
 # ---- the command
@@ -223,7 +256,7 @@ def test_a_bad_run_writes_nothing(
 def test_a_torn_last_row_is_a_missing_one(made: Run) -> None:
     content = (made.path / ROWS).read_bytes()
     (made.path / ROWS).write_bytes(content[:-30])
-    assert "14 of 17 measurements are ok, 1 failed, 2 missing" in render(made)
+    assert "13 of 16 measurements are ok, 1 failed, 2 missing" in render(made)
 
 
 @pytest.mark.parametrize("name", [HEADER, ROWS, "."])
@@ -233,9 +266,27 @@ def test_what_was_measured_is_not_overwritten(made: Run, name: str) -> None:
     assert before == ((made.path / HEADER).read_bytes(), (made.path / ROWS).read_bytes())
 
 
+def test_two_results_of_one_cell_are_refused(made: Run) -> None:
+    content = (made.path / ROWS).read_text()
+    (made.path / ROWS).write_text(content + content.splitlines(keepends=True)[0])
+    assert shell(main, [str(made.path)]) == 4
+    assert not (made.path / "report.html").exists()
+
+
+def test_a_base_of_another_model_is_refused(made: Run, tmp_path: Path) -> None:
+    base = make_run(tmp_path / "other", [row(cell(), [1.0] * 3)])
+    header = json.loads((base.path / HEADER).read_text())
+    header["bundle"]["name"] = "another"
+    (base.path / HEADER).write_text(json.dumps(header))
+    assert shell(main, [str(made.path), "--base", str(base.path)]) == 2
+    assert not (made.path / "report.html").exists()
+
+
 # ---- in a browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom")  # fmt: skip
@@ -281,7 +332,7 @@ def test_a_browser_runs_the_page_without_complaint(made: Run, tmp_path: Path) ->
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [1280, 500])
+@pytest.mark.parametrize("width", [1280, 390])
 def test_headers_sort_and_nothing_is_fetched(made: Run, tmp_path: Path, width: int) -> None:
     page = tmp_path / "page.html"
     page.write_text(probed(render(made)))

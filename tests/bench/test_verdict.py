@@ -58,6 +58,7 @@ def test_normal_approximation_meets_the_exact_tail() -> None:
 
 
 @given(st.lists(values, min_size=5, max_size=12))
+@settings(deadline=None)
 def test_one_sample_is_the_median_of_walsh_averages(sample: list[float]) -> None:
     estimate, low, high = one_sample(np.array(sample))
     walsh = [(a + b) / 2 for a, b in itertools.combinations_with_replacement(sample, 2)]
@@ -66,7 +67,7 @@ def test_one_sample_is_the_median_of_walsh_averages(sample: list[float]) -> None
 
 
 @given(st.lists(values, min_size=6, max_size=12, unique_by=abs))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_the_bound_inverts_the_signed_rank_test(sample: list[float]) -> None:
     array = np.array(sample)
     low = float(one_sample(array)[1])
@@ -83,6 +84,7 @@ def test_the_bound_inverts_the_signed_rank_test(sample: list[float]) -> None:
     st.lists(values, min_size=4, max_size=9),
     st.floats(-1, 1),
 )
+@settings(deadline=None)
 def test_two_sample_moves_with_its_data(base: list[float], head: list[float], shift: float) -> None:
     one = two_sample(np.array(base), np.array(head))
     differences = [h - b for h in head for b in base]

@@ -7,20 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = [
-    argument
-    for change in (
-        "data.pool=96",
-        "autoencoder.iterations=6",
-        "tiny-autoencoder.iterations=3",
-        "features.iterations=3",
-        "teacher.iterations=4",
-        "teacher.steps=2",
-        "student.iterations=3",
-        "evaluate-captions=6",
-    )
-    for argument in ("--set", change)
-]
+from tests.distill.settings import SMALL
 
 
 @pytest.fixture(autouse=True)

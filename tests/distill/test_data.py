@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -108,6 +108,7 @@ def test_damaged_shards(tmp_path: Path) -> None:
         open_source(Data(kind="tar", path=str(tmp_path), size=8))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 5))
 def test_epochs_take_every_picture_once(length: int, batch: int, seed: int) -> None:
     seen = [i for step in range(length) for i in batch_indices(length, batch, step, seed)]

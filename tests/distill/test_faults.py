@@ -17,8 +17,7 @@ from core.files import read_json, write_json
 from distill import checkpointing
 from distill.context import Context
 from distill.train import main, make_accelerator
-
-from .conftest import SMALL
+from tests.distill.settings import SMALL
 
 FP32 = ["--smoke", "--precision", "fp32", *SMALL, "--no-export"]
 

@@ -13,7 +13,7 @@ from distill.shapes import BACKGROUNDS, COLOURS, SHAPES, Object, Scene, draw, sc
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_reads_thousands_of_drawn_pictures(count: int) -> None:
-    items = scenes(1200, seed=11, held_out=True, count=count)
+    items = scenes(800, seed=11, held_out=True, count=count)
     shares = following(draw(items, 2), items)
     assert min(shares.values()) >= 0.99, shares
 

@@ -33,7 +33,7 @@ def test_variance_is_preserved_and_the_end_is_pure_noise() -> None:
     assert schedule("epsilon").alpha[999] == pytest.approx(0.0683, abs=1e-3)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 998), st.sampled_from(["v_prediction", "epsilon"]))
 def test_a_perfect_prediction_gives_back_both(seed: int, t: int, prediction: str) -> None:
     clean, noise = tensors(seed)

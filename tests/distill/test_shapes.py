@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import PreconditionError
@@ -36,6 +36,7 @@ def scene_of(seed: int) -> Scene:
     return random_scene(np.random.default_rng(seed))
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_caption_and_scene_are_one(seed: int) -> None:
     scene = scene_of(seed)
@@ -65,6 +66,7 @@ def test_other_captions_are_refused(caption: str) -> None:
         parse_caption(caption)
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_both_captions_of_a_picture_are_in_one_split(seed: int) -> None:
     scene = random_scene(np.random.default_rng(seed), 2)
@@ -74,6 +76,7 @@ def test_both_captions_of_a_picture_are_in_one_split(seed: int) -> None:
     assert other.held_out == scene.held_out
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_the_order_of_three_does_not_change_the_split(seed: int) -> None:
     scene = random_scene(np.random.default_rng(seed), 3)
@@ -101,6 +104,7 @@ def test_the_same_seed_gives_the_same_pictures() -> None:
     assert not np.array_equal(draw(items, 5), draw(items, 6))
 
 
+@settings(deadline=None)
 @given(seeds)
 def test_objects_stand_apart_inside_the_picture_and_where_the_caption_says(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from core.errors import PreconditionError
 from core.files import ROOT
 from distill.train import main
-
-from .conftest import SMALL
+from tests.distill.settings import SMALL
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 FP32 = ["--smoke", "--precision", "fp32", *SMALL]

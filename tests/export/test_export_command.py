@@ -73,31 +73,22 @@ def test_help_is_fast_and_imports_no_torch() -> None:
     assert "RUNS CODE" in done.stdout
 
 
-def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(tmp_path: Path) -> None:
-    target = tmp_path / "bundle"
-    process = start(*TINY, "--out", str(target))
+def test_killed_and_interrupted_exports_leave_the_old_bundle(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    target = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
+    process = start(*TINY, "--force", "--out", str(target))
     wait_for_first_part(process, target)
     process.kill()
     process.communicate()
-    assert not target.exists()
-    assert leftovers(target)  # a killed process cannot clean up
-    process = start(*TINY, "--out", str(target))
+    assert leftovers(target)  # a killed process cannot clean up; the next export does
+    assert Bundle.open(target).verify() == []
+    process = start(*TINY, "--force", "--out", str(target))
     wait_for_first_part(process, target)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == EXIT_INTERRUPTED
     assert stderr.endswith("interrupted\n")
-    assert not target.exists()
-    assert not leftovers(target)
-
-
-def test_an_interrupted_export_leaves_the_old_bundle(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    target = Path(shutil.copytree(tiny_bundle.path, tmp_path / "bundle"))
-    process = start(*TINY, "--force", "--out", str(target))
-    wait_for_first_part(process, target)
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode == EXIT_INTERRUPTED
     assert Bundle.open(target).verify() == []
     assert not leftovers(target)
 
