@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cpu
 MODEL ?= tiny-sdxl
-WEIGHTS ?= $(if $(filter tiny-sdxl,$(MODEL)),random,hub)
+WEIGHTS ?=
 DTYPE ?= fp16
 BACKEND ?= ort
 STEPS ?= 1,2,4
@@ -24,13 +24,13 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 export: $(READY)
-	$(PY) -m export --model '$(MODEL)' --weights '$(WEIGHTS)' --dtype $(DTYPE)
+	$(PY) -m export --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE)
 
 sweep: export
-	$(PY) -m bench.sweep --model '$(MODEL)' --weights '$(WEIGHTS)' --dtype $(DTYPE) --backend $(BACKEND) --steps $(STEPS) --batch $(BATCH) --decoder $(DECODER) $(SWEEP_FLAGS)
+	$(PY) -m bench.sweep --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --steps $(STEPS) --batch $(BATCH) --decoder $(DECODER) $(SWEEP_FLAGS)
 
 image: export
-	$(PY) -m backends.generate '$(PROMPT)' --model '$(MODEL)' --weights '$(WEIGHTS)' --dtype $(DTYPE) --backend $(BACKEND) --out '$(OUT)'
+	$(PY) -m backends.generate '$(PROMPT)' --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --out '$(OUT)'
 
 test: $(READY)
 	$(PY) -m pytest -m 'not slow'
@@ -40,6 +40,9 @@ test-slow: $(READY)
 
 lint: $(READY)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+compare: $(READY)
+	$(PY) -m bench.compare '$(BASE)' '$(HEAD)'
 
 publish: $(READY)
 	$(PY) -m bench.publish '$(RUN)'
