@@ -110,7 +110,7 @@ def judge(cell: Cell, mine: Cells, band: Band) -> Line:
     return Line(
         cell,
         verdict,
-        f"limit {limit:+.1%}",
+        f"{len(band.values)} earlier runs, limit {limit:+.1%}",
         ratio=ratio,
         base_ms=band.centre,
         head_ms=value,
@@ -144,8 +144,8 @@ def figure(target: Run, lines: Mapping[Cell, Line], bands: Mapping[Cell, Band]) 
                 panel.axhspan(band.centre / limit, band.centre * limit, color="#E8E8E8", zorder=0)
             panel.set_title(f"{cell}: {line.verdict}", fontsize=8.5, loc="left")
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-            panel.set_ylim(bottom=0)
+            panel.margins(y=0.15)
         for panel in axes[len(lines) :]:
             panel.set_visible(False)
-        axes[0].set_xlabel("runs ago (this one: 0)")
+        drawn.supxlabel("runs ago (this one: 0); grey: not flagged; the axes do not start at 0")
     return drawn

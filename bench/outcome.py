@@ -7,7 +7,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.cell import KEY_COLUMNS, Cell
@@ -106,7 +106,7 @@ class Outcome:
             "notes": list(self.notes),
             "cells": [
                 line.cell.columns()
-                | {key: value for key, value in asdict(line).items() if key != "cell"}
+                | {key: value for key, value in vars(line).items() if key != "cell"}
                 for line in self.lines
             ],
         }

@@ -102,9 +102,10 @@ def _copy_half(source: Path, target: Path) -> None:
     config = target / "config.json"
     if config.exists():
         settings = read_json(config)
-        for key in ("dtype", "torch_dtype"):
-            if key in settings:
-                settings[key] = "float16"
+        # Stored in float16, loaded in float32 unless the caller asks: transformers 5 takes the
+        # dtype from here where diffusers takes float32, and the two must meet.
+        if "dtype" in settings:
+            settings["dtype"] = "float32"
         # A diffusers config remembers the folder it was loaded from.
         write_json(config, {k: v for k, v in settings.items() if k != "_name_or_path"})
 

@@ -38,6 +38,8 @@ class Trainer(ABC):
         """Those that learn, as prepared by accelerate."""
         self.optimizers: dict[str, Any] = {}
         self.averages: dict[str, Any] = {}
+        self.progress = 0.0
+        """Share of the stage that is done, set before each step."""
 
     @abstractmethod
     def setup(self) -> None:
@@ -105,6 +107,7 @@ class Trainer(ABC):
 
     def set_rates(self, progress: float) -> None:
         """Linear warm-up, then a cosine to a hundredth. `progress` in [0, 1]."""
+        self.progress = progress
         warmup = self.settings.warmup
         if progress < warmup:
             factor = (progress + 1e-3) / (warmup + 1e-3)

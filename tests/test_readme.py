@@ -24,7 +24,7 @@ ELSEWHERE = {
     "make lint": "run by the CI script before the tests",
 }
 """Commands that some other run covers."""
-SHORT = "--quick --steps 1 --batch 1 --decoder taesd"
+SHORT = "--steps 1 --batch 1 --decoder taesd --min-samples 3 --min-time 0.2 --max-time 2"
 
 
 def tiny(command: str, folder: Path) -> list[str]:

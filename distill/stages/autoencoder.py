@@ -18,6 +18,23 @@ from distill.networks import LATENTS, build_vae
 from distill.shapes import draw, scenes
 
 
+TRIES = 4
+"""Random pieces of a picture among which the most varied one is kept."""
+
+
+def varied_crops(pictures: Tensor, corners: Tensor, side: int) -> Tensor:
+    """[batch, 3, side, side]: of each picture the most varied piece of those at `corners`.
+
+    corners: [batch, tries, 2] in [0, 1).
+    """
+    room = pictures.shape[-1] - side + 1
+    kept = []
+    for picture, places in zip(pictures, (corners * room).long().tolist(), strict=True):
+        pieces = torch.stack([picture[:, y : y + side, x : x + side] for y, x in places])
+        kept.append(pieces[pieces.flatten(1).var(1).argmax()])
+    return torch.stack(kept)
+
+
 class _Autoencoder(nn.Module):
     """One forward for both directions, so that data parallelism sees it."""
 
@@ -43,11 +60,13 @@ class AutoencoderTrainer(Trainer):
 
     def step(self, step: int) -> dict[str, Tensor]:
         context, settings = self.context, self.settings
+        generator = context.generator(self.name, step)
         pictures = context.pictures(context.indices(settings.batch, step))
-        side = self.config.data.size // 8
-        drawn = torch.randn(
-            (settings.batch, LATENTS, side, side), generator=context.generator(self.name, step)
-        )
+        if settings.crop and self.progress < settings.crop_share:
+            corners = torch.rand((settings.batch, TRIES, 2), generator=generator)
+            pictures = varied_crops(pictures, context.share(corners), settings.crop)
+        side = pictures.shape[-1] // 8
+        drawn = torch.randn((settings.batch, LATENTS, side, side), generator=generator)
         made, kl = self.networks["vae"](pictures, context.share(drawn))
         # L1 alone is content to leave the small objects out of the picture for a long time.
         flat, square = functional.l1_loss(made, pictures), functional.mse_loss(made, pictures)

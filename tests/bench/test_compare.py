@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -309,3 +310,37 @@ def test_cells_of_unequal_rounds_are_judged_each_by_its_own() -> None:
     lines = compare.judge(sides[0], sides[1], CELLS, 0.15)
     assert [line.base_rounds for line in lines] == [5, 6, 8]
     assert {line.verdict for line in lines} == {"slower"}
+
+
+def test_a_long_table_lists_what_is_not_the_same(both: Any, tmp_path: Path) -> None:
+    many = [cell(options=f"threads={n}") for n in range(300)]
+    sides = [
+        [row(each, [10.0 * (1 + 0.5 * side * (n == 7))], r) for r in range(5)
+         for n, each in enumerate(many)]
+        for side in (0, 1)
+    ]  # fmt: skip
+    found = both(*(make_run(tmp_path, rows, 5) for rows in sides), "--format", "table")
+    assert found.code == 3
+    assert "threads=7 " in found.out
+    assert "threads=8 " not in found.out
+    assert "1 of 300 cells shown" in found.out
+
+
+@pytest.mark.slow
+def test_runs_of_many_rows(both: Any, tmp_path: Path) -> None:
+    """100,000 rows a side in under 10 s, of this process: the machine may be shared."""
+    cells = [cell(options=f"threads={n}") for n in range(20_000)]
+    made = []
+    for seed in (0, 1):
+        rng = np.random.default_rng(seed)
+        usual = row(cells[0], [10.0] * 10)
+        rows = [
+            usual | each.columns() | {"round": r, "median_ms": 10 * float(np.exp(jitter))}
+            for r in range(5)
+            for each, jitter in zip(cells, rng.normal(0, 0.02, len(cells)), strict=True)
+        ]
+        made.append(make_run(tmp_path, rows, 5))
+    started = time.process_time()
+    found = both(*made, "--format", "table")
+    assert time.process_time() - started < 10
+    assert "of 20000 cells" in found.out

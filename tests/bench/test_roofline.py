@@ -1,0 +1,158 @@
+"""Floors and rates: known figures, proportions that must hold, and the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import ceilings as measured
+from bench.ceilings import Ceilings
+from bench.roofline import call_floor_s, floor, main, moved_bytes, of_row, survey
+from core.errors import PreconditionError
+from core.files import ROOT
+from export.bundle import Bundle
+from export.cost import Cost
+from tests.bench.made import cell
+
+PEAK = Ceilings("cpu", {"fp32": {"matmul": 2.0, "conv": 1.0}}, 10.0, "measured")
+COST = Cost("unet", 3e12, 2 * 10**9, 10**9, {"linear": 1e12, "conv": 1e12, "attention": 1e12})
+
+
+def test_a_floor_by_hand() -> None:
+    found = floor(COST, PEAK, "fp32", "fp32")
+    assert found is not None
+    # 2 TFLOP of products at 2 TFLOP/s and 1 TFLOP of convolutions at 1; 3 GB at 10 GB/s.
+    assert found.compute_ms == pytest.approx(2000)
+    assert found.memory_ms == pytest.approx(300)
+    assert (found.ms, found.bound) == (found.compute_ms, "compute")
+    assert floor(COST, PEAK, "fp16", "int8") is None, "no ceiling was measured for INT8"
+
+
+def test_weights_stored_in_half_the_bytes_are_moved_in_full() -> None:
+    assert moved_bytes(COST, "fp16", "fp32") == 2 * moved_bytes(COST, "fp32", "fp32")
+
+
+@given(st.floats(0.1, 1e3), st.floats(0.1, 1e3), st.floats(1.1, 10))
+def test_a_faster_machine_has_a_lower_floor(tflops: float, gb: float, factor: float) -> None:
+    slow = Ceilings("x", {"fp32": {"matmul": tflops, "conv": tflops}}, gb, "measured")
+    fast = Ceilings(
+        "x", {"fp32": {"matmul": tflops * factor, "conv": tflops * factor}}, gb * factor, "measured"
+    )
+    first, second = floor(COST, slow, "fp32", "fp32"), floor(COST, fast, "fp32", "fp32")
+    assert first is not None
+    assert second is not None
+    assert second.ms == pytest.approx(first.ms / factor)
+
+
+def surveyed(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    monkeypatch.setattr(measured, "measure", lambda dtypes: PEAK)
+    return survey(tiny_bundle.path, [1, 4], ["fp32"])
+
+
+def test_a_row_at_its_floor_reaches_all_of_it(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = surveyed(tiny_bundle, monkeypatch)
+    one = cell(backend="ort", device="cpu", precision="fp32", batch=4, steps=1, decoder="vae")
+    stages = {"text": 1.0, "unet_first": 1.0, "unet_step": None, "decode": 1.0, "rest": 1.0}
+    row = of_row({"stages_ms": stages}, one, found)
+    assert row is not None
+    assert set(row) == {"text", "unet_step", "decode"}
+    at_floor = stages | {
+        "text": row["text"]["floor_ms"],
+        "unet_first": row["unet_step"]["floor_ms"],
+        "decode": row["decode"]["floor_ms"],
+    }
+    again = of_row({"stages_ms": at_floor}, one, found)
+    assert again is not None
+    for stage in again.values():
+        assert stage["fraction"] == pytest.approx(1, abs=0.01)
+    total = sum(row[stage]["floor_ms"] for stage in row) / 1e3
+    assert call_floor_s(one, found) == pytest.approx(total, rel=0.01)
+
+
+def test_another_device_or_an_unknown_precision_has_no_floor(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = surveyed(tiny_bundle, monkeypatch)
+    stages = {"text": 1.0, "unet_first": 1.0, "unet_step": 1.0, "decode": 1.0, "rest": 1.0}
+    for other in (cell(device="cuda:0"), cell(device="cpu", precision="int8")):
+        assert of_row({"stages_ms": stages}, other, found) is None
+        assert call_floor_s(other, found) is None
+
+
+def test_ceilings_are_positive_and_of_native_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "STOP_AFTER_S", 0.05)
+    monkeypatch.setattr(measured, "GROW_UNTIL_S", 0.01)
+    found = measured.measure(["fp32", "no such dtype"])
+    assert set(found.tflops) == {"fp32"}
+    assert min(*found.tflops["fp32"].values(), found.gb_per_s) > 0
+    assert Ceilings.of(json.loads(json.dumps(found.columns()))) == found
+
+
+@pytest.mark.parametrize(("size", "column"), [("512x512", "512px"), ("1024x1024", "1024px")])
+def test_the_command_gives_the_known_budget(
+    size: str, column: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", "sdxl-turbo", "--size", size, "--format", "json"]) == 0
+    parts = {each["part"]: each for each in json.loads(capsys.readouterr().out)["parts"]}
+    lines = (ROOT / "export" / "budget.csv").read_text().splitlines()
+    known = {row["part"]: row for row in csv.DictReader(x for x in lines if not x.startswith("#"))}
+    assert set(parts) == set(known)
+    for part, row in known.items():
+        expected = next(float(v) for k, v in row.items() if column in k and "gflop" in k)
+        assert parts[part]["gflop"] == pytest.approx(expected, rel=0.01), part
+
+
+def test_cost_per_image_grows_faster_than_the_image(capsys: pytest.CaptureFixture[str]) -> None:
+    gflop = []
+    for side in (256, 512, 1024):
+        assert main(["--model", "sdxl-turbo", "--size", f"{side}x{side}", "--format", "json"]) == 0
+        parts = json.loads(capsys.readouterr().out)["parts"]
+        gflop.append(next(each["gflop"] for each in parts if each["part"] == "unet"))
+    # Attention is quadratic in the pixels, everything else linear: at least 4 times for twice the
+    # side, were it not for the text's keys and values, which do not grow.
+    assert 3.5 < gflop[1] / gflop[0] < gflop[2] / gflop[1] < 16
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--size", "512"], "not a size"),
+        (["--size", "100x100"], "multiples of 32"),
+        (["--batch", "0"], "less than 1"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_mistakes_are_answered(words: list[str], message: str) -> None:
+    with pytest.raises(PreconditionError) as caught:
+        main(["--model", "sdxl-turbo", *words])
+    assert message in str(caught.value)
+
+
+def test_a_published_peak_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model", "sdxl-turbo", "--device", "h100-sxm", "--format", "json"]
+    assert main(argv) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ceilings"]["provenance"] == "published"
+    unet = next(each for each in report["parts"] if each["part"] == "unet")
+    assert unet["floor_ms"] == pytest.approx(1588.8 / 989, rel=0.02) or unet["bound"] == "memory"
+
+
+def test_the_roofline_of_a_run_without_ceilings_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.plot", "no-such-run", "--roofline", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "next:" in done.stderr
