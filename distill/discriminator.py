@@ -83,30 +83,27 @@ class Head(nn.Module):
         hidden = hidden + functional.leaky_relu(self.mix(hidden), 0.2)
         logits: Tensor = self.out(hidden)[:, 0]
         scale = self.width**-0.5
-        if self.text == "tokens":
-            logits = logits + (hidden * self._asked(hidden, condition)).sum(1) * scale
-        elif self.text == "pooled":
-            assert condition.pooled is not None
+        if self.text == "tokens" and condition.tokens is not None and condition.mask is not None:
+            asked = self._asked(hidden, condition.tokens, condition.mask)
+            logits = logits + (hidden * asked).sum(1) * scale
+        elif self.text == "pooled" and condition.pooled is not None:
             told = self.pooled(condition.pooled).unflatten(1, (-1, self.cells, self.cells))
             told = functional.interpolate(told, hidden.shape[-2:])
             logits = logits + (hidden * told).sum(1) * scale
-        if self.image is not None:
-            assert condition.image is not None
+        if self.image is not None and condition.image is not None:
             logits = logits + (hidden * self.image(condition.image)[..., None, None]).sum(1) * scale
         return logits
 
-    def _asked(self, hidden: Tensor, condition: Condition) -> Tensor:
+    def _asked(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """What the caption says of each place: attention from places to tokens."""
-        assert condition.tokens is not None
-        assert condition.mask is not None
 
         def split(x: Tensor) -> Tensor:  # [batch, n, width] -> [batch, heads, n, width / heads]
             return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
         query = split(self.query(hidden + self.place).flatten(2).transpose(1, 2))
-        key, value = split(self.key(condition.tokens)), split(self.value(condition.tokens))
+        key, value = split(self.key(tokens)), split(self.value(tokens))
         scores = query @ key.transpose(-1, -2) * key.shape[-1] ** -0.5
-        scores = scores.masked_fill(~condition.mask[:, None, None, :], float("-inf"))
+        scores = scores.masked_fill(~mask[:, None, None, :], float("-inf"))
         asked = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)  # [batch, places, width]
         return asked.transpose(1, 2).unflatten(2, hidden.shape[-2:])
 

@@ -77,7 +77,13 @@ class Log:
         if self.progress is not None:
             self.progress.update(self.bar, losses=text)
         elif step % (self.every * 5) == 0 or step == self.first + 1:
-            print(f"{self.stage} {step}/{self.total} {pace:.3f} s/step {text}", file=sys.stderr)
+            self._say(f"{self.stage} {step}/{self.total} {pace:.3f} s/step {text}")
+
+    def _say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def grid(
         self, step: int, pictures: NDArray[np.uint8] | None, figures: dict[str, float]
@@ -96,7 +102,7 @@ class Log:
         if figures:
             self._write(step, {"quality": figures})
             shown = " ".join(f"{name} {value:.3f}" for name, value in figures.items())
-            print(f"{self.stage} {step}/{self.total} {shown}", file=sys.stderr)
+            self._say(f"{self.stage} {step}/{self.total} {shown}")
             if self.board is not None:
                 for name, value in figures.items():
                     self.board.add_scalar(f"{self.stage}/{name}", value, step)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,8 +39,6 @@ def build_tokenizer(captions: Iterable[str]) -> Any:
         show_progress=False,
     )  # fmt: skip
     learner.train_from_iterator(captions, trainer)
-    import json
-
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     words = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(pair) for pair in merges)]
     words = [*dict.fromkeys(words), START, END]
@@ -154,7 +154,6 @@ def use_eager_attention(*modules: Any) -> None:
 @functools.cache
 def bf16_is_faster() -> bool:
     """Whether this CPU multiplies in bfloat16 faster than in float32 (AMX does, most do not)."""
-    import time
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.ones(1024, 1024, dtype=dtype)

@@ -344,8 +344,14 @@ def _check_external_data(graph: Path) -> None:
 def external_locations(graph: Path) -> set[str]:
     """Where `graph` keeps weights outside itself. Reads the graph, not the weights."""
     import onnx
+    from google.protobuf.message import DecodeError
 
-    model = onnx.load(graph, load_external_data=False)
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except DecodeError as error:
+        raise PreconditionError(
+            f"{graph} cannot be read as a graph", str(error), _again(graph.parent.parent)
+        ) from error
     return {
         entry.value
         for tensor in _tensors(model.graph)

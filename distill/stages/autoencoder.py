@@ -17,7 +17,6 @@ from distill.loop import Trainer
 from distill.networks import LATENTS, build_vae
 from distill.shapes import draw, scenes
 
-
 TRIES = 4
 """Random pieces of a picture among which the most varied one is kept."""
 

@@ -147,7 +147,7 @@ def test_the_key_holds_what_the_result_depends_on(
     base = key("ort")
     assert base == key("ort", batch=4), "onnxruntime's graphs keep the batch axis named"
     assert base == key("ort:threads=1"), "threads do not change the compiled graph"
-    others = [key("ort:level=basic"), key("ort:prepack=0"), key("ort", part="vae_decoder")]
+    others = [key("ort:level=basic"), key("ort:prepack=1"), key("ort", part="vae_decoder")]
     monkeypatch.setattr("backends.ort.isa", lambda: "another CPU")
     others.append(key("ort"))
     assert len({base, *others}) == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -21,7 +22,10 @@ def test_arithmetic_is_fp32_by_construction(tiny_bundle: Bundle) -> None:
     graph = onnx.load(artifact.path / "model.onnx", load_external_data=False).graph
     half = onnx.TensorProto.FLOAT16
     assert not [tensor.name for tensor in graph.initializer if tensor.data_type == half]
-    assert not [v.name for v in graph.value_info if v.type.tensor_type.elem_type == half]
+    made = {name for node in graph.node for name in node.output}
+    types = {v.name: v.type.tensor_type.elem_type for v in graph.value_info if v.name in made}
+    assert types
+    assert half not in types.values()
     assert not [node.name for node in graph.node if node.op_type == "Cast"
                 if any(a.name == "to" and a.i == half for a in node.attribute)]  # fmt: skip
 
@@ -68,13 +72,13 @@ def test_a_compile_that_does_not_fit_is_refused_with_the_estimate(
 def test_a_damaged_graph_is_an_error_that_says_what_to_do(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
     copy = tmp_path / "copy"
     shutil.copytree(tiny_bundle.path, copy)
-    graph = copy / "taesd_decoder" / "model.onnx"
-    size = graph.stat().st_size
-    graph.write_bytes(b"\xff" * size)
+    bundle = Bundle.open(copy)
+    graph = bundle.parts["taesd_decoder"].graph
+    graph.write_bytes(b"\xff" * graph.stat().st_size)
     with pytest.raises(BackendError, match="compiling taesd_decoder for onnxruntime failed"):
-        parse_backend("ort").compile(Bundle.open(copy), "taesd_decoder", Shapes(1, 64, 64))
+        parse_backend("ort").compile(bundle, "taesd_decoder", Shapes(1, 64, 64))
+    with pytest.raises(PreconditionError, match="cannot be read as a graph"):
+        Bundle.open(copy)

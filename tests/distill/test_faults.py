@@ -30,11 +30,11 @@ def test_nan_stops_and_keeps_the_last_good_state(
     calls = []
 
     def damaged(self: Context, indices: list[int]) -> torch.Tensor:
-        """The fourth batch has a pixel that is not a number."""
+        """The fourth batch has a picture that is not numbers."""
         calls.append(indices)
         pictures = real(self, indices)
         if len(calls) == 4:
-            pictures[0, 0, 0, 0] = float("nan")
+            pictures[0] = float("nan")
         return pictures
 
     monkeypatch.setattr(Context, "pictures", damaged)
