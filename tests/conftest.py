@@ -9,10 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from core.files import ROOT
 from export.__main__ import main as export_main
 from export.bundle import Bundle
+
+# A deadline would judge the machine, not the code: first calls import libraries.
+settings.register_profile("addbench", deadline=None)
+settings.load_profile("addbench")
 
 
 def _tiny_key() -> str:
