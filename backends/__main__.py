@@ -101,7 +101,7 @@ def cache(args: argparse.Namespace) -> int:
     if args.action == "verify":
         found = store.verify()
         for key, sound in found.items():
-            print(f"{key}  {'sound' if sound else 'damaged: the next compile replaces it'}")
+            print(f"{key}  {'sound' if sound else 'damaged: removed, compile it again'}")
         return EXIT_OK if all(found.values()) else EXIT_FAILED
     entries = store.entries()
     for entry in entries:

@@ -12,13 +12,22 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from core.errors import AddbenchError, PreconditionError
-from core.files import build_root, read_json, sha256_file, sha256_json, staged_folder, write_json
+from core.files import (
+    ROOT,
+    build_root,
+    read_json,
+    sha256_file,
+    sha256_json,
+    staged_folder,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from backends.base import Backend, Shapes
@@ -56,6 +65,16 @@ class Entry:
         return record
 
 
+@cache
+def compiler_code(module: str) -> str:
+    """Hash of our own code that decides what a compile gives: the passes, and the backend."""
+    files = [
+        *sorted((ROOT / "export" / "lower").glob("*.py")),
+        ROOT / f"{module.replace('.', '/')}.py",
+    ]
+    return sha256_json([sha256_file(file) for file in files])
+
+
 class ArtifactCache:
     def __init__(self, root: Path | None = None, cap_gb: float | None = None) -> None:
         self.root = root or build_root() / "cache"
@@ -72,6 +91,7 @@ class ArtifactCache:
             "profile": asdict(profile),
             "options": dict(backend.compile_options()),
             "fingerprint": dict(backend.fingerprint()),
+            "code": compiler_code(type(backend).__module__),
             # A profile that keeps the batch axis named gives one artifact for all batches.
             "batch": None if profile.batch is None else shapes.batch,
             "size": [shapes.width, shapes.height],
@@ -142,16 +162,27 @@ class ArtifactCache:
         return sorted(found, key=lambda entry: entry.used)
 
     def verify(self) -> dict[str, bool]:
-        """Hash every file of every entry: folder name -> sound."""
-        return {
-            marker.parent.name: self._sound(marker.parent, deep=True)
-            for marker in sorted(self.root.glob(f"*/{ENTRY}"))
-        }
+        """Hash every file of every entry: folder name -> sound. Those that are not are removed."""
+        found = {}
+        for marker in sorted(self.root.glob(f"*/{ENTRY}")):
+            folder = marker.parent
+            with FileLock(self.root / f".{folder.name}.lock"):
+                found[folder.name] = self._sound(folder, deep=True)
+                if not found[folder.name]:
+                    shutil.rmtree(folder)
+        return found
 
     def prune(
         self, cap_gb: float, keep: str | None = None, spare_recent: bool = False
     ) -> list[Entry]:
-        """Remove least recently used entries until at most `cap_gb` remain; returns them."""
+        """Remove least recently used entries until at most `cap_gb` remain; returns them.
+
+        What killed compiles left goes in any case.
+        """
+        for litter in self.root.glob(".staging-*"):
+            owner = litter.name.removeprefix(".staging-").split("-")[1]
+            if not Path(f"/proc/{owner}").exists():
+                shutil.rmtree(litter, ignore_errors=True)
         entries = self.entries()
         total = sum(entry.bytes for entry in entries)
         removed = []

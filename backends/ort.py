@@ -1,7 +1,7 @@
 """ONNX Runtime on the CPU: the embedded default.
 
-Compiling optimises the graph once, in a process of its own, and stores the result with its weights
-as they are laid out for this CPU's kernels ("prepacked"); loading maps that file into memory.
+Compiling optimises the graph once, in a process of its own, and stores it with its weights in FP32
+(`prepack=1`: also as they are laid out for this CPU's kernels, to be mapped into memory).
 FP16 weights are stored as FP16 in the bundle and computed in FP32.
 """
 
@@ -126,6 +126,10 @@ class OrtBackend(Backend):
         ),
     }
 
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(options)
+        thread_count(self.options["threads"])  # refused before work starts
+
     def probe(self) -> Capability:
         cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
         if cpu and gpu:
@@ -199,6 +203,9 @@ class OrtBackend(Backend):
         path = artifact.path
         if path is None:
             raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
+        if self.options["prepack"] == "0":  # mapped weights are the system's to drop
+            need = self._fp32_bytes(bundle, artifact.part)
+            require_memory(need, f"loading {bundle.name} {artifact.part}")
         try:
             session = OrtSession(path / MODEL, self.options, bundle, artifact.part)
         except Exception as error:

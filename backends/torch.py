@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, ClassVar
 
 from backends.base import Artifact, Backend, Capability, Option, Session, thread_count
+from core.memory import require_memory
 from export.lower import CANONICAL, Profile
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class TorchBackend(Backend):
         "threads": Option("auto", "intra-op threads (auto: physical cores)"),
     }
 
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(options)
+        thread_count(self.options["threads"])  # refused before work starts
+
     def probe(self) -> Capability:
         for package in ("torch", "diffusers", "transformers"):
             if importlib.util.find_spec(package) is None:
@@ -77,6 +82,8 @@ class TorchBackend(Backend):
 
         from export.parts import wrap
 
+        need = bundle.parts[artifact.part].weight_bytes * (2 if bundle.dtype == "fp16" else 1)
+        require_memory(need, f"loading {bundle.name} {artifact.part}")
         torch.set_num_threads(thread_count(self.options["threads"]))
         checkpoint = bundle.checkpoint()
         with torch.inference_mode(False):  # a stage may load its part inside of it

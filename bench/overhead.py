@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.measure import StopRule, inputs_of_call, measure
 from core.cli import Parser, add_model_arguments, run
@@ -27,7 +27,7 @@ LIMIT = 0.01
 
 
 def bare_call(
-    pipe: Pipeline, prompts: Sequence[str], steps: int, seeds: Sequence[int]
+    pipe: Pipeline, scheduler: Any, prompts: Sequence[str], steps: int, seeds: Sequence[int]
 ) -> NDArray[np.uint8]:
     """What one would write by hand: no guards, no clocks, no stages; uint8 [batch, h, w, 3]."""
     import torch
@@ -52,7 +52,6 @@ def bare_call(
             row = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
             inputs["time_ids"] = row.expand(len(seeds), -1)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        scheduler = pipe.bundle.scheduler()
         scheduler.set_timesteps(steps)
         scale = pipe.bundle.vae_scale
         shape = (1, pipe.bundle.latent_channels, height // scale, width // scale)
@@ -73,10 +72,12 @@ def bare_call(
 def blocks(pipe: Pipeline, batch: int, steps: int, calls: int) -> dict[str, Callable[[], None]]:
     """The three ways, each making `calls` calls."""
 
+    scheduler = pipe.bundle.scheduler()
+
     def sessions() -> None:
         for number in range(calls):
             prompts, seeds = inputs_of_call(number, batch)
-            bare_call(pipe, prompts, steps, seeds)
+            bare_call(pipe, scheduler, prompts, steps, seeds)
 
     def pipeline() -> None:
         for number in range(calls):

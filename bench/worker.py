@@ -166,7 +166,7 @@ class Worker:
             check = {"status": "no_reference", "psnr_db": None, "ssim": None}
             return {"status": OK, "image_check": check}
         distance = image_distance(measured.image, self.references.images[key])
-        gate = gate_for(cell.storage, cell.precision)
+        gate = gate_for(cell.storage, cell.precision, cell.weights)
         good = distance.passes(gate)
         found: dict[str, Any] = {
             "psnr_db": round(distance.psnr_db, 2),

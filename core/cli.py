@@ -7,13 +7,15 @@ built before anything heavy is imported, and ends with `raise SystemExit(run(mai
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from core.errors import EXIT_BUG, EXIT_INTERRUPTED, AddbenchError, PreconditionError
+from core.errors import EXIT_BUG, EXIT_FAILED, EXIT_INTERRUPTED, AddbenchError, PreconditionError
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 Main = Callable[[Sequence[str] | None], int]
 
 
@@ -27,13 +29,28 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `... | head` is not an error of ours
+    except BrokenPipeError:  # `... | head`: what was left to do is not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return EXIT_FAILED
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            return bug()
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        failed = AddbenchError(
+            f"{error.filename or 'a file'} could not be written",
+            "the disk is full" if full else str(error.strerror),
+            "free some room and run it again" if full else "mend that, or choose another folder",
+        )
+        print(f"error: {failed}", file=sys.stderr)
+        return failed.exit_code
     except Exception:
-        traceback.print_exc()
-        print("error: this is a bug in addbench; the lines above say where", file=sys.stderr)
-        return EXIT_BUG
+        return bug()
+
+
+def bug() -> int:
+    traceback.print_exc()
+    print("error: this is a bug in addbench; the lines above say where", file=sys.stderr)
+    return EXIT_BUG
 
 
 class Parser(argparse.ArgumentParser):

@@ -73,6 +73,10 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+OLD = "replaced-by-staging"
+"""Name of a folder's old content while the new one takes its place."""
+
+
 @contextlib.contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """A scratch folder beside `target` that becomes `target` when the block ends well.
@@ -86,6 +90,8 @@ def staged_folder(target: Path) -> Iterator[Path]:
     for old in target.parent.glob(f"{prefix}*"):
         owner = old.name.removeprefix(prefix).split("-")[0]
         if owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            if (old / OLD).exists() and not target.exists():
+                os.rename(old / OLD, target)  # killed between taking the old away and the new in
             shutil.rmtree(old, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{prefix}{os.getpid()}-"))
     try:
@@ -97,8 +103,12 @@ def staged_folder(target: Path) -> Iterator[Path]:
         os.chmod(scratch, 0o755)
         if target.exists():
             grave = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{prefix}{os.getpid()}-old-"))
-            os.rename(target, grave / "old")
-            os.rename(scratch, target)
+            os.rename(target, grave / OLD)
+            try:
+                os.rename(scratch, target)
+            except BaseException:
+                os.rename(grave / OLD, target)
+                raise
             shutil.rmtree(grave, ignore_errors=True)
         else:
             os.rename(scratch, target)

@@ -176,6 +176,15 @@ class Bundle:
 
     def _part(self, name: str, entry: dict[str, Any]) -> PartInfo:
         data = entry["data"]
+        for file in (entry["graph"], data):
+            if file is not None and (
+                file not in self.manifest["files"] or ".." in Path(file).parts
+            ):
+                raise PreconditionError(
+                    f"the manifest of {self.path} names {file!r} as a file of {name}",
+                    "it is not among the bundle's own files",
+                    _again(self.path),
+                )
         return PartInfo(
             name=name,
             graph=self.path / entry["graph"],

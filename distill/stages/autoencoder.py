@@ -70,7 +70,9 @@ class AutoencoderTrainer(Trainer):
         # L1 alone is content to leave the small objects out of the picture for a long time.
         flat, square = functional.l1_loss(made, pictures), functional.mse_loss(made, pictures)
         edges = edge_loss(made, pictures)
-        loss = flat + settings.square * square + settings.edges * edges + settings.kl * kl
+        # The KL term comes in slowly: latents that are small from the start are slow to learn.
+        kl_weight = settings.kl * min(1.0, 2 * self.progress)
+        loss = flat + settings.square * square + settings.edges * edges + kl_weight * kl
         self.update("vae", loss)
         return {"l1": flat, "mse": square, "edges": edges, "kl": kl}
 

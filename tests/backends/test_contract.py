@@ -10,7 +10,7 @@ import torch
 
 from backends import BACKENDS
 from backends.base import BackendError, Shapes, UnavailableError, each_backend, parse_backend
-from backends.parity import GATES, image_distance
+from backends.parity import gate_for, image_distance
 from backends.pipeline import Pipeline, load_pipeline
 from core.errors import PreconditionError
 from export.bundle import Bundle
@@ -63,8 +63,11 @@ def test_an_image_does_not_depend_on_its_batch(name: str, tiny_bundle: Bundle) -
 def test_images_match_the_references(name: str, decoder: str, tiny_bundle: Bundle) -> None:
     references = tiny_bundle.references()
     assert references is not None, "the shared bundle is exported with parity"
-    gate = GATES[tiny_bundle.dtype]
     with load_pipeline(str(tiny_bundle.path), name, decoder) as pipeline:
+        backend = pipeline.backend
+        gate = gate_for(
+            backend.storage(tiny_bundle), backend.precision(tiny_bundle), tiny_bundle.weights
+        )
         for steps in (1, 2, 4):
             image = pipeline([references.prompt], steps=steps, seed=references.seed).images[0]
             distance = image_distance(image, references.images[decoder, steps])

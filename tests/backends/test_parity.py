@@ -21,6 +21,7 @@ from backends.parity import (
     image_distance,
     verdict,
 )
+from backends.pipeline import load_pipeline
 from backends.watch import Watch
 from core.errors import AddbenchError
 from export.bundle import Bundle
@@ -106,8 +107,10 @@ def test_image_distance_falls_with_the_difference(level: int, change: int) -> No
 
 
 def test_the_gate_is_that_of_the_coarser_dtype() -> None:
-    assert gate_for("fp32", "fp32") == GATES["fp32"]
-    assert gate_for("fp16", "fp32") == gate_for("fp32", "fp16") == GATES["fp16"]
+    assert gate_for("fp32", "fp32", "hub") == gate_for("fp16", "fp32", "random") == GATES["fp32"]
+    for weights in ("hub", "random"):
+        assert gate_for("fp32", "fp16", weights) == GATES["fp16"]
+    assert gate_for("fp16", "fp32", "hub") == GATES["fp16"]
     inverted = np.arange(48, dtype=np.uint8).reshape(4, 4, 3).repeat(4, 0).repeat(4, 1)
     assert not image_distance(255 - inverted, inverted).passes(GATES["fp16"])
 
@@ -119,3 +122,19 @@ def test_parity_on_record_is_not_run_again(tiny_bundle: Bundle, tmp_path: Path) 
     check(tiny_bundle, "ort", say=said.append)
     assert len(said) == 1
     assert "on record" in said[0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_another_prompt_seed_or_step_count_does_not_pass(tiny_bundle: Bundle, steps: int) -> None:
+    references = tiny_bundle.references()
+    assert references is not None
+    gate = gate_for("fp16", "fp32", "random")
+    with load_pipeline(str(tiny_bundle.path), "ort", "taesd") as pipeline:
+        right = references.images["taesd", steps]
+        for prompt, seed, count in (
+            ("something else", references.seed, steps),
+            (references.prompt, references.seed + 1, steps),
+            (references.prompt, references.seed, steps + 1),
+        ):
+            image = pipeline([prompt], steps=count, seed=seed).images[0]
+            assert not image_distance(image, right).passes(gate), (prompt, seed, count)

@@ -196,7 +196,7 @@ def test_the_bare_loop_makes_the_same_images(tiny_bundle: Bundle) -> None:
     prompts, seeds = inputs_of_call(3, 2)
     with load_pipeline(str(tiny_bundle.path), "ort", "taesd", batch=2) as pipe:
         ours = pipe(prompts, steps=2, seed=seeds).images
-        assert np.array_equal(bare_call(pipe, prompts, 2, seeds), ours)
+        assert np.array_equal(bare_call(pipe, pipe.bundle.scheduler(), prompts, 2, seeds), ours)
         ways = blocks(pipe, 2, 1, calls=4)
         found = interleaved(ways, repeats=2, calls=4)
     assert [len(times) for times in found.values()] == [2, 2, 2]
