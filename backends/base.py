@@ -161,6 +161,13 @@ class Backend(ABC):
             key: given.get(key, option.default) for key, option in sorted(self.option_types.items())
         }
 
+    def effective_options(self) -> dict[str, str]:
+        """Every option with the value that counts here: defaults filled in, `auto` resolved."""
+        return {
+            key: str(thread_count(value)) if key == "threads" else value
+            for key, value in self.options.items()
+        }
+
     @abstractmethod
     def probe(self) -> Capability:
         """Usable here? Imports nothing heavy, needs no privileges, never raises."""

@@ -172,6 +172,7 @@ def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
                 "usable": candidate.found.usable,
                 "version": candidate.found.version,
                 "what": candidate.found.what,
+                "options": candidate.backend.effective_options() if candidate.backend else {},
             }
             for candidate in candidates
         },
