@@ -25,6 +25,9 @@ def _tiny_key() -> str:
     digest = hashlib.sha256()
     names = ("build", "checkpoint", "graphs", "models", "parts", "random_weights", "tokenizer")
     files = [ROOT / "export" / f"{name}.py" for name in names]
+    # The parity record and the reference images come from these.
+    judges = ("parity", "pipeline", "torch", "watch", "ort")
+    files += [ROOT / "backends" / f"{name}.py" for name in judges]
     for file in [
         *files,
         *sorted((ROOT / "export" / "architectures" / "tiny-sdxl").rglob("*.json")),
