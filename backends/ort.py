@@ -236,7 +236,7 @@ def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
     made.enable_cpu_mem_arena = options["arena"] == "1"
     spin = options["spin"]
     # Each part has a pool of its own: one that goes on spinning takes the cores from the next part
-    # (tiny-sdxl on 2 cores, interleaved: in-call 4.6 ms an image, never 5.6, always 13).
+    # (tiny-sdxl on 2 cores, processes in turn: in-call 4.6 ms an image, never 5.6, always 13).
     made.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin != "never")))
     made.add_session_config_entry("session.force_spinning_stop", str(int(spin == "in-call")))
     level = LEVELS[options["level"]] if optimise else "ORT_DISABLE_ALL"
