@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from pathlib import Path
 
 from core.errors import PreconditionError
 
 
 def require_memory(need_bytes: int, purpose: str) -> None:
     """Refuse work whose estimated peak does not fit the memory that is available now."""
-    import psutil
-
-    available = psutil.virtual_memory().available
+    available = available_memory()
     if need_bytes > available:
         raise PreconditionError(
             f"{purpose} needs about {need_bytes / 1e9:.1f} GB of memory"
@@ -20,6 +19,26 @@ def require_memory(need_bytes: int, purpose: str) -> None:
             "the estimate comes from the size of its weights",
             "close other programs, or use a machine with more memory",
         )
+
+
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may still take: of the machine, or less where its cgroup says so.
+
+    Reads version 2 (containers see their own group at the root); page cache that the kernel would
+    give back counts as available.
+    """
+    import psutil
+
+    available: int = psutil.virtual_memory().available
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return available  # no cgroup, or the root one: the machine is the limit
+    if limit == "max":
+        return available
+    return min(available, max(0, int(limit) - used + int(stat.get("inactive_file", 0))))
 
 
 def give_memory_back() -> None:

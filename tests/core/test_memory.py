@@ -1,0 +1,41 @@
+"""Memory that may still be taken: the machine's, or the container's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from core.errors import PreconditionError
+from core.memory import available_memory, require_memory
+
+
+def write_cgroup(folder: Path, limit: str, used: int, cache: int) -> Path:
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\n")
+    return folder
+
+
+def test_a_container_limit_counts_less_what_is_used_plus_what_is_cache(tmp_path: Path) -> None:
+    assert available_memory(write_cgroup(tmp_path, "1000", 700, 200)) == 500
+
+
+def test_an_overdrawn_container_has_nothing(tmp_path: Path) -> None:
+    assert available_memory(write_cgroup(tmp_path, "1000", 1400, 100)) == 0
+
+
+@pytest.mark.parametrize("limit", ["max", str(2**62)])
+def test_without_a_limit_the_machine_counts(tmp_path: Path, limit: str) -> None:
+    found = available_memory(write_cgroup(tmp_path, limit, 0, 0))
+    assert found == pytest.approx(psutil.virtual_memory().available, rel=0.5)
+
+
+def test_no_cgroup_at_all(tmp_path: Path) -> None:
+    assert available_memory(tmp_path) > 0
+
+
+def test_what_does_not_fit_is_refused_with_both_figures() -> None:
+    with pytest.raises(PreconditionError, match=r"the load needs about 1000000\.0 GB"):
+        require_memory(10**15, "the load")
