@@ -1,0 +1,84 @@
+"""Judging a cell's pictures, and drawing quality against speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.quality import full_batches, measure_quality, require_judge
+from bench.qualityplot import figure, series_of
+from core.errors import PreconditionError
+from distill.shapes import draw, parse_caption
+
+
+class DrawingPipeline:
+    """A double of a pipeline: draws what the captions say, and nothing for every `blank`-th."""
+
+    def __init__(self, batch: int, blank: int = 0) -> None:
+        self.batch, self.blank = batch, blank
+
+    def __call__(self, prompts: Sequence[str], *, steps: int, seed: Sequence[int]) -> Any:
+        assert len(prompts) == len(seed) == self.batch  # a static graph takes no other number
+        images = np.stack(
+            [draw([parse_caption(p)], s)[0] for p, s in zip(prompts, seed, strict=True)]
+        )
+        for place, number in enumerate(seed):
+            if self.blank and number % self.blank == 0:
+                images[place] = 128
+        return SimpleNamespace(images=images)
+
+
+def judged(pipe: DrawingPipeline, captions: int) -> dict[str, Any]:
+    cell: Any = SimpleNamespace(batch=pipe.batch, steps=1)
+    return measure_quality(pipe, cell, captions, None)  # type: ignore[arg-type]
+
+
+def test_drawn_pictures_are_all_right_whatever_the_batch() -> None:
+    found = judged(DrawingPipeline(batch=4), 30)
+    assert found["all"] == found["all_1"] == found["all_3"] == 1.0
+    assert found["captions"] == 30
+    assert found["fid_shapes"] is None
+    assert judged(DrawingPipeline(batch=7), 30) == found
+
+
+def test_blank_pictures_count_as_wrong() -> None:
+    assert judged(DrawingPipeline(batch=1, blank=3), 30)["all"] == pytest.approx(2 / 3, abs=1e-4)
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_batches_are_full_and_hold_every_caption_once(count: int, batch: int) -> None:
+    captions = [str(number) for number in range(count)]
+    parts = list(full_batches(captions, batch))
+    assert all(len(part) == batch for _, _, part in parts)
+    assert [text for _, wanted, part in parts for text in part[:wanted]] == captions
+
+
+def test_a_model_that_nothing_can_judge_is_refused() -> None:
+    with pytest.raises(PreconditionError, match="does not judge sdxl-turbo"):
+        require_judge("sdxl-turbo")
+
+
+def row(model: str, steps: int, latency: float, share: float | None) -> dict[str, Any]:
+    quality = None if share is None else {"all": share, "captions": 600, "fid_shapes": None}
+    return {"model": model, "backend": "ort", "options": "", "precision": "fp32", "batch": 2,
+            "decoder": "taesd", "steps": steps, "status": "ok", "median_ms": latency,
+            "quality": quality}  # fmt: skip
+
+
+def test_the_plot_has_a_line_per_model_with_points_by_steps() -> None:
+    rows = [row("turbo", 4, 80.0, 0.9), row("turbo", 1, 30.0, 0.8), row("teacher", 50, 999.0, 0.95)]
+    found = series_of(rows)
+    assert found["turbo", "ort", "fp32", "taesd"] == [(1, 15.0, 0.8, None), (4, 40.0, 0.9, None)]
+    drawn = figure(rows, "a machine")
+    assert [len(axes.lines) for axes in drawn.axes] == [2, 2]
+
+
+def test_rows_without_quality_draw_nothing() -> None:
+    with pytest.raises(PreconditionError, match="no row says anything of quality"):
+        series_of([row("turbo", 1, 30.0, None)])
