@@ -185,7 +185,9 @@ def write_card(
     for stage in config.stages:
         if (found := context.finished(stage)) is not None:
             done = read_json(found / DONE)
-            lines.append(f"| {stage} | {done['steps']} | {done['seconds'] / 60:.1f} |")
+            budget = done.get("minutes")
+            ended = f" (ended by --minutes {budget:g})" if budget else ""
+            lines.append(f"| {stage} | {done['steps']}{ended} | {done['seconds'] / 60:.1f} |")
     turbo = name.endswith("turbo")
     lines += [
         "",

@@ -203,10 +203,11 @@ def run_stage(
                 log.grid(step, *trainer.grid())
     log.close()
     checkpointing.save(accelerator, checkpoints, checkpointing.State(step, clock.seconds, config))
-    return _finish(trainer, config, step, clock.seconds)
+    done = {"config": config, "steps": step, "seconds": round(clock.seconds, 1), "minutes": minutes}
+    return _finish(trainer, done)
 
 
-def _finish(trainer: Trainer, config: str, step: int, seconds: float) -> Path:
+def _finish(trainer: Trainer, done: dict[str, Any]) -> Path:
     """Weights and `stage.json` beside the checkpoints, each file whole or not there."""
     context = trainer.context
     folder = context.folder / trainer.name
@@ -214,7 +215,6 @@ def _finish(trainer: Trainer, config: str, step: int, seconds: float) -> Path:
         if context.accelerator.is_main_process:
             with staged_folder(folder / "weights") as scratch:
                 trainer.write(scratch)
-            done = {"config": config, "steps": step, "seconds": round(seconds, 1)}
             write_json(folder / DONE, done)
     context.accelerator.wait_for_everyone()
     return folder / "weights"
