@@ -172,6 +172,7 @@ class Config:
     autoencoder: Autoencoder = Autoencoder(iterations=1, batch=1, learning_rate=1e-3)
     tiny_autoencoder: Autoencoder = Autoencoder(iterations=1, batch=1, learning_rate=1e-3)
     features: Stage = Stage(iterations=1, batch=1, learning_rate=1e-3)
+    fid: Stage = Stage(iterations=1, batch=1, learning_rate=1e-3)
     teacher: Teacher = Teacher(iterations=1, batch=1, learning_rate=1e-3)
     student: Student = Student(iterations=1, batch=1, learning_rate=1e-4)
     evaluate_captions: int = 600
@@ -194,7 +195,7 @@ class Config:
         )
 
 
-STAGES = ("autoencoder", "tiny-autoencoder", "features", "teacher", "student")
+STAGES = ("autoencoder", "tiny-autoencoder", "features", "fid", "teacher", "student")
 _UPSTREAM = {
     "tiny-autoencoder": ("autoencoder",),
     "teacher": ("autoencoder",),

@@ -128,7 +128,7 @@ class FidFeatures(nn.Module):
             ]
             inputs = channel
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
-        self.neck = nn.Sequential(nn.Linear(inputs * 16, width), nn.Tanh())
+        self.neck = nn.Sequential(nn.Linear(inputs * 16, width), nn.LayerNorm(width))
         self.facts = nn.Linear(width, facts)
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def load_features(folder: Path, name: str) -> nn.Module:
         raise PreconditionError(
             f"there is no feature network {name!r} in {folder}",
             f"{name}.safetensors is missing",
-            "run `python -m distill.train --stage features`",
+            "run `python -m distill.train --stage features`, or --stage fid",
         )
     settings = read_json(folder / f"{name}.json")
     network: nn.Module = (PictureFeatures if name == "pictures" else FidFeatures)(**settings)

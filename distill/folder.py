@@ -69,7 +69,7 @@ def assemble_turbo(context: Context) -> Path:
     with staged_folder(turbo) as scratch:
         for part, source in sources.items():
             _copy_half(source, scratch / part)
-        _copy_fid(context.weights("features") / "weights", scratch / "fid")
+        _copy_fid(context.weights("fid") / "weights", scratch / "fid")
         for part in ("unet", "scheduler"):
             _copy_half(student / part, scratch / part)
         _write_index(scratch)

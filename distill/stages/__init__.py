@@ -11,6 +11,7 @@ TRAINERS = {
     "autoencoder": "autoencoder:AutoencoderTrainer",
     "tiny-autoencoder": "tiny_autoencoder:TinyAutoencoderTrainer",
     "features": "features:FeaturesTrainer",
+    "fid": "fid:FidTrainer",
     "teacher": "teacher:TeacherTrainer",
     "student": "student:StudentTrainer",
 }

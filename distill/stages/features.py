@@ -1,12 +1,12 @@
-"""Stage `features`: the preset's own feature networks, on training combinations only.
+"""Stage `features`: the discriminator's feature network, on training combinations only.
 
-The discriminator's network answers, at each place of each of its maps, which shape, colour and
-size stands there, and which objects the whole picture holds. FID's network, of another
-architecture and seed, answers only the latter.
+It answers, at each place of each of its maps, which shape, colour and size stands there, and which
+objects the whole picture holds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 from core.errors import PreconditionError
 from core.files import write_json
 from distill.data import Shapes
-from distill.features import FidFeatures, PictureFeatures
+from distill.features import PictureFeatures
 from distill.loop import Trainer
 from distill.shapes import (
     BACKGROUNDS,
@@ -74,36 +74,37 @@ def feature_settings(channels: tuple[int, ...], size: int) -> dict[str, Any]:
     return {"channels": list(channels), "size": size, "classes": list(QUESTIONS), "facts": FACTS}
 
 
-class _Both(nn.Module):
-    """Both networks in one forward, so that data parallelism sees it."""
+class _Answers(nn.Module):
+    """The training questions as a forward, so that data parallelism sees it."""
 
-    def __init__(self, pictures: PictureFeatures, fid: FidFeatures) -> None:
+    def __init__(self, pictures: PictureFeatures) -> None:
         super().__init__()
-        self.pictures, self.fid = pictures, fid
+        self.pictures = pictures
 
-    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        places, facts = self.pictures.answer(x)
-        return places, facts, self.fid.answer(x)
+    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        return self.pictures.answer(x)
+
+
+def drawn_source(trainer: Trainer) -> Shapes:
+    """The pool of drawn pictures, which alone knows what stands where."""
+    source = trainer.context.source
+    if not isinstance(source, Shapes):
+        raise PreconditionError(
+            f"the {trainer.name} stage learns from drawn shapes only",
+            f"data.kind is {trainer.config.data.kind}, which says nothing of what stands where",
+            f"leave `{trainer.name}` out of stages; set networks.features to a DINOv2 folder",
+        )
+    return source
 
 
 class FeaturesTrainer(Trainer):
     name = "features"
 
     def setup(self) -> None:
-        source = self.context.source
-        if not isinstance(source, Shapes):
-            raise PreconditionError(
-                "the features stage learns from drawn shapes only",
-                f"data.kind is {self.config.data.kind}, which says nothing of what stands where",
-                "leave `features` out of stages and set networks.features to a DINOv2 folder",
-            )
-        self.source = source
+        self.source = drawn_source(self)
         networks, size = self.config.networks, self.config.data.size
         self.described = feature_settings(networks.feature_channels, size)
-        pictures = PictureFeatures(**self.described)
-        torch.manual_seed(self.context.seed(self.name, "fid"))
-        fid = FidFeatures(networks.fid_channels, FACTS)
-        self.learn("features", _Both(pictures, fid))
+        self.learn("features", _Answers(PictureFeatures(**self.described)))
 
     def step(self, step: int) -> dict[str, Tensor]:
         context, batch = self.context, self.settings.batch
@@ -114,15 +115,14 @@ class FeaturesTrainer(Trainer):
         strength = (torch.rand((batch, 1, 1, 1), generator=generator) - 0.5).clamp_min(0) * 0.6
         drawn = torch.randn((batch, *pictures.shape[1:]), generator=generator)
         pictures = pictures + context.share(strength * drawn)
-        places, facts, fid_facts = self.networks["features"](pictures)
+        places, facts = self.networks["features"](pictures)
         items = [self.source.scenes[i] for i in indices]
         layouts = [self.source.layouts[i] for i in indices]
         wanted = torch.from_numpy(fact_labels(items, layouts)).to(context.device)
         where = torch.stack([self._where(found, items, layouts) for found in places]).mean()
-        what = _fact_loss(facts, wanted)
-        fid = _fact_loss(fid_facts, wanted)
-        self.update("features", where + what + fid)
-        return {"places": where, "facts": what, "fid": fid}
+        what = fact_loss(facts, wanted)
+        self.update("features", where + what)
+        return {"places": where, "facts": what}
 
     def _where(self, found: Tensor, items: list[Scene], layouts: list[Layout]) -> Tensor:
         labels = torch.from_numpy(place_labels(items, layouts, found.shape[-1])).to(found.device)
@@ -138,34 +138,33 @@ class FeaturesTrainer(Trainer):
 
     @torch.no_grad()
     def grid(self) -> tuple[NDArray[np.uint8] | None, dict[str, float]]:
-        """No pictures; the share of kinds recalled on training pictures, by both networks."""
-        indices = list(range(min(256, len(self.source.captions))))
-        pictures = self.context.pictures(indices)
-        wanted = fact_labels(
-            [self.source.scenes[i] for i in indices], [self.source.layouts[i] for i in indices]
-        )
-        _, facts, fid = self.plain("features")(pictures)
-        figures = {}
-        for name, found in (("recall", facts), ("fid_recall", fid)):
-            said = (found[:, :KINDS] > 0).cpu().numpy()
-            figures[name] = float(said[wanted[:, :KINDS] > 0].mean())
-        return None, figures
+        """No pictures; the share of kinds recalled on training pictures."""
+        return None, {"recall": recall(self, lambda x: self.plain("features")(x)[1])}
 
     @torch.no_grad()
     def write(self, folder: Path) -> None:
-        both = self.plain("features")
-        both.pictures.standardise(self.context.pictures(range(min(512, len(self.source.captions)))))
-        for name, network in (("pictures", both.pictures), ("fid", both.fid)):
-            tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
-            save_file(tensors, folder / f"{name}.safetensors")
-        write_json(folder / "pictures.json", self.described)
-        write_json(
-            folder / "fid.json",
-            {"channels": list(self.config.networks.fid_channels), "facts": FACTS},
-        )
+        network = self.plain("features").pictures
+        network.standardise(self.context.pictures(range(min(512, len(self.source.captions)))))
+        save_network(network, folder, "pictures", self.described)
 
 
-def _fact_loss(found: Tensor, wanted: Tensor) -> Tensor:
+def recall(trainer: Trainer, answer: Callable[[Tensor], Tensor]) -> float:
+    """Share of the kinds of object in 256 training pictures that a network names."""
+    source = drawn_source(trainer)
+    indices = list(range(min(256, len(source.captions))))
+    wanted = fact_labels([source.scenes[i] for i in indices], [source.layouts[i] for i in indices])
+    said = (answer(trainer.context.pictures(indices))[:, :KINDS] > 0).cpu().numpy()
+    return float(said[wanted[:, :KINDS] > 0].mean())
+
+
+def save_network(network: nn.Module, folder: Path, name: str, settings: dict[str, Any]) -> None:
+    """`name.safetensors` and the settings to build it again, as `load_features` reads them."""
+    tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
+    save_file(tensors, folder / f"{name}.safetensors")
+    write_json(folder / f"{name}.json", settings)
+
+
+def fact_loss(found: Tensor, wanted: Tensor) -> Tensor:
     """Binary cross-entropy, summed over facts: each of them is rare."""
     loss = functional.binary_cross_entropy_with_logits(found.float(), wanted, reduction="none")
     return loss.sum(1).mean() / 10
