@@ -4,13 +4,20 @@ A profile says what; each pass below does one of its fields and knows nothing of
 
     shapes.py     batch="N": the named axis becomes a number
     dtypes.py     dtype="float32": arithmetic in FP32, weights stored as they were
-    norms.py      norms="decomposed": GroupNormalization and LayerNormalization in elementary ops
-    attention.py  attention="matmul": Attention as MatMul, Softmax, MatMul
-    opset.py      opset=17..22: the operators as that older opset has them
+    vae.py        vae_divisor=128: the VAE decoder's last block within FP16's range
+    norms.py      norms="decomposed": GroupNormalization and LayerNormalization in elementary ops,
+                  norms="instance": as torch wrote them at opset 16; norms="layer": the first by
+                  the second
+    attention.py  attention="matmul": Attention as MatMul, Softmax, MatMul; attention_block
+    multihead.py  attention="multihead": Attention as onnxruntime's MultiHeadAttention
+    constants.py  constants="fp16-range": no constant beyond FP16's range
+    argmax.py     argmax="float32": ArgMax of integers over their FP32 values
+    opset.py      opset=16..22: the operators as that older opset has them
     storage.py    reads, writes and checks the model files; the weights stay on disk
 
-Weights are never read: the lowered graph refers to a hard link (or a copy, across disks) of the
-same data file, so that lowering a 5 GB UNet takes seconds and little memory.
+Weights are not read, unless `constants` or `vae_divisor` ask about them: the lowered graph refers
+to a hard link (or a copy, across disks) of the same data file, so that lowering a 5 GB UNet takes
+seconds and little memory.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 CANONICAL_OPSET = 23
-OLDEST_OPSET = 17
+OLDEST_OPSET = 16
 
 
 @dataclass(frozen=True)
@@ -29,30 +36,48 @@ class Profile:
 
     Attributes:
         name: names the profile in messages and cache keys.
-        opset: ONNX opset, 17 to 23.
-        attention: `op` keeps the Attention operator (opset 23); `matmul` spells it out.
-        norms: `op` keeps GroupNormalization (opset 21) and LayerNormalization (opset 17);
-            `decomposed` spells both out in elementary operators.
+        opset: ONNX opset, 16 to 23.
+        attention: `op` keeps the Attention operator (opset 23); `matmul` spells it out;
+            `multihead` makes it onnxruntime's own MultiHeadAttention, at any opset.
+        attention_block: queries that self-attention handles at a time where it is spelled out, so
+            that a block of scores fits a small memory; 0 for all at once. Cross-attention, whose
+            keys are few, is never cut.
+        norms: `op` keeps GroupNormalization (opset 21) and LayerNormalization (opset 17); `layer`
+            spells the first out with the second, whose statistics are then the compiler's;
+            `decomposed` spells both out in elementary operators; `instance` writes them as torch's
+            exporter did below opset 17, for compilers that look for those patterns:
+            GroupNormalization around InstanceNormalization, LayerNormalization with Pow and Div.
         dtype: `as-is`, or `float32`: FP32 arithmetic over the weights as they are stored.
         batch: a number for the named axis `batch`, or None to keep it named.
         norm_statistics: dtype of mean and variance in decomposed norms. `float32` is what the
             operators mean (their `stash_type`), with a cast before and after in an FP16 graph;
             `as-is` casts nothing, for compilers that want pure FP16: there the variance
-            overflows where a value is more than 256 away from its group's mean.
+            overflows where a value is more than 256 away from its group's mean. `instance` leaves
+            the dtype alone.
+        constants: `fp16-range` brings every constant of wider float types within FP16's range, for
+            a compiler that converts to FP16 by itself: it reads FP32 weights to find out.
+        vae_divisor: what the activations of the VAE decoder's last block are divided by (1: as they
+            are); see vae.py. A part without such a block is refused.
+        argmax: `float32` casts what ArgMax compares, where it compares integers, for compilers that
+            have it for floats only. FP32 holds every token id exactly; FP16 does not.
     """
 
     name: str
     opset: int = CANONICAL_OPSET
-    attention: Literal["op", "matmul"] = "op"
-    norms: Literal["op", "decomposed"] = "op"
+    attention: Literal["op", "matmul", "multihead"] = "op"
+    attention_block: int = 0
+    norms: Literal["op", "layer", "decomposed", "instance"] = "op"
     dtype: Literal["as-is", "float32"] = "as-is"
     batch: int | None = None
     norm_statistics: Literal["float32", "as-is"] = "float32"
+    constants: Literal["as-is", "fp16-range"] = "as-is"
+    vae_divisor: int = 1
+    argmax: Literal["as-is", "float32"] = "as-is"
 
 
 CANONICAL = Profile("canonical")
 CPU = Profile("cpu-fp32", dtype="float32")
-LEGACY = Profile("legacy", opset=OLDEST_OPSET, attention="matmul", norms="decomposed")
+LEGACY = Profile("legacy", opset=17, attention="matmul", norms="decomposed")
 
 
 def lower(graph: Path, profile: Profile, out: Path) -> None:
@@ -68,19 +93,43 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
             cannot express; the message names operator and node.
         AddbenchError: the result fails the ONNX checker or strict shape inference.
     """
-    from export.lower import attention, dtypes, norms, opset, shapes, storage
+    from export.lower import (
+        argmax,
+        attention,
+        constants,
+        dtypes,
+        multihead,
+        norms,
+        opset,
+        shapes,
+        storage,
+        vae,
+    )
 
     model = storage.load(graph, profile)
     # The order matters: norms and attention read the dtypes and shapes that come before them, and
-    # build opset-23 nodes that the opset conversion, the last, takes down with all others.
+    # build opset-23 nodes that the opset conversion, the last, takes down with all others. The VAE
+    # pass knows norms by their operator; the masks of attention are constants to look at.
     if profile.batch is not None:
         shapes.bind(model, {"batch": profile.batch})
     if profile.dtype == "float32":
         dtypes.to_float32(model)
+    if profile.vae_divisor != 1:
+        vae.divide(model, profile.vae_divisor)
     if profile.norms == "decomposed":
         norms.decompose(model, profile.norm_statistics)
+    elif profile.norms == "layer":
+        norms.by_layer(model)
+    elif profile.norms == "instance":
+        norms.instance(model)
     if profile.attention == "matmul":
-        attention.decompose(model)
+        attention.decompose(model, profile.attention_block)
+    elif profile.attention == "multihead":
+        multihead.fuse(model)
+    if profile.constants == "fp16-range":
+        constants.clip(model)
+    if profile.argmax == "float32":
+        argmax.to_float32(model)
     if profile.opset < CANONICAL_OPSET:
         opset.convert(model, profile.opset)
     storage.save(model, out)

@@ -26,13 +26,15 @@ class Edit:
         self._constants = model.graph  # of the main graph, which subgraphs see
         self._tape = ir.tape.Tape()
 
-    def __call__(self, op_type: str, *inputs: Operand | None, **attributes: Any) -> ir.Value:
-        """Record one operator of the default domain; return its output."""
+    def __call__(
+        self, op_type: str, *inputs: Operand | None, domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        """Record one operator; return its output."""
         values = [
             x if x is None or isinstance(x, ir.Value) else self.constant(np.asarray(x))
             for x in inputs
         ]
-        value = self._tape.op(op_type, values, attributes)
+        value = self._tape.op(op_type, values, attributes, domain=domain)
         name = f"{self.node.name}/{op_type}_{len(self._tape.nodes)}"
         value.name = name
         producer = value.producer()

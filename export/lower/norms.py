@@ -1,6 +1,8 @@
-"""GroupNormalization and LayerNormalization in elementary operators."""
+"""GroupNormalization by LayerNormalization, or both in elementary operators."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +12,7 @@ from export.lower.edit import (
     attribute,
     dtype_and_rank,
     operand,
+    refuse,
     required,
     static_dim,
 )
@@ -29,14 +32,97 @@ def decompose(model: ir.Model, statistics: str) -> None:
             _layer(model, node, statistics)
 
 
-def _group(model: ir.Model, node: ir.Node, statistics: str) -> None:
-    """X [N, C, ...], scale and bias [C]; mean and variance over each group of C/groups channels."""
+def by_layer(model: ir.Model) -> None:
+    """Spell out every GroupNormalization with a LayerNormalization over each group.
+
+    The same mean and variance, computed as precisely as the compiler does that operator's.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.domain == "" and node.op_type == "GroupNormalization":
+            _group(model, node, None)
+
+
+def instance(model: ir.Model) -> None:
+    """Write both norms as torch's TorchScript exporter did at opset 16, in the dtype they have.
+
+    Compilers that grew up with those graphs know the patterns, and compute the statistics inside
+    of their own kernels: variances are no values of the graph that could overflow in FP16.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.domain == "" and node.op_type == "GroupNormalization":
+            edit = Edit(model, node)
+            x = required(node, 0)
+            number = dtype_and_rank(node, x)[0].numpy()
+            groups = attribute(node, "num_groups", None)
+            one, zero = np.ones(groups, number), np.zeros(groups, number)
+            _ungroup(
+                edit,
+                x,
+                edit(
+                    "InstanceNormalization",
+                    edit("Reshape", x, [0, groups, -1]),
+                    one,
+                    zero,
+                    epsilon=attribute(node, "epsilon", 1e-5),
+                ),
+            )
+        elif node.domain == "" and node.op_type == "LayerNormalization":
+            _layer_by_division(model, node)
+
+
+def _layer_by_division(model: ir.Model, node: ir.Node) -> None:
     edit = Edit(model, node)
-    x, scale, bias = (required(node, index) for index in range(3))
+    x, scale, bias = required(node, 0), required(node, 1), operand(node, 2)
+    dtype, rank = dtype_and_rank(node, x)
+    number = dtype.numpy()
+    axes = list(range(attribute(node, "axis", -1) % rank - rank, 0))
+    mean = edit("ReduceMean", x, axes, keepdims=1)
+    centred = edit("Sub", x, mean)
+    variance = edit("ReduceMean", edit("Pow", centred, np.array(2, number)), axes, keepdims=1)
+    epsilon = np.array(attribute(node, "epsilon", 1e-5), number)
+    deviation = edit("Sqrt", edit("Add", variance, epsilon))
+    result = edit("Mul", edit("Div", centred, deviation), scale)
+    if bias is not None:
+        result = edit("Add", result, bias)
+    if len(node.outputs) == 1:
+        edit.replace(result)
+    else:
+        edit.replace(result, mean, edit("Reciprocal", deviation))
+
+
+def _group(model: ir.Model, node: ir.Node, statistics: str | None) -> None:
+    """X [N, C, ...], scale and bias [C]; mean and variance over each group of C/groups channels.
+
+    `statistics` None: by a LayerNormalization of scale one and bias zero.
+    """
+    edit = Edit(model, node)
+    x = required(node, 0)
     dtype, rank = dtype_and_rank(node, x)
     groups = attribute(node, "num_groups", None)
     grouped = edit("Reshape", x, [0, groups, -1])  # [N, groups, C/groups * ...]
-    normalized, _, _ = _standardize(edit, grouped, dtype, [2], statistics)
+    if statistics is None:
+        dims = [dim for axis in range(1, rank) if (dim := static_dim(x, axis)) is not None]
+        if len(dims) < rank - 1:
+            raise refuse(node, "its sizes are not numbers", "keep norms='op' for this graph")
+        size, number = math.prod(dims) // groups, dtype.numpy()
+        normalized = edit(
+            "LayerNormalization",
+            grouped,
+            np.ones(size, number),
+            np.zeros(size, number),
+            axis=-1,
+            epsilon=attribute(node, "epsilon", 1e-5),
+        )
+    else:
+        normalized, _, _ = _standardize(edit, grouped, dtype, [2], statistics)
+    _ungroup(edit, x, normalized)
+
+
+def _ungroup(edit: Edit, x: ir.Value, normalized: ir.Value) -> None:
+    """normalized [N, groups, rest] takes x's shape again and each channel its scale and bias."""
+    node = edit.node
+    scale, bias = required(node, 1), required(node, 2)
+    _, rank = dtype_and_rank(node, x)
     dims = [static_dim(x, axis) for axis in range(1, rank)]
     # 0: N as it comes in. Sizes that are not numbers are read off x when the graph runs.
     shape = edit("Shape", x) if None in dims else np.array([0, *dims], np.int64)

@@ -1,4 +1,4 @@
-"""From opset 23 down to one between 17 and 22.
+"""From opset 23 down to one between 16 and 22.
 
 ONNX's own schemas say which operators changed. A node whose operator did is converted where its
 signature is another one, checked against the older signature, and refused by name where that

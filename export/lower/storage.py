@@ -66,10 +66,20 @@ def _read_integers(model: ir.Model) -> None:
             and tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
             and tensor.nbytes <= _READ_LIMIT
         ):
-            array = np.fromfile(
-                _weights_file(tensor), tensor.dtype.numpy(), tensor.size, offset=tensor.offset or 0
-            )
-            value.const_value = ir.tensor(array.reshape(tensor.shape.numpy()), name=value.name)
+            value.const_value = ir.tensor(np.array(mapped(tensor)), name=value.name)
+
+
+def mapped(tensor: ir.ExternalTensor) -> np.ndarray:
+    """An external tensor as a read-only array over its file: memory is used as it is looked at."""
+    if not tensor.size:
+        return np.empty(tuple(tensor.shape.numpy()), tensor.dtype.numpy())
+    return np.memmap(
+        _weights_file(tensor),
+        tensor.dtype.numpy(),
+        "r",
+        offset=tensor.offset or 0,
+        shape=tuple(tensor.shape.numpy()),
+    )
 
 
 def save(model: ir.Model, out: Path) -> None:
@@ -78,7 +88,8 @@ def save(model: ir.Model, out: Path) -> None:
     common_passes.RemoveUnusedNodesPass()(model)
     common_passes.RemoveUnusedOpsetsPass()(model)
     imports = [onnx.helper.make_opsetid(*item) for item in model.graph.opset_imports.items()]
-    model.ir_version = min(model.ir_version, onnx.helper.find_min_ir_version_for(imports))
+    oldest = onnx.helper.find_min_ir_version_for(imports, ignore_unknown=True)
+    model.ir_version = min(model.ir_version, oldest)
     if model.ir_version < _NODE_METADATA_IR:
         common_passes.ClearMetadataAndDocStringPass()(model)
     _link_weights(model, out)

@@ -22,6 +22,7 @@ from export.lower import Profile
 
 MATMUL = Profile("matmul", attention="matmul")
 DECOMPOSED = Profile("decomposed", norms="decomposed")
+BY_LAYER = Profile("by-layer", norms="layer")
 FEW = settings(max_examples=25, deadline=None)
 
 
@@ -173,6 +174,20 @@ def test_group_norm_decomposed(
     (found,) = run(result, {"x": x})
     assert found.dtype == dtype
     np.testing.assert_allclose(found, expected, atol=2e-2 if dtype == np.float16 else 1e-3)
+
+
+def test_group_norm_by_layer_norm() -> None:
+    x, scale, bias = normal(2, 6, 3, 5) + 7, normal(6, seed=1), normal(6, seed=2)
+    node = helper.make_node("GroupNormalization", ["x", "s", "b"], ["y"], num_groups=3, epsilon=0.1)
+    constants = {"s": scale, "b": bias}
+    result = lowered(model_of([node], {"x": x}, constants=constants), BY_LAYER)
+    assert ops(result) == {"Reshape", "LayerNormalization", "Unsqueeze", "Mul", "Add"}
+    values, weight, offset = (torch.from_numpy(array) for array in (x, scale, bias))
+    expected = torch.group_norm(values, 3, weight, offset, 0.1)
+    np.testing.assert_allclose(run(result, {"x": x})[0], expected, atol=1e-5)
+    named = model_of([node], {"x": x}, constants=constants, axes={"x": ["n", 6, "h", 5]})
+    with pytest.raises(PreconditionError, match="its sizes are not numbers"):
+        lowered(named, BY_LAYER)
 
 
 @given(

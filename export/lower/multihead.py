@@ -1,0 +1,76 @@
+"""The Attention operator as onnxruntime's MultiHeadAttention (domain com.microsoft).
+
+onnxruntime has fused kernels behind both, on a GPU too; but Attention is of opset 23, where other
+operators of a graph may lack kernels that they have had for years at older opsets.
+"""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+from export.lower.edit import Edit, attribute, dtype_and_rank, operand, refuse, required, static_dim
+
+DOMAIN = "com.microsoft"
+_HEADS_FIRST = [0, 2, 1, 3]
+
+
+def fuse(model: ir.Model) -> None:
+    """Replace every Attention node.
+
+    Raises:
+        PreconditionError: a mask, a key/value cache, a softcap, a second output, or fewer key heads
+            than query heads.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.domain == "" and node.op_type == "Attention":
+            _check(node)
+            _multihead(model, node)
+            model.graph.opset_imports[DOMAIN] = 1
+
+
+def _check(node: ir.Node) -> None:
+    other = "keep attention='op', or attention='matmul'"
+    for index, what in ((3, "a mask"), (4, "a key cache"), (5, "a value cache")):
+        if operand(node, index) is not None:
+            raise refuse(node, f"it reads {what}", other)
+    if attribute(node, "softcap", 0.0):
+        raise refuse(node, "it has a softcap", other)
+    if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
+        raise refuse(node, "more than its first output is used", other)
+
+
+def _multihead(model: ir.Model, node: ir.Node) -> None:
+    edit = Edit(model, node)
+    q, k, v = (required(node, index) for index in range(3))
+    _, rank = dtype_and_rank(node, q)
+    if rank == 4:  # [B, H, L, D] -> [B, L, H*D]
+        heads, kv_heads, size = static_dim(q, 1), static_dim(k, 1), static_dim(q, 3)
+        q, k, v = (
+            edit("Reshape", edit("Transpose", each, perm=_HEADS_FIRST), [0, 0, -1])
+            for each in (q, k, v)
+        )
+    else:
+        heads, kv_heads = (attribute(node, f"{of}_num_heads", 0) for of in ("q", "kv"))
+        width = static_dim(q, 2)
+        size = width // heads if width and heads else None
+    if not heads or heads != kv_heads or not size:
+        raise refuse(
+            node,
+            f"it has {heads} query heads of size {size}, and {kv_heads} key heads",
+            "keep attention='op' for this graph",
+        )
+    result = edit(
+        "MultiHeadAttention",
+        q,
+        k,
+        v,
+        domain=DOMAIN,
+        num_heads=heads,
+        scale=float(attribute(node, "scale", None) or 1 / math.sqrt(size)),
+        unidirectional=int(attribute(node, "is_causal", 0)),
+    )
+    if rank == 4:
+        result = edit("Transpose", edit("Reshape", result, [0, 0, heads, -1]), perm=_HEADS_FIRST)
+    edit.replace(result)
