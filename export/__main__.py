@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.cli import Parser, run
+from core.cli import Parser, image_size, run
 from core.errors import EXIT_FAILED, EXIT_OK, AddbenchError, PreconditionError
 from core.files import ROOT, read_json
-from export.models import DEFAULT_MODEL, MODELS, Model, find_model
+from export.models import DEFAULT_MODEL, MODELS, Model, default_weights, find_model
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from export.request import Request
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,31 +37,44 @@ def _parser() -> Parser:
         "--model",
         default=DEFAULT_MODEL,
         metavar="NAME|PATH",
-        help=f"{', '.join(MODELS)}, or a folder of an SDXL-like checkpoint (default: %(default)s)",
+        help=f"{', '.join(MODELS)}, or a folder of an SDXL-like or SD-like checkpoint"
+        " (default: %(default)s)",
     )
     parser.add_argument(
         "--weights",
-        metavar="hub|random|ORG/NAME[@REVISION]|PATH",
-        help="the model's own hub repository, random numbers, another repository, or a folder in "
-        "diffusers format (default: hub, where the model has a repository)",
+        metavar="hub|folder|random|ORG/NAME[@REVISION]|PATH",
+        help="the model's own hub repository, what ships with the checkout, random numbers, "
+        "another repository, or a folder in diffusers format (default: the first of folder, hub "
+        "and random that the model has)",
     )
     parser.add_argument(
         "--dtype", default="fp16", choices=("fp16", "fp32"), help="of the weights (default: fp16)"
     )
-    for flag, what in (("--vae", "AutoencoderKL"), ("--taesd", "AutoencoderTiny")):
+    for flag, what in (
+        ("--vae", "AutoencoderKL"),
+        ("--taesd", "AutoencoderTiny"),
+        ("--unet", "UNet2DConditionModel (or one .safetensors file of it)"),
+    ):
         parser.add_argument(flag, metavar="ID|PATH", help=f"{what} to use instead of the model's")
     parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE|ID[:WEIGHT]",
+        help="LoRA weights to fuse, repeatable; the bundle's name says so",
+    )
+    parser.add_argument(
         "--size",
-        type=int,
-        metavar="PIXELS",
-        help="side of the images (default: the model's)",
+        type=image_size,
+        metavar="PIXELS|WxH",
+        help="of the images, which the graphs are made for (default: the model's)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="the bundle's own folder (default: build/<model>-<weights>-<dtype>)",
+        help="the bundle's own folder (default: build/<model>-<weights>-<dtype>[-<size>])",
     )
     parser.add_argument("--force", action="store_true", help="export again what is there already")
     parser.add_argument(
@@ -105,9 +120,15 @@ def _export(args: argparse.Namespace) -> int:
 
     console = Console(file=sys.stdout)
     model, weights = _model_and_weights(args.model, args.weights)
-    request = make_request(model, weights, args.vae, args.taesd, args.seed, args.allow_pickle)
-    asked = {"dtype": args.dtype, "size": args.size or model.size} | request.as_dict()
-    target: Path = args.out or bundle_path(model.name, request.weights.kind, args.dtype)
+    request = make_request(
+        model, weights, args.vae, args.taesd, args.seed, args.allow_pickle, args.unet, args.lora
+    )
+    width, height = args.size or (model.size, model.size)
+    size = width if width == height else f"{width}x{height}"
+    asked = {"dtype": args.dtype, "size": size} | request.as_dict()
+    named = "+".join([model.name, *(lora.name for lora in request.loras)])
+    other = None if size == model.size else (width, height)
+    target: Path = args.out or bundle_path(named, request.weights.kind, args.dtype, other)
     target = target.expanduser().absolute()
     lock = FileLock(target.parent / f".{target.name}.lock")
     try:
@@ -126,7 +147,7 @@ def _export(args: argparse.Namespace) -> int:
         if _is_there(target, model, asked, args.force):
             print(f"{target} is there already and matches: nothing to do (--force exports again)")
             return EXIT_OK if args.no_parity or _vouched(target) else _parity(target)
-        _build(args, model, weights, asked, target, console)
+        _build(args.dtype, model, request, (width, height), asked, target, console)
     finally:
         lock.release()
     print(f"bundle: {target}")
@@ -134,30 +155,26 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _build(
-    args: argparse.Namespace,
+    dtype: str,
     model: Model,
-    weights: str,
+    request: Request,
+    size: tuple[int, int],
     asked: dict[str, Any],
     target: Path,
     console: Console,
 ) -> None:
-    from export.checkpoint import open_checkpoint
+    from export.checkpoint import open_request
+    from export.request import require_size
 
-    console.print(f"licence: {model.licence}", soft_wrap=True, highlight=False)
+    named = "".join(f" + the terms of {lora.name}" for lora in request.loras)
+    console.print(f"licence: {model.licence}{named}", soft_wrap=True, highlight=False)
     if model.licence_notice:
         console.print(f"  {model.licence_notice}", soft_wrap=True, highlight=False)
-    checkpoint = open_checkpoint(
-        model,
-        weights,
-        vae=args.vae,
-        taesd=args.taesd,
-        allow_pickle=args.allow_pickle,
-        seed=args.seed,
-        dtype=args.dtype,
-    )
+    checkpoint = open_request(model, request, dtype)
+    require_size(model, checkpoint.multiple, *size)
     with console.status("loading torch"):
         from export.build import Plan, build_bundle
-    build_bundle(Plan(checkpoint, args.dtype, asked["size"], asked["size"], asked), target, console)
+    build_bundle(Plan(checkpoint, dtype, *size, asked), target, console)
 
 
 def _model_and_weights(model: str, weights: str | None) -> tuple[Model, str]:
@@ -167,7 +184,7 @@ def _model_and_weights(model: str, weights: str | None) -> tuple[Model, str]:
     path = Path(model).expanduser()
     if model in MODELS or not (path.is_dir() or "/" in model):
         entry = find_model(model)
-        return entry, weights or ("hub" if entry.checkpoint else "random")
+        return entry, weights or default_weights(entry)
     if weights not in (None, "folder"):
         raise PreconditionError(
             f"--model {model} is a folder and --weights {weights} names another checkpoint",

@@ -21,6 +21,7 @@ from core.files import require_disk, sha256_file, staged_folder, write_json
 from core.memory import give_memory_back, require_memory
 from export.bundle import MANIFEST, SCHEMA, part_hash
 from export.checkpoint import Checkpoint
+from export.request import require_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +40,12 @@ class Plan:
     height: int
     request: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """Of the model, and of the LoRA weights that are fused into it."""
+        loras = (lora["name"] for lora in self.checkpoint.source.get("loras", ()))
+        return "+".join([self.checkpoint.model.name, *loras])
+
 
 def build_bundle(plan: Plan, target: Path, console: Console) -> None:
     """Make the bundle at `target`, whole or not at all. Progress goes to `console`."""
@@ -47,6 +54,8 @@ def build_bundle(plan: Plan, target: Path, console: Console) -> None:
     checkpoint, model = plan.checkpoint, plan.checkpoint.model
     skeletons = {part: checkpoint.skeleton(part) for part in model.parts}
     scale, channels = check_sizes(plan, {part: m.config for part, m in skeletons.items()})
+    for lora in checkpoint.loras:
+        lora.check(skeletons, checkpoint.config("unet"))
     need = weight_bytes(plan, skeletons)
     require_disk(target, int(sum(need.values()) * 1.02) + (16 << 20), f"the bundle {target.name}")
     # Beside the weights of a part: 0.6 GB of libraries, a tenth for the traced graph.
@@ -73,7 +82,7 @@ def build_bundle(plan: Plan, target: Path, console: Console) -> None:
             entry["hash"] = part_hash([files[name]["sha256"] for name in names])
         manifest = {
             "schema": SCHEMA,
-            "model": model.name,
+            "model": plan.name,
             "name": target.name,
             "weights": checkpoint.kind,
             "dtype": plan.dtype,
@@ -81,11 +90,10 @@ def build_bundle(plan: Plan, target: Path, console: Console) -> None:
             "opset": OPSET,
             "source": checkpoint.source,
             "request": {"model": model.name} | plan.request,
-            "licence": model.licence,
+            "licence": licence(checkpoint),
             "steps": model.steps,
             "guidance": model.guidance,
-            "pipeline": dataclasses.asdict(model)
-            | {"vae_scale": scale, "latent_channels": channels},
+            "pipeline": pipeline_entry(checkpoint, scale, channels),
             "parts": parts,
             "files": files,
             "versions": _versions(),
@@ -93,6 +101,23 @@ def build_bundle(plan: Plan, target: Path, console: Console) -> None:
         }
         write_json(folder / MANIFEST, manifest)
         check()
+
+
+def licence(checkpoint: Checkpoint) -> str:
+    """Of everything that is in the bundle's graphs."""
+    names = [lora["name"] for lora in checkpoint.source.get("loras", ())]
+    rest = f"; beside it the terms of the LoRA weights {', '.join(names)}" if names else ""
+    return checkpoint.model.licence + rest
+
+
+def pipeline_entry(checkpoint: Checkpoint, scale: int, channels: int) -> dict[str, Any]:
+    """The manifest's `pipeline`: the model's entry, with what the checkpoint itself decides."""
+    return dataclasses.asdict(checkpoint.model) | {
+        "scheduler": checkpoint.scheduler_config()["_class_name"],
+        "force_zeros": checkpoint.force_zeros,
+        "vae_scale": scale,
+        "latent_channels": channels,
+    }
 
 
 def _export_part(plan: Plan, part: str, folder: Path, console: Console) -> dict[str, Any]:
@@ -153,22 +178,15 @@ def check_sizes(plan: Plan, configs: dict[str, Any]) -> tuple[int, int]:
     Returns:
         Pixels along one side of a latent, and channels of the latents.
     """
-    name = plan.checkpoint.model.name
+    model = plan.checkpoint.model
     unet, vae, taesd = (configs[part] for part in ("unet", "vae_decoder", "taesd_decoder"))
     scale = int(2 ** (len(vae.block_out_channels) - 1))
-    multiple = scale * int(2 ** (len(unet.block_out_channels) - 1))
-    for side in (plan.width, plan.height):
-        if side < multiple or side % multiple:
-            raise PreconditionError(
-                f"--size {side} does not fit {name}",
-                f"its UNet halves latents of {scale} pixels: sides are multiples of {multiple}",
-                f"use --size {max(multiple, side // multiple * multiple)}",
-            )
+    require_size(model, plan.checkpoint.multiple, plan.width, plan.height)
     channels = int(unet.in_channels)
     encoders = [configs[part] for part in configs if part.startswith("text_encoder")]
-    pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
     tiny_scale = int(2 ** (len(taesd.num_decoder_blocks) - 1))
-    for what, found, wanted, fix in (
+    whole = "pass a whole checkpoint of one model"
+    wanted = [
         ("the VAE's latent channels", vae.latent_channels, channels, "pass another with --vae"),
         ("TAESD's latent channels", taesd.latent_channels, channels, "pass another with --taesd"),
         ("TAESD's scale", tiny_scale, scale, "pass another with --taesd"),
@@ -176,18 +194,25 @@ def check_sizes(plan: Plan, configs: dict[str, Any]) -> tuple[int, int]:
             "the width of the text encoders",
             sum(encoder.hidden_size for encoder in encoders),
             unet.cross_attention_dim,
-            "pass a whole checkpoint of one model",
+            whole,
         ),
+        ("the pooled embedding", "text_time" if model.pooled else None, unet.addition_embed_type,
+         whole),
         (
-            "the width of the pooled embedding",
-            encoders[-1].projection_dim,
-            pooled,
-            "pass a whole checkpoint of one model",
+            "the guidance scale as an input",
+            model.guidance_form == "embedding",
+            unet.time_cond_proj_dim is not None,
+            "pass the UNet that the model was distilled to with --unet, or another --model",
         ),
-    ):
-        if found != wanted:
-            why = f"{what} is {found}, and the UNet takes {wanted}"
-            raise PreconditionError(f"the parts of {name} do not fit each other", why, fix)
+    ]  # fmt: skip
+    if model.pooled and unet.addition_embed_type == "text_time":
+        pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+        wanted.append(("the width of the pooled embedding", encoders[-1].projection_dim, pooled,
+                       whole))  # fmt: skip
+    for what, found, takes, fix in wanted:
+        if found != takes:
+            why = f"{what} is {found}, and the UNet takes {takes}"
+            raise PreconditionError(f"the parts of {model.name} do not fit each other", why, fix)
     return scale, channels
 
 

@@ -103,7 +103,7 @@ class Bundle:
                     _again(path),
                 )
         bundle = cls(path, manifest)
-        for part in bundle.parts.values():
+        for part in bundle.parts.values() if bundle.has_graphs else ():
             _check_external_data(part.graph)
         return bundle
 
@@ -120,6 +120,11 @@ class Bundle:
     def dtype(self) -> str:
         """fp16 or fp32: of the weights and of the graphs' float inputs and outputs."""
         return str(self.manifest["dtype"])
+
+    @property
+    def has_graphs(self) -> bool:
+        """False for a model that is drawn on the device when it is loaded (export/graphless.py)."""
+        return bool(self.manifest.get("graphs", True))
 
     @property
     def licence(self) -> str:
@@ -160,8 +165,22 @@ class Bundle:
     def model(self) -> Model:
         """The entry of the model as it was when the bundle was made."""
         pipeline = self.manifest["pipeline"]
-        fields = {f.name: pipeline[f.name] for f in dataclasses.fields(Model)}
-        return Model(**fields | {"text_encoders": tuple(pipeline["text_encoders"])})
+        known: dict[str, Any] = {
+            f.name: tuple(value) if isinstance(value := pipeline[f.name], list) else value
+            for f in dataclasses.fields(Model)
+            if f.name in pipeline  # an older bundle lacks what was added since
+        }
+        return Model(**known)
+
+    @property
+    def force_zeros(self) -> bool:
+        """Whether the embeddings of an empty prompt are zeros, by the checkpoint's model index."""
+        return bool(self.manifest["pipeline"].get("force_zeros", self.pooled))
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """Names of the LoRA weights that were fused in at the export."""
+        return tuple(entry["name"] for entry in self.manifest["source"].get("loras", ()))
 
     @cached_property
     def hash(self) -> str:
@@ -176,7 +195,7 @@ class Bundle:
 
     def _part(self, name: str, entry: dict[str, Any]) -> PartInfo:
         data = entry["data"]
-        for file in (entry["graph"], data):
+        for file in (entry["graph"], data) if self.has_graphs else ():
             if file is not None and (
                 file not in self.manifest["files"] or ".." in Path(file).parts
             ):
@@ -196,12 +215,16 @@ class Bundle:
             ops=entry["ops"],
         )
 
-    def scheduler(self) -> Any:
-        """A fresh diffusers scheduler: schedulers hold the state of a run."""
+    def scheduler(self, name: str | None = None) -> Any:
+        """A fresh diffusers scheduler: schedulers hold the state of a run.
+
+        Args:
+            name: another class than the bundle's own, on the same config.
+        """
         import diffusers
 
         config = read_json(self.path / "scheduler" / "scheduler_config.json")
-        return getattr(diffusers, self.scheduler_name).from_config(config)
+        return getattr(diffusers, name or self.scheduler_name).from_config(config)
 
     def tokenizers(self) -> list[Any]:
         """One transformers CLIP tokenizer for each text encoder."""
@@ -211,6 +234,10 @@ class Bundle:
 
     def checkpoint(self) -> Checkpoint:
         """Open again what the bundle was made from; CheckpointError when it is gone."""
+        if not self.has_graphs:
+            from export.graphless import drawn_checkpoint
+
+            return drawn_checkpoint(self.model, self.manifest["source"]["seed"])
         from export.checkpoint import reopen
         from export.request import require_unchanged
 
@@ -258,34 +285,64 @@ class Bundle:
         return problems
 
 
-def find_bundle(model: str, weights: str | None = None, dtype: str | None = None) -> Bundle:
+def find_bundle(
+    model: str,
+    weights: str | None = None,
+    dtype: str | None = None,
+    size: tuple[int, int] | None = None,
+) -> Bundle:
     """The bundle of a model by NAME (below the build folder), or the one at a PATH.
 
     When several fit: hub before folder before random, fp16 before fp32.
+
+    Args:
+        size: width and height in pixels; None for the bundle with the model's own.
     """
     if os.sep in model or Path(model, MANIFEST).is_file():
-        return Bundle.open(Path(model))
+        bundle = Bundle.open(Path(model))
+        if size not in (None, bundle.size):
+            raise PreconditionError(
+                f"{model} cannot be run at {size_text(size)}",
+                f"the graphs of this bundle are made for {size_text(bundle.size)}",
+                f"drop --size, or export a bundle of that size: --size {size_text(size)}",
+            )
+        return bundle
     for kind in WEIGHTS_ORDER if weights is None else (weights,):
         for one in DTYPES if dtype is None else (dtype,):
-            path = bundle_path(model, kind, one)
-            if (path / MANIFEST).is_file():
-                return Bundle.open(path)
+            for path in {bundle_path(model, kind, one, asked): 0 for asked in (size, None)}:
+                if (path / MANIFEST).is_file():
+                    bundle = Bundle.open(path)
+                    if size in (None, bundle.size):
+                        return bundle
     raise PreconditionError(
-        f"there is no bundle of {model}",
-        f"looked for {bundle_path(model, weights or '*', dtype or '*')}",
-        f"python -m export --model {model} --weights {weights or _default_weights(model)}"
-        f" --dtype {dtype or 'fp16'}",
+        f"there is no bundle of {model}" + (f" at {size_text(size)}" if size else ""),
+        f"looked for {bundle_path(model, weights or '*', dtype or '*', size)}",
+        _export_command(model, weights, dtype, size),
     )
 
 
-def _default_weights(model: str) -> str:
-    from export.models import MODELS
+def _export_command(
+    model: str, weights: str | None, dtype: str | None, size: tuple[int, int] | None
+) -> str:
+    from export.models import MODELS, default_weights
 
-    return "random" if model in MODELS and MODELS[model].checkpoint is None else "hub"
+    name, _, lora = model.partition("+")
+    if weights is None:
+        weights = default_weights(MODELS[name]) if name in MODELS else "hub"
+    words = f"python -m export --model {name} --weights {weights} --dtype {dtype or 'fp16'}"
+    words += f" --size {size_text(size)}" if size else ""
+    return words + (f" --lora FILE (with the weights called {lora})" if lora else "")
 
 
-def bundle_path(model: str, weights: str, dtype: str) -> Path:
-    return build_root() / f"{model}-{weights}-{dtype}"
+def bundle_path(model: str, weights: str, dtype: str, size: tuple[int, int] | None = None) -> Path:
+    """Where a bundle lies; `size` None for the one of the model's own size."""
+    suffix = f"-{size_text(size)}" if size else ""
+    return build_root() / f"{model}-{weights}-{dtype}{suffix}"
+
+
+def size_text(size: tuple[int, int] | None) -> str:
+    """`<width>x<height>`, as cells and folders name a size."""
+    return "" if size is None else f"{size[0]}x{size[1]}"
 
 
 def write_references(

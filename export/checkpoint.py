@@ -7,44 +7,32 @@ Opening a checkpoint finds and checks files and imports neither torch nor diffus
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.files import read_json
-from export.layout import (
-    COMPONENTS,
-    TOKENIZER_FILES,
-    CheckpointError,
-    Component,
-    Stored,
-    find_weights,
-    pick_weights,
-    read_config,
-    require_pipeline,
-)
+from export.layout import COMPONENTS, TOKENIZER_FILES, CheckpointError, Component, Stored
 from export.models import Model
-from export.request import Place, make_request
+from export.reader import Origin, Reader, tokenizer_names
+from export.request import LoraPlace, Place, Request, find_place, make_request
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint", "reopen"]
+    from export.lora import Lora
+
+__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint", "reopen", "tokenizer_names"]
 
 ARCHITECTURES = Path(__file__).resolve().parent / "architectures"
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where the module of one part is read from. `stored` None: random numbers of `seed`."""
-
-    folder: Path
-    stored: Stored | None
-    seed: int = 0
-
-    def config(self) -> dict[str, Any]:
-        return read_config(self.folder)
+def architecture(model: Model, name: str) -> Path:
+    """A component's configs of a model; what its architecture lacks, one that it is like has."""
+    places = [ARCHITECTURES / folder / name for folder in (model.architecture, *model.like)]
+    return next((place for place in places if place.exists()), places[0])
 
 
 @dataclass(frozen=True)
@@ -56,6 +44,7 @@ class Checkpoint:
         source: for the manifest; enough to open the same again (see `reopen`).
         origins: part -> where its module is read from.
         root: the folder with scheduler and tokenizers.
+        loras: weights that are fused into the modules as they are loaded.
     """
 
     model: Model
@@ -63,6 +52,11 @@ class Checkpoint:
     source: dict[str, Any]
     origins: dict[str, Origin]
     root: Path
+    loras: tuple[Lora, ...] = ()
+
+    def find(self, name: str) -> Path:
+        """A file or folder of the checkpoint that is no part's."""
+        return architecture(self.model, name) if self.kind == "random" else self.root / name
 
     def config(self, part: str) -> dict[str, Any]:
         """The diffusers or transformers config of the module that `part` is cut from."""
@@ -72,17 +66,24 @@ class Checkpoint:
         """The module without weights: its parameters are on the meta device."""
         from accelerate import init_empty_weights
 
+        with init_empty_weights():
+            return self.construct(part)
+
+    def construct(self, part: str) -> nn.Module:
+        """The module as its class makes it, in eval mode."""
         component, config = COMPONENTS[part], self.config(part)
         cls = getattr(importlib.import_module(component.library), component.cls)
-        with init_empty_weights():
-            if component.library == "transformers":
-                module = cls(cls.config_class.from_dict(config))
-            else:
-                module = cls.from_config(config)
+        if component.library == "transformers":
+            module = cls(cls.config_class.from_dict(config))
+        else:
+            module = cls.from_config(config)
         return module.eval()
 
-    def module(self, part: str, dtype: torch.dtype) -> nn.Module:
+    def module(self, part: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
         """Load the module that `part` is cut from, in eval mode. One copy, which the caller frees.
+
+        Args:
+            device: where it goes at the end, through the host's memory.
 
         Raises CheckpointError when weights are missing, of other shapes, or not finite in `dtype`.
         """
@@ -92,18 +93,43 @@ class Checkpoint:
 
             module = self.skeleton(part)
             fill_random(module, origin.seed, dtype)
-            return module.requires_grad_(False)
-        module = _load(COMPONENTS[part], origin.folder, origin.stored, dtype)
-        _require_finite(module, origin)
-        return module.eval().requires_grad_(False)
+        elif origin.file is not None:
+            module = self.skeleton(part)
+            _fill(module, origin.file, dtype)
+        else:
+            module = _load(COMPONENTS[part], origin.folder, origin.stored, dtype)
+        module = module.eval().requires_grad_(False)
+        for lora in self.loras:
+            # Random weights are FP16 numbers in every dtype; they stay so.
+            lora.fuse(part, module, self.config("unet"), half=origin.stored is None)
+        if origin.stored is not None or self.loras:
+            _require_finite(module, origin)
+        return module.to(device)
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that the sides of an image are multiples of: what VAE and UNet halve."""
+        blocks = [self.config(part).get("block_out_channels") for part in ("vae_decoder", "unet")]
+        # diffusers' defaults: one block in the VAE, four in the UNet.
+        halvings = len(blocks[0] or [64]) + len(blocks[1] or [320] * 4) - 2
+        return int(2**halvings)
 
     def scheduler_config(self) -> dict[str, Any]:
-        """The config of the scheduler, with the class and the spacing of the model's entry."""
-        config: dict[str, Any] = read_json(self.root / "scheduler" / "scheduler_config.json")
-        return config | {
+        """The config of the scheduler, with what the model's entry says of it."""
+        config: dict[str, Any] = read_json(self.find("scheduler") / "scheduler_config.json")
+        entry = {
             "_class_name": self.model.scheduler,
             "timestep_spacing": self.model.spacing,
+            "prediction_type": self.model.prediction,
         }
+        return config | {key: value for key, value in entry.items() if value}
+
+    @property
+    def force_zeros(self) -> bool:
+        """Whether an empty prompt's embeddings are zeros, as diffusers' SDXL pipeline reads it."""
+        index = self.find("model_index.json")
+        known = read_json(index) if index.is_file() else {}
+        return self.model.pooled and bool(known.get("force_zeros_for_empty_prompt", True))
 
     def save_tokenizers(self, folder: Path) -> None:
         """Write `tokenizer/` and, for a second text encoder, `tokenizer_2/` into `folder`."""
@@ -111,7 +137,8 @@ class Checkpoint:
 
         for name in tokenizer_names(self.model):
             if self.kind == "random":
-                save_tokenizer(read_json(self.root / name / "tokenizer_config.json"), folder / name)
+                config = read_json(self.find(name) / "tokenizer_config.json")
+                save_tokenizer(config, folder / name)
                 continue
             (folder / name).mkdir()
             for file in TOKENIZER_FILES:
@@ -125,10 +152,6 @@ class Checkpoint:
         with tempfile.TemporaryDirectory() as scratch:
             self.save_tokenizers(Path(scratch))
             return load_tokenizers(self.model, Path(scratch))
-
-
-def tokenizer_names(model: Model) -> tuple[str, ...]:
-    return ("tokenizer", "tokenizer_2")[: len(model.text_encoders)]
 
 
 def load_tokenizers(model: Model, folder: Path) -> list[Any]:
@@ -169,6 +192,22 @@ def _load(component: Component, folder: Path, stored: Stored, dtype: torch.dtype
     return module
 
 
+def _fill(module: nn.Module, file: Path, dtype: torch.dtype) -> None:
+    """Give `module` (on the meta device) the weights of one file, which must be exactly its own."""
+    from safetensors.torch import load_file
+
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    try:
+        module.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{file} does not hold the weights of {type(module).__name__}",
+            reason,
+            "pass a file of the model that --model names",
+        ) from error
+
+
 def _require_finite(module: nn.Module, origin: Origin) -> None:
     import torch
 
@@ -191,32 +230,56 @@ def open_checkpoint(
     allow_pickle: bool = False,
     seed: int = 0,
     dtype: str = "fp16",
+    unet: str | None = None,
+    loras: Sequence[str] = (),
 ) -> Checkpoint:
     """Find a checkpoint, download what is missing, and check that its files are whole.
 
     Args:
-        weights: "hub" (the model's own repository), "random", a hub id `org/name[@revision]`, or a
-            folder in diffusers format.
+        weights: "hub" (the model's own repository), "folder" (the one that ships with the
+            checkout), "random", a hub id `org/name[@revision]`, or a folder in diffusers format.
         vae, taesd: hub id or folder of an autoencoder that replaces the one of the model's rule.
         allow_pickle: read .bin files where there is no safetensors; unpickling can run code.
         seed: of random weights.
         dtype: "fp16" or "fp32": which stored variant to prefer.
+        unet: hub id, folder or file of a UNet that replaces the one of the model's rule.
+        loras: `FILE[:WEIGHT]` or hub ids; fused into the modules in this order.
 
     Raises:
         CheckpointError: it cannot be had, or is not whole.
     """
-    request = make_request(model, weights, vae, taesd, seed, allow_pickle)
-    place, own_parts = request.weights, model.parts[:-2]
-    reader = _Reader(dtype, allow_pickle)
+    return open_request(
+        model, make_request(model, weights, vae, taesd, seed, allow_pickle, unet, loras), dtype
+    )
+
+
+def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
+    """`open_checkpoint` of what was asked for in its own form."""
+    place, asked_unet = request.weights, request.unet
+    reader = Reader(dtype, request.allow_pickle)
+    if asked_unet is None and model.unet and (place.kind, place.id) == ("hub", model.checkpoint):
+        asked_unet = find_place(model.unet, "--unet", files=True)
     origins = {}
     if place.kind == "random":
-        root = ARCHITECTURES / model.architecture
-        origins = {part: Origin(root / COMPONENTS[part].folder, None, seed) for part in model.parts}
+        root, seed = ARCHITECTURES / model.architecture, request.seed or 0
+        for part in model.parts:
+            origins[part] = Origin(architecture(model, COMPONENTS[part].folder), None, seed)
     else:
-        root, place = reader.pipeline(place, model)
-        for part in own_parts:
-            origins[part] = reader.origin(root / COMPONENTS[part].folder, part)
-    source: dict[str, Any] = asdict(place) | {"seed": request.seed, "allow_pickle": allow_pickle}
+        root, place = reader.pipeline(place, model, without="unet" if asked_unet else None)
+        for part in model.parts[:-2]:
+            if asked_unet is None or part != "unet":
+                origins[part] = reader.origin(root / COMPONENTS[part].folder, part)
+    source: dict[str, Any] = asdict(place) | {
+        "seed": request.seed,
+        "allow_pickle": request.allow_pickle,
+    }
+    if asked_unet is not None:
+        config = origins["unet"].folder if place.kind == "random" else root / "unet"
+        origins["unet"], used = reader.unet(config, asked_unet)
+        source["unet"] = asdict(used)
+    loras = [reader.lora(lora) for lora in request.loras]
+    if loras:
+        source["loras"] = [used.as_dict() for _, used in loras]
     for part, asked in (("vae_decoder", request.vae), ("taesd_decoder", request.taesd)):
         name = COMPONENTS[part].folder
         if asked is None and place.kind == "random":
@@ -225,97 +288,24 @@ def open_checkpoint(
             default = model.vae if name == "vae" else model.taesd
             origins[part], used = reader.autoencoder(part, root, place, asked, default)
             source[name] = asdict(used)
-    return Checkpoint(model, place.kind, source, origins, root)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Finds the files of a checkpoint: which variant, and whether pickles may be read."""
-
-    dtype: str
-    allow_pickle: bool
-
-    def origin(self, folder: Path, part: str) -> Origin:
-        return Origin(folder, find_weights(folder, part, self.dtype, self.allow_pickle))
-
-    def pipeline(self, place: Place, model: Model) -> tuple[Path, Place]:
-        """The folder of a checkpoint, downloaded if need be, and its place with the commit."""
-        names = tokenizer_names(model)
-        if place.kind == "hub":
-            folders = {COMPONENTS[part].folder: part for part in model.parts[:-2]}
-            small = ["model_index.json", "scheduler/*.json", "*/config.json"]
-            small += [f"{name}/{file}" for name in names for file in TOKENIZER_FILES]
-            root, place = self._fetch(place, folders, small, "--weights")
-        else:
-            root = Path(str(place.path))
-        require_pipeline(root, names)
-        return root, place
-
-    def autoencoder(
-        self, part: str, root: Path, place: Place, asked: Place | None, default: str | None
-    ) -> tuple[Origin, Place]:
-        """The autoencoder asked for; else the checkpoint's own; else the default of the model.
-
-        A VAE whose config does not deny `force_upcast` overflows in FP16: the model's default comes
-        before it.
-        """
-        name = COMPONENTS[part].folder
-        own = root / name
-        has_own = (own / "config.json").is_file()
-        safe = name != "vae" or (has_own and not read_config(own).get("force_upcast", True))
-        if asked is None and (default is None or (has_own and safe)):
-            if place.kind == "hub":
-                self._fetch(place, {name: part}, [f"{name}/config.json"], "--weights")
-            return self.origin(own, part), Place("own")
-        asked = asked or Place("hub", default)
-        if asked.kind == "hub":
-            small = ["config.json", f"{name}/config.json"]
-            try:
-                folder, asked = self._fetch(asked, {"": part, name: part}, small, f"--{name}")
-            except CheckpointError as error:
-                if not has_own:
-                    raise
-                next_step = f"{error.next}; or take the checkpoint's own: --{name} {own}"
-                raise CheckpointError(error.what, error.why, next_step) from error
-        else:
-            folder = Path(str(asked.path))
-        if not (folder / "config.json").is_file() and (folder / name).is_dir():
-            folder = folder / name
-        return self.origin(folder, part), asked
-
-    def _fetch(
-        self, place: Place, folders: dict[str, str], small: list[str], flag: str
-    ) -> tuple[Path, Place]:
-        from export.hub import fetch
-
-        def choose(names: list[str]) -> list[str]:
-            wanted = []
-            for folder, part in folders.items():
-                prefix = f"{folder}/" if folder else ""
-                inside = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
-                stem = COMPONENTS[part].stem
-                stored = pick_weights(inside, stem, self.dtype, pickle=False)
-                if stored is None and self.allow_pickle:
-                    stored = pick_weights(inside, stem, self.dtype, pickle=True)
-                wanted += [prefix + file for file in stored.files] if stored else []
-            return wanted
-
-        folder, commit = fetch(str(place.id), place.revision, small, choose, flag)
-        return folder, Place("hub", place.id, commit)
+    return Checkpoint(model, place.kind, source, origins, root, tuple(lora for lora, _ in loras))
 
 
 def reopen(model: Model, source: dict[str, Any], dtype: str) -> Checkpoint:
     """Open again what a manifest's `source` names: the same files, or the same random numbers."""
 
-    def spec(place: dict[str, Any]) -> str | None:
-        return Place(**{key: place[key] for key in ("kind", "id", "revision", "path")}).spec
+    def other(name: str) -> Place | None:
+        place = Place.of(source[name]) if source.get(name) else None
+        return None if place is None or place.kind in ("own", "random") else place
 
-    return open_checkpoint(
-        model,
-        spec(source) or "random",
-        vae=spec(source["vae"]),
-        taesd=spec(source["taesd"]),
+    loras = (LoraPlace(Place.of(lora["place"]), lora["weight"]) for lora in source.get("loras", ()))
+    request = Request(
+        weights=Place.of(source),
+        vae=other("vae"),
+        taesd=other("taesd"),
+        seed=source["seed"],
         allow_pickle=source["allow_pickle"],
-        seed=source["seed"] or 0,
-        dtype=dtype,
+        unet=other("unet"),
+        loras=tuple(loras),
     )
+    return open_request(model, request, dtype)

@@ -16,14 +16,17 @@ and writes its result once, in the dtype of the graph, and everything between tw
 away. The Attention operator moves Q, K, V and its result; in the MatMul form the scores, written
 and read, come on top. Weights are apart, in `weight_bytes`: every initializer, once, as stored.
 
-`budget.csv`, beside this file, holds the known figures of SDXL-Turbo's parts.
+`budget.csv`, beside this file, holds the known figures of SDXL-Turbo's parts: `budget_cost` gives
+them without a bundle, and at once.
 """
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from export.checkpoint import Checkpoint
 
 KINDS = ("linear", "conv", "attention")
+BUDGET = Path(__file__).with_name("budget.csv")
 _TOLERANCE = 1e-6
 """Relative difference to torch's own count that is rounding."""
 
@@ -48,6 +52,8 @@ class Cost:
         weight_bytes: all weights, as stored.
         activation_bytes: what the heavy operators read and write at least (see the module).
         by_kind: FLOPs of `linear`, `conv`, `attention`; their sum is `flops`.
+        operators: how many heavy operators of each kind there are, whatever the batch. In the
+            MatMul form an attention is two.
     """
 
     part: str
@@ -55,6 +61,7 @@ class Cost:
     weight_bytes: int
     activation_bytes: int
     by_kind: Mapping[str, float]
+    operators: Mapping[str, int] = field(default_factory=dict)
 
 
 def part_cost(graph: Path, batch: int = 1) -> Cost:
@@ -86,6 +93,7 @@ def part_cost(graph: Path, batch: int = 1) -> Cost:
         weight_bytes=weights,
         activation_bytes=tally.moved,
         by_kind=tally.flops,
+        operators=tally.operators,
     )
 
 
@@ -94,6 +102,7 @@ class _GraphTally:
 
     def __init__(self, proto: onnx.ModelProto) -> None:
         self.flops: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+        self.operators = dict.fromkeys(KINDS, 0)
         self.moved = 0
         self._types: dict[str, tuple[tuple[int, ...] | None, int]] = {}
         self._constants = {tensor.name for tensor in proto.graph.initializer}
@@ -144,6 +153,7 @@ class _GraphTally:
 
     def _count(self, kind: str, flops: float, node: onnx.NodeProto, *moving: str) -> None:
         self.flops[kind] += flops
+        self.operators[kind] += 1
         self.moved += sum(_bytes(self._shape(node, name), self._types[name][1]) for name in moving)
 
     def _shape(self, node: onnx.NodeProto, name: str) -> tuple[int, ...]:
@@ -204,4 +214,35 @@ def part_cost_at(
         weight_bytes=sum(each.numel() * each.element_size() for each in wrapped.parameters()),
         activation_bytes=tally.moved,
         by_kind=tally.flops,
+        operators=tally.operators,
+    )
+
+
+@cache
+def budget() -> Mapping[str, Mapping[str, float]]:
+    """GFLOP, megabytes and operators of every SDXL-Turbo part, by part and column of budget.csv."""
+    with BUDGET.open(newline="") as file:
+        rows = csv.DictReader(line for line in file if not line.startswith("#"))
+        return {
+            row["part"]: {key: float(text) for key, text in row.items() if key != "part" and text}
+            for row in rows
+        }
+
+
+def budget_cost(part: str, size: int) -> Cost | None:
+    """The known cost of an SDXL-Turbo part at batch 1 and `size` x `size` pixels, if it is known.
+
+    FP16. Rounded to the digits of the table: within 1% of what is counted.
+    """
+    known = budget()[part]
+    if f"gflop_{size}px" not in known:
+        return None
+    flops = {kind: 1e9 * known[f"{kind}_{size}px"] for kind in KINDS}
+    return Cost(
+        part=part,
+        flops=sum(flops.values()),
+        weight_bytes=round(1e6 * known["weights_mb"]),
+        activation_bytes=round(1e6 * known[f"activation_mb_{size}px"]),
+        by_kind=flops,
+        operators={kind: int(known[f"{kind}_operators"]) for kind in KINDS},
     )

@@ -44,6 +44,8 @@ def fetch(
         raise _unavailable(
             repo, flag, "the hub does not show it without the right login"
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # the library lets many types through: its own, httpx's, OSError
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise _unavailable(repo, flag, f"not cached here, and the hub says: {reason[0]}") from error

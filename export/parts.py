@@ -56,15 +56,42 @@ class TextEncoder(nn.Module):
 class UNet(nn.Module):
     """One evaluation of the UNet; `timestep` and `time_ids` are float32, the rest in its dtype.
 
-    sample [batch, 4, h, w], timestep [1], encoder_hidden_states [batch, 77, width],
-    text_embeds [batch, n], time_ids [batch, 6] -> out_sample [batch, 4, h, w].
+    sample [batch, 4, h, w], timestep [1], encoder_hidden_states [batch, 77, width]
+    -> out_sample [batch, 4, h, w]. SDXL's (`Pooled`) also take text_embeds [batch, n] and time_ids
+    [batch, 6]; LCM's (`Embedded`) timestep_cond [batch, m], the guidance scale as sinusoids.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.unet: Any = module
 
-    def forward(
+    def predict(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        added: dict[str, Tensor] | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        if added is not None:
+            # diffusers concatenates text_embeds with the FP32 sinusoid of time_ids, then casts:
+            # ONNX's Concat takes one type only, so both are FP32 there.
+            added = {**added, "text_embeds": added["text_embeds"].float()}
+        return self.unet(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return self.predict(sample, timestep, encoder_hidden_states)
+
+
+class PooledUNet(UNet):
+    def forward(  # type: ignore[override]
         self,
         sample: Tensor,
         timestep: Tensor,
@@ -72,12 +99,42 @@ class UNet(nn.Module):
         text_embeds: Tensor,
         time_ids: Tensor,
     ) -> Tensor:
-        # diffusers concatenates text_embeds with the FP32 sinusoid of time_ids, then casts: ONNX's
-        # Concat takes one type only, so both are FP32 there.
-        added = {"text_embeds": text_embeds.float(), "time_ids": time_ids}
-        return self.unet(
-            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
-        )[0]
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        return self.predict(sample, timestep, encoder_hidden_states, added)
+
+
+class EmbeddedUNet(UNet):
+    def forward(  # type: ignore[override]
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor,
+    ) -> Tensor:
+        return self.predict(sample, timestep, encoder_hidden_states, None, timestep_cond)
+
+
+class PooledEmbeddedUNet(UNet):
+    def forward(  # type: ignore[override]
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        timestep_cond: Tensor,
+    ) -> Tensor:
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        return self.predict(sample, timestep, encoder_hidden_states, added, timestep_cond)
+
+
+UNETS = {
+    (False, False): UNet,
+    (True, False): PooledUNet,
+    (False, True): EmbeddedUNet,
+    (True, True): PooledEmbeddedUNet,
+}
+"""(takes the pooled embedding, takes the guidance scale) -> form."""
 
 
 class VaeDecoder(nn.Module):
@@ -119,9 +176,9 @@ def wrap(part: str, module: nn.Module, model: Model) -> nn.Module:
         index = 0 if part == "text_encoder" else 1
         pooled = model.pooled and index == len(model.text_encoders) - 1
         return TextEncoder(module, model.text_encoders[index], pooled).eval()
-    return {"unet": UNet, "vae_decoder": VaeDecoder, "taesd_decoder": TaesdDecoder}[part](
-        module
-    ).eval()
+    if part == "unet":
+        return UNETS[model.pooled, model.guidance_form == "embedding"](module).eval()
+    return {"vae_decoder": VaeDecoder, "taesd_decoder": TaesdDecoder}[part](module).eval()
 
 
 def output_names(part: str, model: Model) -> tuple[str, ...]:
@@ -159,15 +216,21 @@ def example_inputs(
     latents = normal(batch, latent_channels(part, config), height // 8, width // 8)
     if part != "unet":
         return {"latent_sample": latents}
-    size_width = config.addition_time_embed_dim
-    pooled_width = config.projection_class_embeddings_input_dim - 6 * size_width
-    return {
+    inputs = {
         "sample": latents,
         "timestep": torch.tensor([999.0]),
         "encoder_hidden_states": normal(batch, TOKENS, config.cross_attention_dim),
-        "text_embeds": normal(batch, pooled_width),
-        "time_ids": torch.tensor([[height, width, 0, 0, height, width]] * batch).float(),
     }
+    if config.addition_embed_type == "text_time":
+        pooled_width = (
+            config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        )
+        inputs["text_embeds"] = normal(batch, pooled_width)
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]] * batch)
+        inputs["time_ids"] = time_ids.float()
+    if config.time_cond_proj_dim is not None:
+        inputs["timestep_cond"] = normal(batch, config.time_cond_proj_dim)
+    return inputs
 
 
 def latent_channels(part: str, config: Any) -> int:

@@ -18,6 +18,8 @@ transformer blocks (210 branches, at most 30 in a row between two projections) s
 RESIDUAL_ENDS = (".out_proj", ".fc2", ".to_out.0", ".ff.net.2", ".proj_out", ".conv2", ".conv.4")
 CHUNK = 1 << 22
 """Numbers drawn at a time: bounds the FP32 scratch memory to 16 MB a thread."""
+DEVICE_CHUNK = 1 << 26
+"""The same on a GPU, which wants larger pieces: 256 MB."""
 
 
 def fill_random(module: nn.Module, seed: int, dtype: torch.dtype) -> None:
@@ -56,6 +58,24 @@ def fill_random(module: nn.Module, seed: int, dtype: torch.dtype) -> None:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for _ in pool.map(fill, jobs):  # numpy draws outside the interpreter's lock
             pass
+
+
+def draw_in_place(module: nn.Module, seed: int) -> None:
+    """Give every parameter of `module` values where it lies, on any device, in its own dtype.
+
+    Of the same distribution as those of `fill_random`, and rounded to FP16 as those are, but other
+    numbers: they come from torch's generator of that device. Seconds for SDXL's 5 GB on a GPU.
+    """
+    for path, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            mean, deviation = _scale(owner, f"{path}.{name}")
+            digest = hashlib.sha256(f"{seed} {path}.{name}".encode()).digest()
+            generator = torch.Generator(parameter.device)
+            generator.manual_seed(int.from_bytes(digest[:8], "little"))
+            flat = parameter.data.view(-1)
+            for piece in flat.split(DEVICE_CHUNK):
+                numbers = torch.randn(len(piece), generator=generator, device=piece.device)
+                piece.copy_(numbers.mul_(deviation).add_(mean).half())
 
 
 def _scale(owner: nn.Module, name: str) -> tuple[float, float]:

@@ -2,34 +2,77 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import AddbenchError
-from core.files import read_json, sha256_json
+from core.errors import AddbenchError, PreconditionError
+from core.files import ROOT, read_json, sha256_json
 from export.layout import FOLDERS, CheckpointError
-from export.models import MODELS, Model
+from export.models import MODELS, SOLVERS, Model
 
-HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(
+    r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<file>[\w./-]+\.safetensors))?(@(?P<revision>[\w./-]+))?"
+)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where files come from: a hub repository, a local folder, or nowhere (random numbers)."""
+    """Where files come from: a hub repository, a local folder, or nowhere (random numbers).
+
+    Attributes:
+        path: a folder, or (kind `file`) one file; relative to the checkout if it ships with it.
+        file: one file of a hub repository.
+    """
 
     kind: str
     id: str | None = None
     revision: str | None = None
     path: str | None = None
+    file: str | None = None
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Place:
+        """From a manifest, which may hold more and, if it is older, fewer fields."""
+        known: dict[str, Any] = {
+            key: fields.get(key) for key in ("kind", "id", "revision", "path", "file")
+        }
+        return cls(**known)
 
     @property
     def spec(self) -> str | None:
         """What to write behind a flag to get the same again."""
         if self.kind == "hub":
-            return f"{self.id}@{self.revision}" if self.revision else self.id
-        return self.path if self.kind == "folder" else None
+            file = f"/{self.file}" if self.file else ""
+            return f"{self.id}{file}" + (f"@{self.revision}" if self.revision else "")
+        return self.path if self.kind in ("folder", "file") else None
+
+    @property
+    def local(self) -> Path:
+        """The folder or file of a local place."""
+        return ROOT / str(self.path)
+
+
+@dataclass(frozen=True)
+class LoraPlace:
+    """LoRA weights to fuse, and the strength."""
+
+    place: Place
+    weight: float
+
+    @property
+    def name(self) -> str:
+        """Stem of the file or last word of the hub id, and the weight where it is not 1."""
+        source = self.place.file or self.place.path or str(self.place.id)
+        stem = Path(source).name.removesuffix(".safetensors")
+        return stem if self.weight == 1 else f"{stem}@{self.weight:g}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest's source."""
+        return {"name": self.name, "place": asdict(self.place), "weight": self.weight}
 
 
 @dataclass(frozen=True)
@@ -39,6 +82,7 @@ class Request:
     Attributes:
         vae, taesd: None for the rule of the model.
         seed: of random weights; None otherwise.
+        unet: None for the rule of the model.
     """
 
     weights: Place
@@ -46,10 +90,13 @@ class Request:
     taesd: Place | None
     seed: int | None
     allow_pickle: bool
+    unet: Place | None = None
+    loras: tuple[LoraPlace, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest, with a fingerprint of the local files (names, sizes, times)."""
         fields = asdict(self)
+        fields["loras"] = list(fields["loras"]) or None
         return fields | {"fingerprint": fingerprint(local_paths(fields))}
 
 
@@ -60,10 +107,14 @@ def make_request(
     taesd: str | None = None,
     seed: int = 0,
     allow_pickle: bool = False,
+    unet: str | None = None,
+    loras: Sequence[str] = (),
 ) -> Request:
-    """Read `--weights`, `--vae` and `--taesd`. CheckpointError for what they cannot mean."""
+    """Read `--weights` and the flags beside it. CheckpointError for what they cannot mean."""
     if weights == "random":
         place = Place("random")
+    elif weights == "folder" and model.folder is not None:
+        place = Place("folder", path=model.folder)
     elif weights == "hub":
         if model.checkpoint is None:
             raise CheckpointError(
@@ -80,28 +131,67 @@ def make_request(
         find_place(taesd, "--taesd") if taesd else None,
         seed if place.kind == "random" else None,
         allow_pickle,
+        find_place(unet, "--unet", files=True) if unet else None,
+        tuple(map(find_lora, loras)),
     )
 
 
-def find_place(text: str, flag: str) -> Place:
-    """`org/name[@revision]` or a folder; a folder that exists comes first, as in diffusers."""
+def find_place(text: str, flag: str, *, files: bool = False) -> Place:
+    """`org/name[@revision]` or a folder; a folder that exists comes first, as in diffusers.
+
+    Args:
+        files: a file will do too: `x.safetensors` or `org/name/x.safetensors[@revision]`.
+    """
     path = Path(text).expanduser()
     if path.is_dir():
         return Place("folder", path=str(path.resolve()))
+    if files and path.is_file():
+        return Place("file", path=str(path.resolve()))
     match = HUB_ID.fullmatch(text)
-    if match is None or text.startswith("."):
+    if match is None or text.startswith(".") or (match["file"] and not files):
         raise CheckpointError(
-            f"{flag} {text}: there is no such folder",
+            f"{flag} {text}: there is no such folder" + (" or file" if files else ""),
             "it is no hub id (org/name) either",
-            f"check the path; {flag} takes a folder in diffusers format or a hub id",
+            f"check the path; {flag} takes a folder in diffusers format or a hub id"
+            + (", or one .safetensors file of either" if files else ""),
         )
-    return Place("hub", match["id"], match["revision"])
+    return Place("hub", match["id"], match["revision"], file=match["file"])
+
+
+def find_lora(text: str) -> LoraPlace:
+    """`FILE[:WEIGHT]` or a hub id with the same; the weight is how strongly it is fused (1)."""
+    name, colon, last = text.rpartition(":")
+    try:
+        weight = float(last) if colon else 1.0
+    except ValueError:
+        name, weight = text, 1.0
+    else:
+        name = name if colon else text
+    if not math.isfinite(weight) or weight == 0:
+        raise CheckpointError(
+            f"--lora {text}: {weight:g} is not a weight",
+            "it is a finite number other than 0, 1 for the full strength",
+            f"use --lora {name}:1",
+        )
+    place = find_place(name, "--lora", files=True)
+    if place.kind == "folder":
+        held = sorted(place.local.glob("*.safetensors"))
+        if len(held) != 1:
+            raise CheckpointError(
+                f"--lora {name}: the folder holds {len(held)} .safetensors files",
+                "LoRA weights are one file",
+                "name the file",
+            )
+        place = Place("file", path=str(held[0]))
+    return LoraPlace(place, weight)
 
 
 def local_paths(fields: dict[str, Any]) -> list[Path]:
-    """The local folders that a request names."""
-    places = (fields[key] for key in ("weights", "vae", "taesd"))
-    return [Path(place["path"]) for place in places if place and place["path"]]
+    """The local folders and files that a request names."""
+    found = [fields.get(key) for key in ("weights", "vae", "taesd", "unet")]
+    found += [lora["place"] for lora in fields.get("loras") or ()]
+    places = [Place.of(place) for place in found if place]
+    return [place.local for place in places if place.path]
 
 
 def require_unchanged(fields: dict[str, Any]) -> None:
@@ -117,24 +207,26 @@ def require_unchanged(fields: dict[str, Any]) -> None:
         )
 
 
-def fingerprint(folders: list[Path]) -> str | None:
-    """Changes when a file of the folders does (by name, size and time); None when one is gone."""
+def fingerprint(paths: list[Path]) -> str | None:
+    """Changes when a file does (by name, size and time); None when a folder or file is gone."""
     stats = []
-    for folder in folders:
-        if not folder.is_dir():
+    for folder in paths:
+        if not folder.exists():
             return None
-        for file in sorted(file for name in ("", *FOLDERS) for file in (folder / name).glob("*")):
+        inside = (file for name in ("", *FOLDERS) for file in (folder / name).glob("*"))
+        for file in sorted(inside) if folder.is_dir() else [folder]:
             if file.suffix in (".json", ".txt", ".safetensors", ".bin") and file.is_file():
                 stat = file.stat()
-                stats.append([file.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns])
-    return sha256_json(stats) if folders else None
+                name = file.relative_to(folder).as_posix() if file != folder else file.name
+                stats.append([name, stat.st_size, stat.st_mtime_ns])
+    return sha256_json(stats) if paths else None
 
 
 def differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """How a bundle's request differs from this one, in words; empty when it is the same."""
     words = []
     for key in asked:
-        old, new = there.get(key), asked[key]
+        old, new = _whole(there.get(key)), _whole(asked[key])
         if old == new or (key == "fingerprint" and new is None):
             continue
         if key == "fingerprint":
@@ -144,17 +236,25 @@ def differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     return words
 
 
+def _whole(value: Any) -> Any:
+    """A place with all fields: older manifests hold fewer."""
+    return asdict(Place.of(value)) if isinstance(value, dict) else value
+
+
 def _short(value: Any) -> str:
     if isinstance(value, dict):
-        return Place(**value).spec or value["kind"]
+        return Place.of(value).spec or value["kind"]
+    if isinstance(value, list):
+        return ", ".join(f"{_short(one['place'])}:{one['weight']:g}" for one in value)
     return "the default" if value is None else str(value)
 
 
 def infer_model(folder: Path) -> Model:
-    """The entry of a checkpoint folder that MODELS does not know: an SDXL of some kind.
+    """The entry of a checkpoint folder that MODELS does not know: of the form of SDXL or of SD.
 
-    Its scheduler and size are read from its configs; the tiny autoencoder of SDXL's latents is the
-    one that sdxl-turbo's entry names.
+    Scheduler, size and whether guidance is an input are read from its configs; the tiny autoencoder
+    is that of its latents. It may run with any solver and any guidance, which are the user's to
+    know.
     """
     folder = folder.expanduser().resolve()
     if (folder / "manifest.json").is_file():
@@ -165,14 +265,17 @@ def infer_model(folder: Path) -> Model:
         )
     unet = _config(folder, "unet/config.json")
     scheduler = _config(folder, "scheduler/scheduler_config.json")
-    encoders = [folder / name for name in ("text_encoder", "text_encoder_2")]
-    if unet.get("addition_embed_type") != "text_time" or not all(e.is_dir() for e in encoders):
+    second = (folder / "text_encoder_2").is_dir()
+    added = unet.get("addition_embed_type")
+    if not (folder / "text_encoder").is_dir() or added != ("text_time" if second else None):
         raise CheckpointError(
-            f"{folder} is not a checkpoint of the SDXL form",
-            "it has two text encoders and a UNet with addition_embed_type text_time",
-            "pass an SDXL-like checkpoint",
+            f"{folder} is neither of the SDXL form nor of the SD form",
+            "SDXL has two text encoders and a UNet with addition_embed_type text_time; SD has one"
+            f" and none. This one has {1 + second} and {added}",
+            "pass a checkpoint of one of these forms",
         )
     scale = 2 ** (len(_config(folder, "vae/config.json").get("block_out_channels", [0] * 4)) - 1)
+    embedded = unet.get("time_cond_proj_dim") is not None
     return Model(
         name=folder.name,
         architecture=str(folder),
@@ -180,15 +283,38 @@ def infer_model(folder: Path) -> Model:
         licence=_card_licence(folder) or "not known: see the checkpoint's own terms",
         licence_notice="",
         vae=None,
-        taesd=MODELS["sdxl-turbo"].taesd,
-        text_encoders=("penultimate", "penultimate"),
-        pooled=True,
+        taesd=MODELS["sdxl-turbo" if second else "sd15"].taesd,
+        text_encoders=("penultimate", "penultimate") if second else ("final",),
+        pooled=second,
         size=int(unet.get("sample_size", 128)) * scale,
         scheduler=str(scheduler.get("_class_name", "EulerDiscreteScheduler")),
-        spacing=str(scheduler.get("timestep_spacing", "leading")),
+        spacing=str(scheduler.get("timestep_spacing", "")),
         steps=1,
-        guidance=0.0,
+        guidance=8.0 if embedded else 0.0,
+        guidance_form="embedding" if embedded else "free",
+        schedulers=() if embedded else SOLVERS,
+        sizes=(8, 4096),
     )
+
+
+def require_size(model: Model, multiple: int, width: int, height: int) -> None:
+    """The model can draw images of this size: sides within its range, and what its UNet divides.
+
+    Args:
+        multiple: pixels that both sides must be multiples of.
+    """
+    least, most = model.sizes
+    for side in (width, height):
+        if side % multiple or not least <= side <= most:
+            nearest = min(max(side // multiple * multiple, multiple, least), most)
+            why = f"its UNet halves latents: sides are multiples of {multiple}"
+            if not side % multiple:
+                why = f"it draws images with sides of {least} to {most} pixels"
+            raise PreconditionError(
+                f"--size {width}x{height} does not fit {model.name}",
+                why,
+                f"use --size {nearest}",
+            )
 
 
 def _card_licence(folder: Path) -> str | None:

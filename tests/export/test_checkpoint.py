@@ -171,7 +171,7 @@ def test_the_hub_cache_serves_without_network(hub_cache: Path) -> None:
     checkpoint = open_checkpoint(ON_HUB, "hub")
     assert (checkpoint.kind, checkpoint.source["revision"]) == ("hub", "1" * 40)
     assert checkpoint.source["taesd"] == {
-        "kind": "hub", "id": "org/taesd", "revision": "2" * 40, "path": None,
+        "kind": "hub", "id": "org/taesd", "revision": "2" * 40, "path": None, "file": None,
     }  # fmt: skip
     stored = checkpoint.origins["unet"].stored
     assert stored is not None

@@ -19,7 +19,7 @@ from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
 from export.checkpoint import Checkpoint, open_checkpoint
-from export.cost import Cost, part_cost, part_cost_at
+from export.cost import Cost, budget_cost, part_cost, part_cost_at
 from export.lower import CPU, LEGACY, lower
 from export.models import find_model
 
@@ -45,9 +45,18 @@ def test_the_full_size_parts_cost_what_is_known(full: Checkpoint, part: str, siz
     assert cost.weight_bytes / 2e6 == pytest.approx(float(known["params_m"]), rel=0.01)
     assert sum(cost.by_kind.values()) == pytest.approx(cost.flops)
     for kind in cost.by_kind:
-        if size == 512 and known[f"{kind}_512px"]:
-            figure = float(known[f"{kind}_512px"])
-            assert cost.by_kind[kind] / 1e9 == pytest.approx(figure, rel=0.01)
+        figure = float(known[f"{kind}_{size}px"])
+        assert cost.by_kind[kind] / 1e9 == pytest.approx(figure, rel=0.01)
+        assert cost.operators[kind] == int(known[f"{kind}_operators"])
+    moved = float(known[f"activation_mb_{size}px"])
+    assert cost.activation_bytes / 1e6 == pytest.approx(moved, rel=0.01)
+    listed = budget_cost(part, size)
+    assert listed is not None
+    assert listed.flops == pytest.approx(cost.flops, rel=0.01)
+
+
+def test_other_sizes_are_not_in_the_budget() -> None:
+    assert budget_cost("unet", 768) is None
 
 
 def test_cost_grows_with_batch_and_weights_do_not(full: Checkpoint) -> None:
