@@ -1,0 +1,253 @@
+"""TensorRT 10.1 and newer: one plan for each part, built on the GPU that will run it.
+
+The rest of its code is in backends/tensorrt/.
+
+No GPU was at hand when this was written. What ran on a CPU: every line of it against a test double
+of TensorRT's API, and that double against NVIDIA's type stubs; all calls against those stubs and
+against the sources of the Python bindings from 10.1 to 11.1. What did not run: TensorRT itself. So
+whether its parser takes every node, whether a capture works, and any speed are still to be seen.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from backends.base import (
+    Artifact,
+    Backend,
+    BackendError,
+    Capability,
+    Option,
+    Session,
+    Shapes,
+)
+from backends.tensorrt.gpu import Gpu
+from backends.tensorrt.probe import (
+    ATTENTION,
+    capability,
+    library_version,
+    loaded_version,
+    release,
+    require_gpu,
+)
+from backends.tensorrt.request import (
+    GRAPH,
+    LOG,
+    PLAN,
+    RECORD,
+    lower_command,
+    make_request,
+    parse_batch,
+    parse_gigabytes,
+    profile_for,
+    trtexec,
+)
+from core.files import build_root, read_json, require_disk, write_json
+from core.memory import give_memory_back, require_memory
+from export.lower import Profile, lower
+
+if TYPE_CHECKING:
+    from backends.pipeline import Pipeline
+    from backends.tensorrt.device import CudaDevice, Scratch
+    from export.bundle import Bundle
+
+SMALL = 256 * 2**20
+"""Bytes of a build beside the weights: TensorRT's libraries and kernels."""
+
+
+class TrtBackend(Backend):
+    name = "trt"
+    summary = "TensorRT on an NVIDIA GPU, in the graph's dtypes, the image as one CUDA graph"
+    device = "cuda"
+    asynchronous = True
+    package = "backends.tensorrt"
+    option_types: ClassVar[Mapping[str, Option]] = {
+        "batch": Option("static", "static: a plan for each batch size; 1-4: one plan for a range"),
+        "level": Option("3", "builder optimisation level", ("0", "1", "2", "3", "4", "5")),
+        "workspace": Option("auto", "scratch memory of one layer, in GiB (auto: the GPU's memory)"),
+        "graph": Option(
+            "image",
+            "one CUDA graph for the whole image, one for each part, or none",
+            ("image", "part", "none"),
+        ),
+        "attention": Option(
+            "auto",
+            "form in the graph (auto: the operator from TensorRT 10.14 on)",
+            ("auto", "op", "matmul"),
+        ),
+        "refit": Option("0", "plans without weights, put in from the bundle at load", ("0", "1")),
+        "hardware": Option("none", "plans for other GPUs too, not as fast", ("none", "ampere+")),
+        "version_compatible": Option(
+            "0", "plans for other versions of TensorRT too, not as fast", ("0", "1")
+        ),
+    }
+
+    def __init__(self, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(options)
+        parse_batch(self.options["batch"])  # refused before work starts
+        parse_gigabytes(self.options["workspace"])
+        self._cuda: CudaDevice | None = None
+        self._scratch: dict[str, Scratch] = {}
+
+    def probe(self) -> Capability:
+        return capability(self.summary)
+
+    def release(self) -> tuple[int, int]:
+        """(10, 14) for 10.14; the newest that is known here where TensorRT is not installed."""
+        found = library_version()
+        if found is None:
+            return ATTENTION
+        return release(loaded_version() if found == "unknown" else found)
+
+    def profile(self, part: str) -> Profile:
+        options = self.options
+        return profile_for(self.release(), options["attention"], parse_batch(options["batch"]))
+
+    def precision(self, bundle: Bundle) -> str:
+        return bundle.dtype
+
+    def fingerprint(self) -> dict[str, str]:
+        gpu = require_gpu()
+        return {
+            "tensorrt": loaded_version(),
+            "gpu": gpu.name,
+            "compute_capability": gpu.architecture,
+        }
+
+    def compile_options(self) -> Mapping[str, str]:
+        return {key: value for key, value in self.options.items() if key != "graph"}
+
+    # ---- building
+
+    def dry_run(self, bundle: Bundle, part: str, shapes: Shapes) -> list[list[str]]:
+        """What `compile` does for `part`, as commands: lower the graph, `trtexec`, clear up.
+
+        The lowered graph's weights are a hard link to the bundle's, which onnx does not read from
+        a file with several names: it is not to stay.
+        """
+        info, version = bundle.parts[part], self.release()
+        request = make_request(info, shapes, self.options, version)
+        where = self.options["batch"] if request.shapes else f"batch{shapes.batch}"
+        folder = build_root() / "trtexec" / f"{bundle.path.name}-{part}-{where}"
+        timing = folder.parent / "timing.cache"
+        graph = folder / GRAPH
+        return [
+            lower_command(info.graph, request.profile, graph),
+            trtexec(request, version, graph, folder / PLAN, timing),
+            ["rm", "-f", str(graph), f"{graph}.data"],
+        ]
+
+    def timing_cache(self, gpu: Gpu) -> Path:
+        name = f"trt-{loaded_version()}-{gpu.name}-{gpu.architecture}".replace(" ", "_")
+        return build_root() / "timing" / f"{name.replace('/', '_')}.cache"
+
+    def _compile(self, bundle: Bundle, part: str, shapes: Shapes, folder: Path) -> None:
+        version, gpu = loaded_version(), require_gpu()  # imports tensorrt, or says why not
+        from backends.tensorrt.build import build
+        from backends.tensorrt.log import Log
+
+        info, doing = bundle.parts[part], f"building {bundle.name} {part} with TensorRT"
+        require_disk(folder, info.weight_bytes + SMALL, doing)
+        # The parser's copy and the builder's; not measured.
+        require_memory(2 * info.weight_bytes + SMALL, doing)
+        request = make_request(info, shapes, self.options, release(version))
+        log, started = Log(folder / LOG), time.perf_counter()
+        try:
+            with lowered(bundle, part, request.profile) as graph:
+                build(request, graph, folder / PLAN, self.timing_cache(gpu), log)
+        except BackendError as error:
+            kept = build_root() / "logs" / f"trt-{bundle.path.name}-{part}.log"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text((folder / LOG).read_text())
+            raise type(error)(error.what, error.why, f"{error.next}; the log is {kept}") from error
+        finally:
+            log.close()
+            give_memory_back()
+        record = {
+            "schema": 1,
+            "request": request.record(),
+            "shapes": [shapes.batch, shapes.width, shapes.height],
+            "fingerprint": self.fingerprint(),
+            "driver_cuda": ".".join(map(str, gpu.cuda)),
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        write_json(folder / RECORD, record)
+
+    # ---- running
+
+    def load(self, bundle: Bundle, artifact: Artifact) -> Session:
+        """As every backend; a plan that TensorRT does not take is built again, once."""
+        loaded_version()
+        from backends.cache import ArtifactCache
+        from backends.tensorrt.session import StalePlanError
+
+        path = artifact_folder(artifact)
+        inode, (batch, width, height) = path.stat().st_ino, read_json(path / RECORD)["shapes"]
+        try:
+            return super().load(bundle, artifact)
+        except StalePlanError as error:
+            print(f"{artifact.part}: {error.what} ({error.why}); built again", file=sys.stderr)
+        ArtifactCache().discard(path, inode)
+        again = self.compile(bundle, artifact.part, Shapes(batch, width, height))
+        return super().load(bundle, again)
+
+    def pipeline(self, bundle: Bundle, decoder: str, shapes: Shapes, **rest: Any) -> Pipeline:
+        """All stages on the device without waiting in between; by default as one CUDA graph."""
+        from backends.captured import DevicePipeline
+
+        whole = self.options["graph"] == "image"
+        return DevicePipeline(self, bundle, decoder, shapes, capture=whole, **rest)
+
+    def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
+        from backends.tensorrt.device import CudaDevice, Scratch
+        from backends.tensorrt.log import Log
+        from backends.tensorrt.session import TrtSession, load_engine, refit
+
+        path, part, log = artifact_folder(artifact), artifact.part, Log()
+        engine = load_engine(
+            path / PLAN, log, foreign_code=self.options["version_compatible"] == "1"
+        )
+        if self.options["refit"] == "1":
+            profile = Profile(**read_json(path / RECORD)["request"]["profile"])
+            with lowered(bundle, part, profile) as graph:
+                refit(engine, graph, log)
+            give_memory_back()
+        if self._cuda is None:
+            self._cuda = CudaDevice()
+        # The text encoders may run side by side; UNet and decoder follow one another.
+        lane = part if part.startswith("text_encoder") else "main"
+        scratch = self._scratch.setdefault(lane, Scratch(self._cuda))
+        return TrtSession(
+            engine,
+            bundle.parts[part],
+            self._cuda,
+            scratch,
+            log,
+            graph=self.options["graph"] == "part",
+        )
+
+
+@contextmanager
+def lowered(bundle: Bundle, part: str, profile: Profile) -> Iterator[Path]:
+    """The graph of `part` in the form of `profile`, for as long as the block runs.
+
+    The same each time, with the same names of weights: what a stripped plan is refitted from.
+    """
+    root = build_root()
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".lowered-") as folder:
+        graph = Path(folder) / GRAPH
+        lower(bundle.parts[part].graph, profile, graph)
+        yield graph
+
+
+def artifact_folder(artifact: Artifact) -> Path:
+    if artifact.path is None:
+        raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
+    return artifact.path
