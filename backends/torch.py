@@ -1,61 +1,162 @@
-"""diffusers' own modules, eager, FP32: the reference, and what users would otherwise run."""
+"""diffusers' own modules in torch: the FP32 reference on a CPU, and the fast way on a GPU.
+
+On the CPU, eager FP32 is what every other backend is held against. On an NVIDIA GPU it runs in
+FP16, with convolutions in channels-last layout, and in four modes:
+
+    eager            op by op, as most people run it
+    compile          each part through torch.compile
+    graph            the whole image as one CUDA graph (backends/captured.py)
+    compiled-graph   both
+
+No GPU was at hand when this was written: what ran on the CPU is the arithmetic of all modes (the
+graph's code path uncaptured); that a capture works, and any speed, is for `python -m
+bench.gpu_check` to say.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from backends.base import Artifact, Backend, Capability, Option, Session, thread_count
+from backends.base import (
+    Artifact,
+    Backend,
+    Capability,
+    Option,
+    Session,
+    Shapes,
+    UnsupportedError,
+    thread_count,
+)
+from backends.nvidia import architecture, gpu_name, memory_errors, torch_on_gpu
 from core.memory import require_memory
 from export.lower import CANONICAL, Profile
 
 if TYPE_CHECKING:
     import torch
 
-    from export.bundle import Bundle
+    from backends.pipeline import Pipeline
+    from export.bundle import Bundle, Spec
+
+MODES = ("eager", "compile", "graph", "compiled-graph")
+DTYPES = {"fp32": "float32", "fp16": "float16"}
+ALWAYS_FLOAT32 = ("timestep", "time_ids")
+"""UNet inputs whose values FP16 cannot hold: float32 in every bundle."""
 
 
 class TorchSession(Session):
-    """A part's wrapper module, run eagerly."""
+    """A part's wrapper module. Launches on torch's current stream and does not wait."""
 
-    def __init__(self, bundle: Bundle, part: str, module: torch.nn.Module) -> None:
+    def __init__(
+        self, bundle: Bundle, part: str, module: torch.nn.Module, backend: TorchBackend
+    ) -> None:
+        dtype = DTYPES[backend.dtype]
+
+        def computed(spec: Spec) -> Spec:
+            """As in the graph's signature, in the dtype that is computed in here."""
+            fixed = spec.dtype == "int64" or spec.name in ALWAYS_FLOAT32
+            return spec if fixed else replace(spec, dtype=dtype)
+
         info = bundle.parts[part]
-        # The same signature as the graph's, in the dtype that is computed in here.
-        self.inputs, self.outputs = (
-            {
-                spec.name: replace(spec, dtype=spec.dtype.replace("float16", "float32"))
-                for spec in specs
-            }
-            for specs in (info.inputs, info.outputs)
-        )
+        self.inputs = {spec.name: computed(spec) for spec in info.inputs}
+        self.outputs = {spec.name: computed(spec) for spec in info.outputs}
+        self.device = backend.device
         self.module = module
+        self.runs: Any = module
+        self.channels_last = backend.channels_last
+        self.projections: Any = None
 
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         import torch
 
-        with torch.inference_mode():
-            result = self.module(*(inputs[name] for name in self.inputs))
+        arguments = [inputs[name] for name in self.inputs]
+        if self.channels_last:
+            arguments = [
+                one.contiguous(memory_format=torch.channels_last) if one.ndim == 4 else one
+                for one in arguments
+            ]
+        with torch.inference_mode(), memory_errors("in torch"):
+            result = self.runs(*arguments)
         results = result if isinstance(result, tuple) else (result,)
         return dict(zip(self.outputs, results, strict=True))
 
+    def holding(self, prompt: torch.Tensor) -> AbstractContextManager[None]:
+        if self.projections is None:
+            return nullcontext()
+        held: AbstractContextManager[None] = self.projections.holding(prompt)
+        return held
+
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
     def close(self) -> None:
-        del self.module
+        del self.module, self.runs, self.projections
 
 
 class TorchBackend(Backend):
     name = "torch"
-    summary = "diffusers' modules as they are, eager FP32 on the CPU: the reference"
+    summary = "diffusers' modules: eager FP32 on the CPU (the reference), FP16 on an NVIDIA GPU"
     keeps_artifacts = False
     option_types: ClassVar[Mapping[str, Option]] = {
         "threads": Option("auto", "intra-op threads (auto: physical cores)"),
-    }
+        "device": Option("cpu", "what it runs on", ("cpu", "cuda")),
+        "mode": Option(
+            "eager",
+            "op by op, torch.compile, one CUDA graph for the whole image (on the CPU: the same code"
+            " uncaptured), or both",
+            MODES,
+        ),
+        "dtype": Option("auto", "of weights and arithmetic (auto: fp16 on a GPU, else fp32)",
+                        ("auto", *DTYPES)),
+        "channels_last": Option("auto", "layout of convolutions (auto: on a GPU)",
+                                ("auto", "0", "1")),
+        "autotune": Option("0", "torch.compile tries kernels out: minutes, once", ("0", "1")),
+        "streams": Option("1", "text encoders beside each other, on a GPU's two streams",
+                          ("0", "1")),
+    }  # fmt: skip
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
         thread_count(self.options["threads"])  # refused before work starts
+        self.device = self.options["device"]
+        self.asynchronous = self.device == "cuda"
+
+    # ---- options, resolved
+
+    @property
+    def dtype(self) -> str:
+        """fp32 or fp16."""
+        asked = self.options["dtype"]
+        return asked if asked != "auto" else ("fp16" if self.device == "cuda" else "fp32")
+
+    @property
+    def channels_last(self) -> bool:
+        asked = self.options["channels_last"]
+        return self.device == "cuda" if asked == "auto" else asked == "1"
+
+    @property
+    def compiles(self) -> bool:
+        return self.options["mode"].startswith("compile")
+
+    @property
+    def in_one_go(self) -> bool:
+        """Whether a call does not wait between its stages."""
+        return self.device == "cuda" or self.options["mode"].endswith("graph")
+
+    def effective_options(self) -> dict[str, str]:
+        return super().effective_options() | {
+            "dtype": self.dtype,
+            "channels_last": str(int(self.channels_last)),
+        }
+
+    # ---- what a backend says of itself
 
     def probe(self) -> Capability:
         for package in ("torch", "diffusers", "transformers"):
@@ -63,29 +164,91 @@ class TorchBackend(Backend):
                 return Capability(
                     False, f"the package {package} is missing", "", f"pip install {package}"
                 )
-        return Capability(True, self.summary, version=version("torch"), devices=("cpu",))
+        if self.device == "cuda":
+            missing = torch_on_gpu()
+            if missing is not None:
+                return missing
+        devices = (gpu_name(),) if self.device == "cuda" else ("cpu",)
+        return Capability(True, self.summary, version=version("torch"), devices=devices)
 
     def profile(self, part: str) -> Profile:
         return CANONICAL
 
     def precision(self, bundle: Bundle) -> str:
-        return "fp32"
+        return self.dtype
 
     def storage(self, bundle: Bundle) -> str:
-        return "fp32"
+        return self.dtype
 
     def fingerprint(self) -> dict[str, str]:
-        return {package: version(package) for package in ("torch", "diffusers", "transformers")}
+        found = {package: version(package) for package in ("torch", "diffusers", "transformers")}
+        return found | ({"compute_capability": architecture()} if self.device == "cuda" else {})
+
+    # ---- loading
+
+    def pipeline(self, bundle: Bundle, decoder: str, shapes: Shapes, **rest: Any) -> Pipeline:
+        if not self.in_one_go:
+            return super().pipeline(bundle, decoder, shapes, **rest)
+        from backends.captured import DevicePipeline
+
+        return DevicePipeline(
+            self,
+            bundle,
+            decoder,
+            shapes,
+            capture=self.options["mode"].endswith("graph"),
+            parallel_text=self.options["streams"] == "1",
+            **rest,
+        )
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         import torch
 
         from export.parts import wrap
 
-        need = bundle.parts[artifact.part].weight_bytes * (2 if bundle.dtype == "fp16" else 1)
-        require_memory(need, f"loading {bundle.name} {artifact.part}")
-        torch.set_num_threads(thread_count(self.options["threads"]))
+        part, dtype = artifact.part, getattr(torch, DTYPES[self.dtype])
         checkpoint = bundle.checkpoint()
-        with torch.inference_mode(False):  # a stage may load its part inside of it
-            module = checkpoint.module(artifact.part, torch.float32)
-        return TorchSession(bundle, artifact.part, wrap(artifact.part, module, checkpoint.model))
+        if part == "vae_decoder" and self.dtype == "fp16":
+            require_safe_vae(checkpoint.config(part), bundle)
+        if bundle.has_graphs or self.device == "cpu":  # loaded into the host's memory first
+            factor = (4 if self.dtype == "fp32" else 2) / (4 if bundle.dtype == "fp32" else 2)
+            need = int(bundle.parts[part].weight_bytes * factor)
+            require_memory(need, f"loading {bundle.name} {part}")
+        torch.set_num_threads(thread_count(self.options["threads"]))
+        set_cuda_math(self.dtype)
+        doing = f"loading {bundle.name} {part}"
+        with torch.inference_mode(False), memory_errors(doing):  # a stage may load inside of it
+            module = checkpoint.module(part, dtype, self.device)
+            if self.channels_last and not part.startswith("text_encoder"):
+                module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            session = TorchSession(bundle, part, wrap(part, module, checkpoint.model), self)
+            if part == "unet" and self.in_one_go:
+                from backends.crossattention import PromptProjections
+
+                session.projections = PromptProjections(session.module)
+        if self.compiles:
+            mode = "max-autotune-no-cudagraphs" if self.options["autotune"] == "1" else None
+            session.runs = torch.compile(session.module, dynamic=False, mode=mode)
+        return session
+
+
+def set_cuda_math(dtype: str) -> None:
+    """The reference computes true FP32: convolutions would use TF32 by default, 10 bits of 23.
+
+    In FP16, cuDNN tries its algorithms for each shape: they are few and fixed.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = dtype == "fp16"
+
+
+def require_safe_vae(config: Mapping[str, Any], bundle: Bundle) -> None:
+    """Refuse a VAE that overflows in FP16, by its own word (diffusers' `force_upcast`)."""
+    if config.get("force_upcast", True):
+        raise UnsupportedError(
+            f"the VAE of {bundle.name} does not run in FP16",
+            "its config says force_upcast: its activations go beyond 65504",
+            "export with an FP16-safe one (--vae madebyollin/sdxl-vae-fp16-fix for SDXL), or use"
+            " the taesd decoder or torch:dtype=fp32",
+        )

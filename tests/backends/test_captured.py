@@ -1,0 +1,230 @@
+"""A whole image in one go against the step-by-step order; its CUDA half on a test double.
+
+torch in FP32 on the CPU, random weights drawn there: the same arithmetic as on a GPU, uncaptured.
+`GraphDouble` stands for CUDA's graphs where the order of capture and replay is looked at.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from backends.base import OutOfMemoryError, Shapes, UnsupportedError, parse_backend
+from backends.captured import DevicePipeline
+from backends.parity import image_distance
+from backends.pipeline import Pipeline
+from backends.recipe import Recipe
+from core.errors import AddbenchError
+from core.files import ROOT
+from export.bundle import Bundle
+from export.graphless import write_graphless
+from export.models import MODELS, SCHEDULERS, TINY_LCM, TINY_SD
+
+sys.path.insert(0, str(ROOT / "tests" / "doubles"))
+import cuda_graph_double
+
+PROMPTS = ["a small red circle", "", "ein Bär, 熊 🐻"]
+SEEDS = [5, 6, 11]
+SAME_DB = 60.0
+"""A level of 255 in few pixels: FP32 sums in another order, rounded to uint8."""
+MORE = ("TCDScheduler", "DDPMScheduler")
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("drawn") / "tiny"
+    write_graphless(MODELS["tiny-sdxl"], folder, "cpu", "fp32")
+    return Bundle.open(folder)
+
+
+def pipeline(
+    bundle: Bundle, mode: str, decoder: str = "taesd", recipe: Recipe | None = None, **options: str
+) -> Pipeline:
+    words = {"mode": mode, "threads": "1", **options}
+    backend = parse_backend("torch:" + ",".join(f"{k}={v}" for k, v in words.items()))
+    shapes = Shapes(len(PROMPTS), *bundle.size)
+    return backend.pipeline(bundle, decoder, shapes, recipe=recipe)
+
+
+def same(whole: Pipeline, by_step: Pipeline, steps: int, prompts: list[str] = PROMPTS) -> None:
+    seeds = SEEDS[: len(prompts)]
+    found = whole(prompts, steps=steps, seed=seeds)
+    expected = by_step(prompts, steps=steps, seed=seeds)
+    assert found.nfe == expected.nfe
+    assert found.timings.text is None
+    assert found.timings.unet == []
+    for image, reference in zip(found.images, expected.images, strict=True):
+        assert image_distance(image, reference).psnr_db > SAME_DB
+
+
+@pytest.fixture(scope="module")
+def plain(drawn: Bundle) -> Iterator[Pipeline]:
+    with pipeline(drawn, "eager") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def whole(drawn: Bundle) -> Iterator[Pipeline]:
+    with pipeline(drawn, "graph") as made:
+        yield made
+
+
+@pytest.mark.parametrize("name", sorted({*SCHEDULERS.values(), *MORE}))
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_every_scheduler_gives_the_same_image(
+    name: str, spacing: str, plain: Pipeline, whole: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = plain.bundle
+    config = dict(bundle.scheduler().config) | {"clip_sample": False, "timestep_spacing": spacing}
+
+    def scheduler(_: object, asked: str | None = None) -> Any:
+        return getattr(diffusers, str(asked)).from_config(config)
+
+    monkeypatch.setattr(Bundle, "scheduler", scheduler)
+    for pipe in (plain, whole):
+        monkeypatch.setattr(pipe, "recipe", Recipe(name))
+        monkeypatch.setattr(pipe, "_scheduler", None)
+    for kept in ("_slots", "_schedules", "_readable"):
+        monkeypatch.setattr(whole, kept, {})
+    same(whole, plain, 4, PROMPTS[:1])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_batches_and_step_counts(steps: int, plain: Pipeline, whole: Pipeline) -> None:
+    same(whole, plain, steps)
+    same(whole, plain, steps, PROMPTS[:1])
+
+
+@pytest.mark.parametrize("mode", ["batch", "calls"])
+def test_guidance(mode: str, drawn: Bundle) -> None:
+    recipe = Recipe(SCHEDULERS["euler"], 5.0, mode)
+    with (
+        pipeline(drawn, "eager", "vae", recipe) as one,
+        pipeline(drawn, "graph", "vae", recipe) as other,
+    ):
+        same(other, one, 2)
+
+
+@pytest.mark.parametrize("model", [TINY_SD, TINY_LCM])
+def test_other_forms_of_model(model: Any, tmp_path: Any) -> None:
+    """One text encoder, the empty prompt encoded, guidance as an input of the UNet."""
+    write_graphless(model, tmp_path / "bundle", "cpu", "fp32")
+    bundle = Bundle.open(tmp_path / "bundle")
+    with pipeline(bundle, "eager") as one, pipeline(bundle, "graph") as other:
+        same(other, one, 2, PROMPTS[:2])
+
+
+def test_half_precision_channels_last_is_near(drawn: Bundle, plain: Pipeline) -> None:
+    expected = plain(PROMPTS, steps=2, seed=SEEDS).images
+    with pipeline(drawn, "graph", dtype="fp16", channels_last="1") as half:
+        assert half.backend.precision(drawn) == half.backend.storage(drawn) == "fp16"
+        weights = {p.dtype for p in half.session("unet").module.parameters()}  # type: ignore[attr-defined]
+        assert weights == {torch.float16}
+        found = half(PROMPTS, steps=2, seed=SEEDS).images
+    assert min(image_distance(a, b).psnr_db for a, b in zip(found, expected, strict=True)) > 30
+
+
+def test_prompt_projections_are_computed_once(whole: Pipeline) -> None:
+    session = whole.session("unet")
+    projections = session.projections.projections  # type: ignore[attr-defined]
+    blocks = [m for m in session.module.modules() if getattr(m, "is_cross_attention", False)]  # type: ignore[attr-defined]
+    assert len(projections) == 2 * len(blocks) > 0
+    products = 0
+    linear = torch.nn.functional.linear
+
+    def counting(given: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        nonlocal products
+        width = whole.bundle.parts["unet"].inputs[2].shape[-1]
+        products += given.shape[1:] == (77, width)
+        return linear(given, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", counting)
+        whole(PROMPTS[:1], steps=4, seed=1)
+    assert products == 1
+    assert all(one.held is None for one in projections)
+
+
+def test_an_unreadable_scheduler_is_refused_in_a_graph_and_stepped_without(
+    drawn: Bundle,
+) -> None:
+    """DDIM that clips, as its config has it where nobody says otherwise."""
+    recipe = Recipe(SCHEDULERS["ddim"])
+    with (
+        pipeline(drawn, "graph", recipe=recipe) as captured,
+        pytest.raises(UnsupportedError, match="cannot be captured"),
+    ):
+        captured("a star", steps=2)
+    with (
+        pipeline(drawn, "eager", recipe=recipe) as plain,
+        DevicePipeline(
+            plain.backend, drawn, "taesd", plain.shapes, capture=False, recipe=recipe
+        ) as loose,
+    ):
+        found, expected = (p("a star", steps=2, seed=3) for p in (loose, plain))
+    assert np.array_equal(found.images, expected.images)
+    assert found.timings.text is not None
+
+
+# ---- capture and replay, on a double of CUDA's graphs
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> type[cuda_graph_double.GraphDouble]:
+    return cuda_graph_double.install(monkeypatch)
+
+
+def test_a_replay_reads_new_prompts_and_seeds(
+    cuda: type[cuda_graph_double.GraphDouble], drawn: Bundle, plain: Pipeline
+) -> None:
+    with pipeline(drawn, "graph") as captured:
+        for number, prompt in enumerate(["a star", "a red circle", ""]):
+            found = captured(prompt, steps=2, seed=number)
+            expected = plain(prompt, steps=2, seed=number)
+            assert image_distance(found.images[0], expected.images[0]).psnr_db > SAME_DB
+            assert found.nfe == 2
+        assert cuda.replays == 3
+        first = captured._slots[1, 2].graph  # type: ignore[attr-defined]
+        captured("a star", steps=1)
+        assert captured._slots[1, 1].graph is not first  # type: ignore[attr-defined]
+        assert captured._slots[1, 2].graph is first  # type: ignore[attr-defined]
+
+
+def test_memory_that_runs_out_is_said_so(
+    cuda: type[cuda_graph_double.GraphDouble], drawn: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pipeline(drawn, "graph") as captured:
+        session = captured.session("unet")
+
+        def full(*_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        monkeypatch.setattr(session, "runs", full)
+        with pytest.raises(OutOfMemoryError, match="memory ran out"):
+            captured("a star", steps=1)
+
+
+def test_what_cannot_be_captured_is_named(
+    cuda: type[cuda_graph_double.GraphDouble], drawn: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pipeline(drawn, "graph") as captured:
+        calls = 0
+        run = captured.session("unet").run
+
+        def third_fails(inputs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3:  # two warm up
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return run(inputs)
+
+        monkeypatch.setattr(captured.session("unet"), "run", third_fails)
+        with pytest.raises(AddbenchError, match="could not be captured") as caught:
+            captured("a star", steps=1)
+    assert "not permitted when stream is capturing" in caught.value.why
