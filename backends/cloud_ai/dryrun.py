@@ -1,0 +1,198 @@
+"""A dry run: all that a person with the SDK needs, in one folder, to compile and time the parts.
+
+    cloud-ai-100.sh   checks, compile commands, runner commands; runs as it is
+    manifest.json     the same as data: arguments in both dialects, presets, expected files
+    onnx/, buffers/   the lowered graphs and buffer types, where there is a bundle
+    qpc/, logs/       what the script leaves
+
+Without a bundle the script is whole, and its check says how to make the graphs.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends.base import check_decoder, stage_parts
+from backends.cloud_ai import qpc
+from backends.cloud_ai.compiler import half_buffers, io_list
+from backends.cloud_ai.presets import DEVIATIONS, PARTS, Preset
+from backends.cloud_ai.script import script
+from backends.cloud_ai.spec import DIALECTS, CompileSpec
+from core.errors import PreconditionError
+from core.files import build_root, require_disk, write_atomic, write_json
+from export.bundle import MANIFEST, Bundle, find_bundle
+from export.lower import lower
+from export.models import DECODERS, MODELS
+
+if TYPE_CHECKING:
+    from backends.qaic import QaicBackend
+
+SCRIPT, RECORD = "cloud-ai-100.sh", "manifest.json"
+ITERATIONS = 100
+HALF = {
+    "text_encoder": ["hidden_states"],
+    "text_encoder_2": ["hidden_states", "text_embeds"],
+    "unet": ["sample", "encoder_hidden_states", "text_embeds", "out_sample"],
+    "vae_decoder": ["latent_sample", "sample"],
+    "taesd_decoder": ["latent_sample", "sample"],
+}
+"""FP16 buffers of an SDXL model's parts, for a dry run without a bundle."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program: `name` is that of its folders."""
+
+    name: str
+    part: str
+    batch: int
+    spec: CompileSpec
+    preset: Preset
+    buffers: list[str]
+
+    def columns(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "part": self.part,
+            "batch": self.batch,
+            "preset": asdict(self.preset),
+            "arguments": {one.name: self.spec.arguments(one) for one in DIALECTS.values()},
+            "fp16_buffers": self.buffers,
+            "expected_files": self.expected(),
+        }
+
+    def expected(self) -> list[str]:
+        """What compiling leaves, and what a run on device 0 leaves."""
+        return [
+            f"{self.spec.binary_dir}/{qpc.FILE}",
+            f"logs/compile-{self.name}.log",
+            f"logs/run-{self.name}-device0.log",
+        ]
+
+
+def write(
+    backend: QaicBackend,
+    model: str,
+    weights: str | None,
+    dtype: str | None,
+    decoders: Sequence[str],
+    batches: Sequence[int],
+) -> list[str]:
+    """Write the folder; return what to print: where it is, and the commands.
+
+    Raises:
+        PreconditionError: no such model, a batch without a preset, or a bundle that was asked for
+            by path or kind is not there.
+    """
+    bundle = bundle_or_none(model, weights, dtype)
+    name = bundle.path.name if bundle else model
+    folder = build_root() / "cloud-ai-100" / f"{name}-{backend.card}"
+    jobs = make_jobs(backend, bundle, decoders, batches)
+    for stale in ("onnx", "buffers"):
+        shutil.rmtree(folder / stale, ignore_errors=True)
+    for job in jobs:
+        if job.spec.io_list is not None:
+            write_atomic(folder / job.spec.io_list, io_list(job.buffers))
+    if bundle is not None:
+        write_graphs(backend, bundle, jobs, folder)
+    export = f"python -m export --model {model} --dtype fp32"
+    text = script(name, backend.card, [(job.name, job.spec) for job in jobs], export, ITERATIONS)
+    write_atomic(folder / SCRIPT, text)
+    os.chmod(folder / SCRIPT, 0o755)
+    record = {
+        "schema": 1,
+        "model": model,
+        "bundle": None if bundle is None else {"name": name, "hash": bundle.hash},
+        "card": backend.card,
+        "deviations": DEVIATIONS,
+        "programs": [job.columns() for job in jobs],
+        "script": SCRIPT,
+    }
+    write_json(folder / RECORD, record)
+    dialect = backend.found.sdk.dialect
+    lines = [f"wrote {folder / SCRIPT} and {RECORD} beside it"]
+    if bundle is None:
+        lines.append(f"there is no bundle of {model}: the graphs are missing ({export})")
+    for one in [dialect] if dialect else DIALECTS.values():
+        lines.append(f"# {one.name}, in {folder}")
+        lines += [shlex.join(job.spec.command(one, backend.found.sdk.root)) for job in jobs]
+    runner = backend.found.sdk.root / "exec" / "qaic-runner"
+    lines.append("# qaic-runner")
+    lines += [shlex.join(run_command(runner, job)) for job in jobs]
+    lines.append(f"presets: {DEVIATIONS}")
+    lines += [f"  {job.name:<24} {job.preset.follows}: {job.preset.note}" for job in jobs]
+    return lines
+
+
+def run_command(runner: Path, job: Job) -> list[str]:
+    """Time one program on device 0, one inference after the other."""
+    activations = ["-t", str(job.spec.binary_dir), "-a", "1", "-S", "1"]
+    return [str(runner), *activations, "-n", str(ITERATIONS), "-d", "0"]
+
+
+def bundle_or_none(model: str, weights: str | None, dtype: str | None) -> Bundle | None:
+    """The bundle, or None for a known model that was not exported here."""
+    try:
+        return find_bundle(model, weights, dtype)
+    except PreconditionError:
+        known = model in MODELS and weights is None and dtype is None
+        if not known or Path(model, MANIFEST).is_file():
+            raise
+        if MODELS[model].pooled:
+            return None
+        raise
+
+
+def make_jobs(
+    backend: QaicBackend, bundle: Bundle | None, decoders: Sequence[str], batches: Sequence[int]
+) -> list[Job]:
+    parts = tuple(bundle.parts) if bundle else PARTS
+    for decoder in decoders:
+        if bundle is not None:
+            check_decoder(bundle, decoder)
+        elif decoder not in DECODERS:
+            raise PreconditionError(
+                f"there is no decoder called {decoder!r}",
+                f"decoders: {', '.join(DECODERS)}",
+                f"use --decoder {DECODERS[0]}",
+            )
+    wanted = {part for decoder in decoders for part in stage_parts(parts, decoder)}
+    jobs = []
+    for batch in batches:
+        for part in (part for part in parts if part in wanted):
+            name = f"{part}-batch{batch}"
+            own = backend.spec(part, batch, Path("qpc") / name, Path("onnx") / name)
+            info = bundle.parts[part] if bundle else None
+            buffers = half_buffers((*info.inputs, *info.outputs)) if info else HALF[part]
+            spec = CompileSpec(
+                **{
+                    **vars(own),
+                    "binary_dir": Path("qpc") / name,
+                    "io_list": Path("buffers") / f"{name}.yaml" if own.io_list else None,
+                }
+            )
+            jobs.append(Job(name, part, batch, spec, backend.preset(part, batch), buffers))
+    return jobs
+
+
+def write_graphs(backend: QaicBackend, bundle: Bundle, jobs: Sequence[Job], folder: Path) -> None:
+    """Lower every graph into the folder, with weights of its own.
+
+    Copies, not links: onnx takes a file with several links for an attack, here and in the bundle.
+    """
+    need = sum(bundle.parts[job.part].weight_bytes for job in jobs)
+    require_disk(folder, need, f"the graphs of {bundle.path.name}")
+    for job in jobs:
+        graph = folder / job.spec.model
+        lower(bundle.parts[job.part].graph, backend.form(job.part, job.batch), graph)
+        for data in graph.parent.glob(f"{graph.name}.data*"):
+            with tempfile.TemporaryDirectory(dir=data.parent) as scratch:
+                own = shutil.copyfile(data, Path(scratch) / data.name)
+                os.replace(own, data)

@@ -1,0 +1,1 @@
+"""A card that is not here: images from the CPU, times and energy from a model of the card."""
