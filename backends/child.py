@@ -1,0 +1,114 @@
+"""Work in a process of its own: its peak memory is not the caller's, and a kill is only a failure.
+
+`run_child` runs a module with a JSON job on stdin, by this interpreter or by that of another
+environment; the module's `__main__` is `serve(work)`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from backends.base import BackendError, OutOfMemoryError
+from core.files import ROOT, read_json, write_json
+
+PEAK = "peak.json"
+HOME_PYTHON = "ADDBENCH_PYTHON"
+"""The interpreter of the project's own environment, told to workers that run in another one."""
+
+
+def environment_for(python: Path, home: Path) -> dict[str, str]:
+    """The variables for a process that `python` runs; where that is not `home`, the project's own
+    interpreter, none that would give it the project's packages."""
+    found = dict(os.environ)
+    if python != home:
+        for name in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"):
+            found.pop(name, None)
+    return found
+
+
+def home_python() -> Path:
+    """The interpreter of the project's own environment."""
+    return Path(os.environ.get(HOME_PYTHON) or sys.executable)
+
+
+def run_child(
+    module: str,
+    job: Mapping[str, Any],
+    folder: Path,
+    *,
+    doing: str,
+    need_bytes: int,
+    advice: str,
+    python: Path | None = None,
+) -> None:
+    """Run `python -m module` on `job`; its peak resident memory is written into `folder`.
+
+    Args:
+        folder: of the artifact that it makes; `compile_peak_mb` reads what is left there.
+        doing: what it does, for messages: "compiling unet for OpenVINO".
+        need_bytes: its estimated peak, told when it was killed.
+        advice: what to do when it fails.
+        python: another environment's interpreter; None for this one.
+
+    Raises:
+        OutOfMemoryError: it was killed.
+        BackendError: it failed; the message ends with its last words.
+    """
+    python = python or Path(sys.executable)
+    with tempfile.TemporaryFile("w+") as stderr:
+        child = subprocess.run(
+            [str(python), "-m", module],
+            input=json.dumps(job),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            cwd=ROOT,
+            env=environment_for(python, Path(sys.executable)),
+            check=False,
+        )
+        stderr.seek(0)
+        words = stderr.read().strip()[-2000:]
+    if child.returncode == -signal.SIGKILL:
+        raise OutOfMemoryError(
+            f"{doing} was killed",
+            "most likely by the system, for want of memory",
+            f"free memory (it needs about {need_bytes / 1e9:.1f} GB)",
+        )
+    if child.returncode:
+        raise BackendError(f"{doing} failed with exit code {child.returncode}", words, advice)
+    write_json(folder / PEAK, json.loads(child.stdout))
+
+
+def compile_peak_mb(artifact: Path) -> float | None:
+    """Highest memory of the process that compiled `artifact`, whenever that was, in 10^6 bytes;
+    None where it was compiled without one."""
+    if not (artifact / PEAK).exists():
+        return None
+    return round(float(read_json(artifact / PEAK)["peak_bytes"]) / 1e6, 1)
+
+
+def serve(work: Callable[[dict[str, Any]], None]) -> None:
+    """Child process: do the job on stdin, then say on stdout what memory that took."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    try:
+        work(json.loads(sys.stdin.read()))
+    except Exception as error:  # the parent shows it; a traceback would bury the reason
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+    print(json.dumps({"peak_bytes": peak_bytes()}), file=answer, flush=True)
+
+
+def peak_bytes() -> int:
+    """Highest resident memory of this process. getrusage would count the parent's, before exec."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
