@@ -11,16 +11,27 @@ BATCH ?= 1,4
 DECODER ?= vae,taesd
 PROMPT ?= a small red circle on a white background
 OUT ?= image.png
+OPTIMUM_VENV ?= $(or $(ADDBENCH_OPTIMUM),.venv-optimum)
 PY = $(VENV)/bin/python
 READY = $(VENV)/.ready-$(EXTRA)
+TYPES = $(VENV)/.ready-types
 
-.PHONY: install export sweep image test test-slow lint compare publish publish-check
+.PHONY: install env-optimum export sweep image test test-slow lint compare publish publish-check
 
 install: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA),dev]'
+	$(if $(filter cpu,$(EXTRA)),$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[qnn]' || echo 'backend qnn is left out: its wheels are for Linux x86-64 with glibc 2.35')
+	touch $@
+
+# optimum-onnx needs an older transformers than the project: its workers run in here.
+env-optimum: $(OPTIMUM_VENV)/.ready
+
+$(OPTIMUM_VENV)/.ready: requirements-optimum.txt
+	$(PYTHON) -m venv $(OPTIMUM_VENV)
+	$(OPTIMUM_VENV)/bin/python -m pip install --quiet --requirement requirements-optimum.txt
 	touch $@
 
 export: $(READY)
@@ -38,8 +49,15 @@ test: $(READY)
 test-slow: $(READY)
 	$(PY) -m pytest -m slow
 
-lint: $(READY)
+# Of no use to anything but lint: 75 MB. The stubs' own dependency is a placeholder for TensorRT.
+$(TYPES): $(READY)
+	$(PY) -m pip install --quiet --constraint constraints.txt basedpyright
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps tensorrt-stubs
+	touch $@
+
+lint: $(READY) $(TYPES)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+	$(PY) -m basedpyright --pythonpath $(PY)
 
 compare: $(READY)
 	$(PY) -m bench.compare '$(BASE)' '$(HEAD)'

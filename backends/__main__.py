@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 
 from core.cli import Parser, add_model_arguments, int_list, run, word_list
@@ -23,6 +24,15 @@ def parser() -> Parser:
     )
     compile_.add_argument("--batch", type=int_list, default=[1], metavar="1,4")
     compile_.add_argument("--decoder", type=word_list, default=["vae", "taesd"])
+    compile_.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the vendor's own commands for it; needs no device",
+    )
+
+    parts_ = commands.add_parser("parts", help="which parts of a model a backend takes")
+    add_model_arguments(parts_, DEFAULT_MODEL)
+    parts_.add_argument("--backend", default="ort", metavar="NAME[:KEY=VALUE,...]")
 
     cache = commands.add_parser("cache", help="the artifact cache")
     actions = cache.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -59,9 +69,19 @@ def list_backends() -> int:
 def compile_parts(args: argparse.Namespace) -> int:
     from backends.base import Shapes, check_decoder, parse_backend, stage_parts
 
-    chosen = [parse_backend(text) for text in args.backend or ["ort"]]
+    chosen, done = [parse_backend(text) for text in args.backend or ["ort"]], []
     for backend in chosen:
-        backend.probe().require(backend.name)
+        if not args.dry_run:
+            backend.probe_compiler().require(backend.name)
+            continue
+        said = backend.dry_run_model(args.model, args.weights, args.dtype, args.decoder, args.batch)
+        if said is not None:
+            print("\n".join(said))
+            done.append(backend)
+    chosen = [backend for backend in chosen if backend not in done]
+    if not chosen:
+        return EXIT_OK
+    from backends.recipe import make_recipe
     from export.bundle import find_bundle
 
     bundle = find_bundle(args.model, args.weights, args.dtype)
@@ -70,15 +90,44 @@ def compile_parts(args: argparse.Namespace) -> int:
     wanted = [stage_parts(tuple(bundle.parts), decoder) for decoder in args.decoder]
     parts = [part for part in bundle.parts if any(part in some for some in wanted)]
     width, height = bundle.size
+    recipe = make_recipe(bundle)
     for backend in chosen:
         for batch in args.batch:
             for part in parts:
-                artifact = backend.compile(bundle, part, Shapes(batch, width, height))
+                shapes = recipe.shapes(part, Shapes(batch, width, height))
+                if args.dry_run:
+                    print(f"# {backend.name} {bundle.path.name} {part} batch {batch}")
+                    for words in backend.dry_run(bundle, part, shapes):
+                        print(shlex.join(words))
+                    continue
+                artifact = backend.compile(bundle, part, shapes)
                 how = "cached" if artifact.cached else "compiled"
                 print(
                     f"{backend.name} {bundle.path.name} {part} batch {batch}: {how} in"
                     f" {artifact.compile_s:.1f} s, {artifact.path or 'nothing to keep'}"
                 )
+                if remark := backend.remark(artifact):
+                    print(f"  {remark}")
+    return EXIT_OK
+
+
+def list_parts(args: argparse.Namespace) -> int:
+    """Compile every part for one image; say which are taken, and what refuses the others."""
+    from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
+
+    backend = parse_backend(args.backend)
+    backend.probe_compiler().require(backend.name)
+    from export.bundle import find_bundle
+
+    bundle = find_bundle(args.model, args.weights, args.dtype)
+    print(f"{args.backend} on {bundle.path.name}: {backend.summary}")
+    for part in bundle.parts:
+        try:
+            backend.compile(bundle, part, Shapes(1, *bundle.size))
+        except (BackendError, UnsupportedError) as error:
+            print(f"  {part:<16} refused: {error.what}\n{'':<18} why: {error.why}")
+        else:
+            print(f"  {part:<16} taken")
     return EXIT_OK
 
 
@@ -130,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.command == "compile":
         return compile_parts(args)
+    if args.command == "parts":
+        return list_parts(args)
     if args.command == "cache":
         return cache(args)
     if args.command == "parity":

@@ -11,6 +11,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from backends.pipeline import Pipeline
+    from backends.recipe import Recipe
     from export.bundle import Bundle, Spec
     from export.lower import Profile
 
@@ -113,6 +115,11 @@ class Session(ABC):
     @abstractmethod
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
 
+    def holding(self, prompt: torch.Tensor) -> AbstractContextManager[None]:
+        """A block in which every run has `prompt` as its `encoder_hidden_states`: a session may
+        compute once what depends on it alone. This one does nothing of the kind."""
+        return nullcontext()
+
     def synchronize(self) -> None:
         """Wait for the device. Nothing to wait for on synchronous backends."""
 
@@ -132,12 +139,19 @@ class Backend(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     option_types: ClassVar[Mapping[str, Option]] = {}
-    keeps_artifacts: ClassVar[bool] = True
+    keeps_artifacts: bool = True
     """False where a compile leaves nothing on disk (torch runs the checkpoint's own modules)."""
+    package: ClassVar[str | None] = None
+    """Where the rest of its code is (`backends.tensorrt`), if not all is in its own file."""
+    static: ClassVar[bool] = False
+    """True where an artifact is for one batch though its profile keeps the axis named: the compiler
+    is told the number."""
     interpreter: Path | None = None
     """Another environment's python, for packages that clash; the worker runs there."""
     device: str = "cpu"
-    asynchronous: ClassVar[bool] = False
+    asynchronous: bool = False
+    provenance: ClassVar[str] = "measured"
+    """`emulated`: numerics without a speed, and no figure of it is in seconds."""
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         given = dict(options or {})
@@ -172,6 +186,10 @@ class Backend(ABC):
     def probe(self) -> Capability:
         """Usable here? Imports nothing heavy, needs no privileges, never raises."""
 
+    def probe_compiler(self) -> Capability:
+        """As `probe`, for compiling alone: a compiler may be where its device is not."""
+        return self.probe()
+
     @abstractmethod
     def profile(self, part: str) -> Profile:
         """The form of the graph that this compiler wants."""
@@ -196,7 +214,13 @@ class Backend(ABC):
         """Compile one part, or find it in the cache. Locked: two processes compile it once."""
         from backends.cache import ArtifactCache
 
-        self.probe().require(self.name)
+        self.probe_compiler().require(self.name)
+        if self.keeps_artifacts and not bundle.has_graphs:
+            raise PreconditionError(
+                f"backend {self.name} cannot run {bundle.path.name}",
+                "it compiles graphs, and this bundle has none: its weights are drawn on the device",
+                f"python -m export --model {bundle.name} --weights random",
+            )
         started = time.perf_counter()
         cache = ArtifactCache()
         key = cache.key(self, bundle, part, shapes)
@@ -209,6 +233,35 @@ class Backend(ABC):
         )
         return Artifact(self.name, part, key, path, time.perf_counter() - started, cached)
 
+    def dry_run(self, bundle: Bundle, part: str, shapes: Shapes) -> list[list[str]]:
+        """What `compile` does for `part`, as commands of the vendor's own tools: words of each.
+
+        Needs neither the device nor its libraries.
+        """
+        raise UnsupportedError(
+            f"backend {self.name} has no dry run",
+            "what it compiles with is not a command-line tool",
+            "leave --dry-run out",
+        )
+
+    def dry_run_model(
+        self,
+        model: str,
+        weights: str | None,
+        dtype: str | None,
+        decoders: Sequence[str],
+        batches: Sequence[int],
+    ) -> list[str] | None:
+        """The dry run of a whole model, with or without a bundle: lines to print.
+
+        None for backends that have none but `dry_run`, part by part.
+        """
+        return None
+
+    def remark(self, artifact: Artifact) -> str:
+        """What else is known of a compiled part, for a person; "" where nothing is."""
+        return ""
+
     def load(self, bundle: Bundle, artifact: Artifact) -> Session:
         """A session over `artifact`; its `load_s` says how long that took."""
         started = time.perf_counter()
@@ -217,12 +270,25 @@ class Backend(ABC):
         return session
 
     def pipeline(
-        self, bundle: Bundle, decoder: str, shapes: Shapes, *, embedding_cache: int = 0
+        self,
+        bundle: Bundle,
+        decoder: str,
+        shapes: Shapes,
+        *,
+        embedding_cache: int = 0,
+        recipe: Recipe | None = None,
     ) -> Pipeline:
-        """Prompts to images over sessions. A backend that owns the order overrides this."""
+        """Prompts to images over sessions. A backend that owns the order overrides this.
+
+        Args:
+            shapes: `batch` is that of the prompts; the pipeline knows which part takes twice that.
+            recipe: scheduler and guidance; None for the model's own.
+        """
         from backends.pipeline import Pipeline
 
-        return Pipeline(self, bundle, decoder, shapes, embedding_cache=embedding_cache)
+        return Pipeline(
+            self, bundle, decoder, shapes, embedding_cache=embedding_cache, recipe=recipe
+        )
 
     def _compile(self, bundle: Bundle, part: str, shapes: Shapes, folder: Path) -> None:
         """Write the artifact of `part` into the empty `folder` (backends that keep artifacts)."""
@@ -267,9 +333,11 @@ def parse_backend(text: str) -> Backend:
 
 def physical_cores() -> int:
     """Physical cores that this process may use."""
-    import psutil
-
     allowed = len(os.sched_getaffinity(0))
+    try:
+        import psutil
+    except ImportError:  # it comes with the project, not with torch: see bench/gpu_check.py
+        return allowed
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
 

@@ -66,11 +66,12 @@ class Entry:
 
 
 @cache
-def compiler_code(module: str) -> str:
+def compiler_code(module: str, package: str | None = None) -> str:
     """Hash of our own code that decides what a compile gives: the passes, and the backend."""
     files = [
         *sorted((ROOT / "export" / "lower").glob("*.py")),
         ROOT / f"{module.replace('.', '/')}.py",
+        *(sorted((ROOT / package.replace(".", "/")).glob("*.py")) if package else ()),
     ]
     return sha256_json([sha256_file(file) for file in files])
 
@@ -91,9 +92,9 @@ class ArtifactCache:
             "profile": asdict(profile),
             "options": dict(backend.compile_options()),
             "fingerprint": dict(backend.fingerprint()),
-            "code": compiler_code(type(backend).__module__),
+            "code": compiler_code(type(backend).__module__, backend.package),
             # A profile that keeps the batch axis named gives one artifact for all batches.
-            "batch": None if profile.batch is None else shapes.batch,
+            "batch": None if profile.batch is None and not backend.static else shapes.batch,
             "size": [shapes.width, shapes.height],
         }
         return sha256_json(parts)[:24]
@@ -160,6 +161,16 @@ class ArtifactCache:
                 continue  # torn or foreign: get_or_make replaces it, verify reports it
             found.append(entry)
         return sorted(found, key=lambda entry: entry.used)
+
+    def discard(self, folder: Path, inode: int) -> None:
+        """Drop an entry that is whole and that its runtime refuses, to have it made again.
+
+        Args:
+            inode: of the folder as it was refused; one that was made again meanwhile stays.
+        """
+        with FileLock(self.root / f".{folder.name}.lock"):
+            if folder.exists() and folder.stat().st_ino == inode:
+                shutil.rmtree(folder)
 
     def verify(self) -> dict[str, bool]:
         """Hash every file of every entry: folder name -> sound. Those that are not are removed."""

@@ -6,12 +6,13 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from core.cli import Parser, add_model_arguments, run
+from core.cli import Parser, add_model_arguments, image_size, run
 from core.errors import EXIT_OK, PreconditionError
-from export.models import DEFAULT_MODEL
+from export.models import DEFAULT_MODEL, SCHEDULERS
 
 
 def parser() -> Parser:
@@ -21,6 +22,10 @@ def parser() -> Parser:
     made.add_argument("--backend", default="ort", metavar="NAME[:KEY=VALUE,...]")
     made.add_argument("--decoder", default="taesd", help="vae or taesd")
     made.add_argument("--steps", type=int, default=None, help="default: the model's own")
+    made.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="of the bundle")
+    made.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (the model's)")
+    made.add_argument("--guidance", type=float, metavar="SCALE", help="default: the model's own")
+    made.add_argument("--guidance-mode", choices=("batch", "calls"), help="(batch)")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=Path("image.png"), metavar="FILE.png")
     return made
@@ -43,13 +48,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    from backends.pipeline import check_prompts, check_seeds, load_pipeline
+    from backends.pipeline import load_pipeline
+    from backends.prompts import check_prompts, check_seeds
     from core.files import write_atomic
 
     check_prompts(args.prompt)
     check_seeds(args.seed, 1)
     with load_pipeline(
-        args.model, args.backend, args.decoder, weights=args.weights, dtype=args.dtype
+        args.model,
+        args.backend,
+        args.decoder,
+        weights=args.weights,
+        dtype=args.dtype,
+        size=args.size,
+        scheduler=args.scheduler,
+        guidance=args.guidance,
+        guidance_mode=args.guidance_mode,
     ) as pipeline:
         bundle = pipeline.bundle
         steps = args.steps or bundle.steps
@@ -59,10 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "prompt": args.prompt,
             "seed": args.seed,
             "steps": steps,
+            **asdict(pipeline.recipe),
+            "nfe": out.nfe,
             "model": bundle.name,
             "weights": bundle.weights,
             "licence": bundle.licence,
             "backend": args.backend,
+            "provenance": out.provenance,
             "decoder": args.decoder,
             "precision": pipeline.backend.precision(bundle),
             "storage": pipeline.backend.storage(bundle),
@@ -81,15 +98,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise PreconditionError(
             f"{args.out} cannot be written", str(error), "pass another place with --out"
         ) from error
-    times = out.timings
-    unet = " + ".join(f"{1e3 * step:.1f}" for step in times.unet)
     print(
         f"{args.out}: {bundle.name} ({bundle.weights} weights), {steps} steps, NFE {out.nfe}, "
-        f"seed {args.seed}, {args.backend}, {args.decoder}\n"
-        f"  text {1e3 * times.text:.1f} ms, UNet {unet} ms, decode {1e3 * times.decode:.1f} ms, "
-        f"rest {1e3 * times.rest:.1f} ms, total {1e3 * times.total:.1f} ms"
-        f" (this process's first call; compile {compile_s:.2f} s, load {load_s:.2f} s)"
+        f"seed {args.seed}, {args.backend}, {args.decoder}"
     )
+    times = out.timings
+    stages = ""
+    if times.text is not None and times.decode is not None and times.rest is not None:
+        unet = " + ".join(f"{1e3 * step:.1f}" for step in times.unet)
+        stages = (
+            f"text {1e3 * times.text:.1f} ms, UNet {unet} ms, decode {1e3 * times.decode:.1f} ms,"
+            f" rest {1e3 * times.rest:.1f} ms, "
+        )
+    if out.provenance == "emulated":
+        print(f"  {backend.summary}")
+    elif out.provenance == "modelled":
+        print(f"  modelled, not measured: {stages}total {1e3 * times.total:.1f} ms")
+    else:
+        print(
+            f"  {stages}total {1e3 * times.total:.1f} ms"
+            f" (this process's first call; compile {compile_s:.2f} s, load {load_s:.2f} s)"
+        )
     if bundle.weights == "random":
         print(
             "  the weights are random: the image shows that it ran, nothing more", file=sys.stderr

@@ -24,10 +24,12 @@ from backends.base import (
     Session,
     Shapes,
 )
-from backends.pipeline import DTYPES, Conditioning, Output, Pipeline
+from backends.conditioning import Conditioning, Denoised
+from backends.pipeline import DTYPES, Output, Pipeline
 from export.lower import CANONICAL, Profile
 
 if TYPE_CHECKING:
+    from backends.recipe import Recipe
     from export.bundle import Bundle, Spec
 
 FAILURES = ("none", "error", "crash", "hang", "oom", "nan", "wrong")
@@ -68,9 +70,7 @@ class NullPipeline(Pipeline):
         finally:
             self.calls += 1
 
-    def denoise(
-        self, conditioning: Conditioning, steps: int, seeds: Sequence[int]
-    ) -> tuple[torch.Tensor, list[float]]:
+    def denoise(self, conditioning: Conditioning, steps: int, seeds: Sequence[int]) -> Denoised:
         options = self.backend.options
         if options["only_steps"] in ("0", str(steps)) and self.calls == int(options["at"]):
             fail(options["fail"])
@@ -131,9 +131,17 @@ class NullBackend(Backend):
         return {"null": "1"}
 
     def pipeline(
-        self, bundle: Bundle, decoder: str, shapes: Shapes, *, embedding_cache: int = 0
+        self,
+        bundle: Bundle,
+        decoder: str,
+        shapes: Shapes,
+        *,
+        embedding_cache: int = 0,
+        recipe: Recipe | None = None,
     ) -> Pipeline:
-        return NullPipeline(self, bundle, decoder, shapes, embedding_cache=embedding_cache)
+        return NullPipeline(
+            self, bundle, decoder, shapes, embedding_cache=embedding_cache, recipe=recipe
+        )
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         time.sleep(float(self.options["load_ms"]) / 1e3)

@@ -8,12 +8,8 @@ FP16 weights are stored as FP16 in the bundle and computed in FP32.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,9 +26,11 @@ from backends.base import (
     OutOfMemoryError,
     Session,
     Shapes,
+    UnsupportedError,
     thread_count,
 )
-from core.files import ROOT, require_disk
+from backends.child import run_child, serve
+from core.files import require_disk
 from core.memory import require_memory
 from export.lower import CPU, Profile, lower
 
@@ -61,27 +59,26 @@ def installed(package: str) -> str | None:
         return None
 
 
+def cpu_flags() -> set[str]:
+    """The instruction sets of this CPU as the kernel names them; none where it does not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
 def isa() -> str:
     """The instruction sets that decide which kernels, and so which weight layout, are used."""
     import platform
 
-    flags: set[str] = set()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        line = next((x for x in cpuinfo.read_text().splitlines() if x.startswith("flags")), "")
-        flags = set(line.split())
+    flags = cpu_flags()
     return " ".join([platform.machine(), *(flag for flag in ISA_FLAGS if flag in flags)])
 
 
 class OrtSession(Session):
     """An onnxruntime session on host tensors; inputs are shared, not copied."""
 
-    def __init__(self, model: Path, options: Mapping[str, str], bundle: Bundle, part: str) -> None:
-        import onnxruntime
-
-        self.session = onnxruntime.InferenceSession(
-            str(model), session_options(options, optimise=False), ["CPUExecutionProvider"]
-        )
+    def __init__(self, session: Any, bundle: Bundle, part: str) -> None:
+        self.session = session
         info = bundle.parts[part]
         self.inputs, self.outputs = (
             {value.name: replace(known[value.name], dtype=TYPES[value.type]) for value in values}
@@ -124,11 +121,28 @@ class OrtBackend(Backend):
             "threads spin while they wait for work: in a part's call, always, never",
             ("in-call", "always", "never"),
         ),
+        "graph": Option(
+            "optimised",
+            "optimised: compiled once, as above; canonical: the bundle's own file in a session with"
+            " onnxruntime's defaults, as most people run it",
+            ("optimised", "canonical"),
+        ),
     }
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
         thread_count(self.options["threads"])  # refused before work starts
+        self.plain = self.options["graph"] == "canonical"
+        if self.plain:
+            self.keeps_artifacts = False
+            self.options |= {"spin": "always"}  # onnxruntime's default
+            others = sorted(self.given.keys() - {"graph", "threads"})
+            if others:
+                raise UnsupportedError(
+                    f"ort:graph=canonical takes no option {', '.join(others)}",
+                    "it is a session with onnxruntime's defaults, to be measured against",
+                    f"drop {', '.join(others)}, or drop graph=canonical",
+                )
 
     def probe(self) -> Capability:
         cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
@@ -160,32 +174,19 @@ class OrtBackend(Backend):
     def _compile(self, bundle: Bundle, part: str, shapes: Shapes, folder: Path) -> None:
         require_disk(folder, self.disk_need(bundle, part), f"compiling {bundle.name} {part}")
         require_memory(self.memory_need(bundle, part), f"compiling {bundle.name} {part}")
-        # A process of its own: its peak memory is not the caller's, and a kill is only a failure.
         job = {
             "graph": str(bundle.parts[part].graph),
             "folder": str(folder),
             "options": self.options,
         }
-        child = subprocess.run(
-            [sys.executable, "-m", "backends.ort"],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            check=False,
+        run_child(
+            "backends.ort",
+            job,
+            folder,
+            doing=f"compiling {part} for onnxruntime",
+            need_bytes=self.memory_need(bundle, part),
+            advice="try ort:level=basic; `python -m export verify` checks the bundle",
         )
-        if child.returncode == -signal.SIGKILL:
-            raise OutOfMemoryError(
-                f"compiling {part} for onnxruntime was killed",
-                "most likely by the system, for want of memory",
-                f"free memory (it needs about {self.memory_need(bundle, part) / 1e9:.1f} GB)",
-            )
-        if child.returncode:
-            raise BackendError(
-                f"compiling {part} for onnxruntime failed with exit code {child.returncode}",
-                child.stderr.strip()[-2000:],
-                "try ort:level=basic; `python -m export verify` checks the bundle",
-            )
 
     def _fp32_bytes(self, bundle: Bundle, part: str) -> int:
         return bundle.parts[part].weight_bytes * (2 if bundle.dtype == "fp16" else 1)
@@ -201,18 +202,58 @@ class OrtBackend(Backend):
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         path = artifact.path
+        if self.plain:
+            return self._load_plain(bundle, artifact.part)
         if path is None:
             raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
         if self.options["prepack"] == "0":  # mapped weights are the system's to drop
             need = self._fp32_bytes(bundle, artifact.part)
             require_memory(need, f"loading {bundle.name} {artifact.part}")
         try:
-            session = OrtSession(path / MODEL, self.options, bundle, artifact.part)
+            session = OrtSession(open_session(path / MODEL, self.options), bundle, artifact.part)
         except Exception as error:
             raise translate(error, f"loading {artifact.part}") from error
         if self.options["prepack"] == "1":
             forget_unmapped(path / f"{MODEL}.data")
         return session
+
+    def _load_plain(self, bundle: Bundle, part: str) -> Session:
+        """A session that optimises the bundle's graph itself, each time it is made.
+
+        FP16 weights become FP32 ones while it does: both are in memory for a while (SDXL's UNet:
+        13.3 GB).
+        """
+        import onnxruntime
+
+        doing = f"loading {bundle.name} {part}"
+        need = self._fp32_bytes(bundle, part)
+        instead = f"drop graph=canonical, to load compiled graphs in {need / 1e9:.1f} GB"
+        require_memory(int(1.3 * need) + SMALL, doing, instead)
+        made = plain_options(self.options["threads"])
+        graph = str(bundle.parts[part].graph)
+        try:
+            session = onnxruntime.InferenceSession(graph, made, ["CPUExecutionProvider"])
+            return OrtSession(session, bundle, part)
+        except Exception as error:
+            raise translate(error, doing) from error
+
+
+def plain_options(threads: str) -> Any:
+    """onnxruntime's defaults, but for a number of threads that was asked for."""
+    import onnxruntime
+
+    made = onnxruntime.SessionOptions()
+    made.log_severity_level = 3
+    if threads != "auto":
+        made.intra_op_num_threads = thread_count(threads)
+    return made
+
+
+def open_session(model: Path, options: Mapping[str, str]) -> Any:
+    import onnxruntime
+
+    made = session_options(options, optimise=False)
+    return onnxruntime.InferenceSession(str(model), made, ["CPUExecutionProvider"])
 
 
 def forget_unmapped(file: Path) -> None:
@@ -292,16 +333,5 @@ def translate(error: Exception, doing: str) -> BackendError:
     )
 
 
-def _child() -> None:
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
-    job = json.loads(sys.stdin.read())
-    try:
-        optimise(Path(job["graph"]), Path(job["folder"]), job["options"])
-    except Exception as error:  # the parent shows it; a traceback would bury the reason
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
-
-
 if __name__ == "__main__":
-    _child()
+    serve(lambda job: optimise(Path(job["graph"]), Path(job["folder"]), job["options"]))

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 PROMPT = "a small red circle on the left of a large blue square, on a white background"
 SEED = 0
 STEPS = (1, 2, 4)
+CHEAP_BYTES = 100e6
+"""A UNet of less is also drawn with at the model's own step count, however many those are."""
 REFERENCE = "torch"
 FP16_MAX = 65504.0
 HEADROOM = 0.5
@@ -62,7 +64,7 @@ def gate_for(storage: str, precision: str, weights: str) -> Gate:
     """The gate of a cell. Random weights are FP16 numbers in the reference too: nothing is lost
     by storing them in FP16, and a looser gate would let other images pass."""
     rounded = storage == "fp16" and weights != "random"
-    return GATES["fp16" if rounded or precision == "fp16" else "fp32"]
+    return GATES["fp16" if rounded or precision in ("fp16", "bf16") else "fp32"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,6 @@ def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dic
     from safetensors.torch import load_file, save_file
 
     from backends.base import Shapes, parse_backend
-    from backends.pipeline import Conditioning
     from backends.watch import Watch
 
     width, height = bundle.size
@@ -125,6 +126,7 @@ def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dic
         torch.inference_mode(),
         backend.pipeline(bundle, decoder, Shapes(1, width, height)) as pipeline,
     ):
+        encodes_empty = pipeline.recipe.guided and not bundle.force_zeros
         watch = Watch()
         module = getattr(pipeline.session(part), "module", None)
         if module is not None:
@@ -137,10 +139,16 @@ def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dic
                 ids = pipeline.tokenise([PROMPT])[encoders(bundle).index(part)]
                 for name, tensor in pipeline.run(part, input_ids=ids).items():
                     out[f"stage.{name}"] = tensor.float()
+                if encodes_empty:
+                    ids = pipeline.tokenise([""])[encoders(bundle).index(part)]
+                    for name, tensor in pipeline.run(part, input_ids=ids).items():
+                        out[f"empty.{name}"] = tensor.float()
             elif part == "unet":
-                encoded = [stage(tensors(folder, p, runtime)) for p in encoders(bundle)]
-                conditioning: Conditioning = pipeline.join(encoded)
-                for steps in STEPS:
+                files = [tensors(folder, p, runtime) for p in encoders(bundle)]
+                prompted = pipeline.join([stage(file) for file in files])
+                empty = pipeline.join([stage(f, "empty") for f in files]) if encodes_empty else None
+                conditioning = pipeline.with_negative(prompted, empty)
+                for steps in reference_steps(bundle):
                     out[f"stage.{steps}"] = pipeline.denoise(conditioning, steps, [SEED])[0]
             else:
                 for count, latents in stage(tensors(folder, "unet", runtime)).items():
@@ -159,13 +167,23 @@ def encoders(bundle: Bundle) -> list[str]:
     return [part for part in bundle.parts if part.startswith("text_encoder")]
 
 
-def stage(file: Path) -> dict[str, torch.Tensor]:
+def reference_steps(bundle: Bundle) -> Sequence[int]:
+    """Step counts of the reference images."""
+    model = bundle.model
+    if model.step_counts:
+        return model.step_counts
+    own = {model.steps} if bundle.parts["unet"].weight_bytes < CHEAP_BYTES else set()
+    return sorted({*STEPS} | own)
+
+
+def stage(file: Path, of: str = "stage") -> dict[str, torch.Tensor]:
+    """What a part gave in its stage of the reference image; `empty`: for the empty prompt."""
     from safetensors.torch import load_file
 
     return {
-        name.removeprefix("stage."): tensor
+        name.removeprefix(f"{of}."): tensor
         for name, tensor in load_file(file).items()
-        if name.startswith("stage.")
+        if name.startswith(f"{of}.")
     }
 
 
@@ -218,10 +236,16 @@ def walk(
     import torch
     from safetensors.torch import save_file
 
+    from backends.base import Shapes
+    from backends.recipe import make_recipe
+
+    recipe = make_recipe(bundle)
     generator = torch.Generator().manual_seed(SEED)
     peaks: dict[str, float] = {}
     for part, info in bundle.parts.items():
-        save_file(seeded_inputs(info.inputs, generator), folder / f"{part}.inputs.safetensors")
+        batch = recipe.shapes(part, Shapes(1, *bundle.size)).batch
+        inputs = seeded_inputs(info.inputs, generator, batch)
+        save_file(inputs, folder / f"{part}.inputs.safetensors")
         job = {
             "folder": str(folder),
             "bundle": str(bundle.path),
@@ -236,19 +260,21 @@ def walk(
     return peaks
 
 
-def seeded_inputs(specs: Sequence[Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Inputs of a part at batch 1: random token ids, normal floats, a timestep in the middle."""
+def seeded_inputs(
+    specs: Sequence[Any], generator: torch.Generator, batch: int = 1
+) -> dict[str, torch.Tensor]:
+    """Inputs of a part: random token ids, normal floats, a timestep in the middle."""
     import torch
 
     inputs = {}
     for spec in specs:
-        shape = [size if isinstance(size, int) else 1 for size in spec.shape]
+        shape = [size if isinstance(size, int) else batch for size in spec.shape]
         if spec.name == "input_ids":
             tensor = torch.randint(1, 400, shape, generator=generator)
         elif spec.name == "timestep":
             tensor = torch.full(shape, 499.0)
         elif spec.name == "time_ids":
-            tensor = torch.tensor([[512.0, 512.0, 0.0, 0.0, 512.0, 512.0]])
+            tensor = torch.tensor([[512.0, 512.0, 0.0, 0.0, 512.0, 512.0]] * batch)
         else:
             tensor = torch.randn(shape, generator=generator)
         inputs[spec.name] = tensor

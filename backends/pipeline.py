@@ -11,8 +11,8 @@ import math
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -29,7 +29,9 @@ from backends.base import (
     parse_backend,
     stage_parts,
 )
-from core.errors import PreconditionError
+from backends.conditioning import Conditioning, Denoised, guidance_embedding, takes_generator
+from backends.prompts import check_prompts, check_seeds
+from backends.recipe import Recipe, check_steps, make_recipe
 from export.bundle import Bundle, find_bundle
 
 if TYPE_CHECKING:
@@ -42,12 +44,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds per stage of one call. `unet` has an entry for each step."""
+    """Seconds per stage of one call. `unet` has an entry for each timestep, guidance included.
 
-    text: float
+    A call that did not wait between its stages has a total only: None, and no entries.
+    """
+
+    text: float | None
     unet: list[float]
-    decode: float
-    rest: float
+    decode: float | None
+    rest: float | None
     total: float
 
 
@@ -59,21 +64,14 @@ class Output:
         images: uint8 [batch, height, width, 3].
         timings: seconds per stage, of this same call.
         nfe: UNet evaluations of one image, counted as they happened.
-        provenance: `measured` when a clock gave the timings.
+        provenance: `measured` when a clock gave the timings; `emulated` when it timed an
+            emulation, which says nothing of the device's speed.
     """
 
     images: NDArray[np.uint8]
     timings: Timings
     nfe: int
     provenance: str = "measured"
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """Prompt embeddings: hidden states [batch, 77, dim]; pooled [batch, dim] or None."""
-
-    hidden_states: torch.Tensor
-    text_embeds: torch.Tensor | None
 
 
 class Pipeline:
@@ -84,7 +82,12 @@ class Pipeline:
         shapes: what the sessions are compiled for; a backend with a named batch axis takes any
             number of prompts, a static one exactly `shapes.batch`.
         embedding_cache: how many prompts' embeddings are kept (0: none, as measurements need).
+        recipe: scheduler and guidance (None: the model's own).
     """
+
+    staged = True
+    """Whether a call waits for the device after each stage and times it."""
+    can_stage = True
 
     def __init__(
         self,
@@ -94,8 +97,10 @@ class Pipeline:
         shapes: Shapes,
         *,
         embedding_cache: int = 0,
+        recipe: Recipe | None = None,
     ) -> None:
         self.backend, self.bundle, self.decoder, self.shapes = backend, bundle, decoder, shapes
+        self.recipe = recipe or make_recipe(bundle)
         self.artifacts: dict[str, Artifact] = {}
         self._sessions: dict[str, Session] = {}
         self._tokenizers: list[Any] | None = None
@@ -127,12 +132,14 @@ class Pipeline:
             self._artifact(part)
         for part in self.parts:
             self.session(part)
-        self._tokenizers, self._scheduler = self.bundle.tokenizers(), self.bundle.scheduler()
+        self._tokenizers = self.bundle.tokenizers()
+        self._scheduler = self.bundle.scheduler(self.recipe.scheduler)
         return self
 
     def _artifact(self, part: str) -> Artifact:
         if part not in self.artifacts:
-            self.artifacts[part] = self.backend.compile(self.bundle, part, self.shapes)
+            shapes = self.recipe.shapes(part, self.shapes)
+            self.artifacts[part] = self.backend.compile(self.bundle, part, shapes)
         return self.artifacts[part]
 
     def session(self, part: str) -> Session:
@@ -227,43 +234,96 @@ class Pipeline:
             torch.cat([row.hidden_states for row in rows]), torch.cat(pooled) if pooled else None
         )
 
-    def denoise(
-        self, conditioning: Conditioning, steps: int, seeds: Sequence[int]
-    ) -> tuple[torch.Tensor, list[float]]:
-        """Seeds -> final latents, float32 [batch, channels, height/8, width/8]; step seconds."""
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        if self._scheduler is None:
-            self._scheduler = self.bundle.scheduler()
-        scheduler = self._scheduler
-        scheduler.set_timesteps(steps)  # also forgets the previous call's step count
-        width, height = self.shapes.width, self.shapes.height
-        scale = self.bundle.vae_scale
-        shape = (1, self.bundle.latent_channels, height // scale, width // scale)
-        noise = [torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]
-        latents = torch.cat(noise) * scheduler.init_noise_sigma
+    def with_negative(
+        self, conditioning: Conditioning, empty: Conditioning | None = None
+    ) -> Conditioning:
+        """`conditioning` with the embeddings of the empty prompt where guidance needs them.
+
+        As diffusers' pipelines have it: zeros where the checkpoint's model index says so (SDXL),
+        else the empty prompt encoded, once for each prompt (`empty`, where that is done already).
+        """
+        if not self.recipe.guided:
+            return conditioning
+        if self.bundle.force_zeros:
+            pooled = conditioning.text_embeds
+            zeros = None if pooled is None else torch.zeros_like(pooled)
+            empty = Conditioning(torch.zeros_like(conditioning.hidden_states), zeros)
+        elif empty is None:
+            empty = self.encode([""] * len(conditioning.hidden_states))
+        return replace(conditioning, negative=empty)
+
+    def unet_inputs(self, conditioning: Conditioning) -> dict[str, torch.Tensor]:
+        """What the UNet takes besides sample and timestep, the same at every step."""
+        batch = len(conditioning.hidden_states)
         inputs = {"encoder_hidden_states": conditioning.hidden_states}
         if conditioning.text_embeds is not None:
             inputs["text_embeds"] = conditioning.text_embeds
             # SDXL's size conditioning: original size, crop corner, target size; (height, width).
+            height, width = self.shapes.height, self.shapes.width
             time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-            inputs["time_ids"] = time_ids.expand(len(seeds), -1)
+            inputs["time_ids"] = time_ids.expand(batch, -1)
+        if self.recipe.guidance_mode == "embedding":
+            specs = {spec.name: spec for spec in self.bundle.parts["unet"].inputs}
+            size = specs["timestep_cond"].shape[1]
+            embedding = guidance_embedding(self.recipe.guidance, int(size))
+            inputs["timestep_cond"] = embedding.expand(batch, -1)
+        return inputs
+
+    def denoise(self, conditioning: Conditioning, steps: int, seeds: Sequence[int]) -> Denoised:
+        """Seeds -> final latents. The negative embeddings are those of `conditioning`."""
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        if self._scheduler is None:
+            self._scheduler = self.bundle.scheduler(self.recipe.scheduler)
+        scheduler = self._scheduler
+        scheduler.set_timesteps(steps)  # also forgets the previous call: steps, index, history
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        # Those that add no noise take no generator.
+        extra = {"generator": generators} if takes_generator(scheduler) else {}
+        scale = self.bundle.vae_scale
+        shape = (
+            1,
+            self.bundle.latent_channels,
+            self.shapes.height // scale,
+            self.shapes.width // scale,
+        )
+        noise = [torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]
+        latents = torch.cat(noise) * scheduler.init_noise_sigma
+        calls = self._unet_calls(conditioning)
+        copies = len(calls[0]["encoder_hidden_states"]) // len(seeds)
         session = self.session("unet")
-        seconds = []
+        seconds, predictions = [], 0
         for timestep in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(latents, timestep)
             started = time.perf_counter_ns()
-            predicted = self.run(
-                "unet",
-                sample=scheduler.scale_model_input(latents, timestep),
-                timestep=timestep.reshape(1).float(),
-                **inputs,
-            )["out_sample"]
+            outputs = [
+                self.run(
+                    "unet",
+                    sample=torch.cat([scaled] * copies) if copies > 1 else scaled,
+                    timestep=timestep.reshape(1).float(),
+                    **inputs,
+                )["out_sample"]
+                for inputs in calls
+            ]
             session.synchronize()
             seconds.append((time.perf_counter_ns() - started) / 1e9)
-            stepped = scheduler.step(
-                predicted.to("cpu", torch.float32), timestep, latents, generator=generators
-            )
-            latents = stepped.prev_sample
-        return latents, seconds
+            predicted = torch.cat([output.to("cpu", torch.float32) for output in outputs])
+            predictions += len(predicted)
+            if self.recipe.guided:
+                empty, prompted = predicted.chunk(2)
+                predicted = empty + self.recipe.guidance * (prompted - empty)
+            latents = scheduler.step(predicted, timestep, latents, **extra).prev_sample
+        return Denoised(latents, seconds, predictions // len(seeds))
+
+    def _unet_calls(self, conditioning: Conditioning) -> list[dict[str, torch.Tensor]]:
+        """Inputs of each UNet call of a step; the empty prompt before the prompt, as diffusers."""
+        prompted = self.unet_inputs(conditioning)
+        if conditioning.negative is None:
+            return [prompted]
+        empty = self.unet_inputs(conditioning.negative)
+        if self.recipe.guidance_mode == "calls":
+            return [empty, prompted]
+        return [{name: torch.cat([empty[name], prompted[name]]) for name in prompted}]
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Final latents -> sample in [-1, 1], float32 [batch, 3, height, width] on the host."""
@@ -277,14 +337,23 @@ class Pipeline:
         """[-1, 1] [batch, 3, height, width] -> uint8 [batch, height, width, 3]; NaN is refused."""
         # A sum is finite only if every element is: one cheap pass instead of a mask.
         if not math.isfinite(float(sample.sum())):
-            raise NonFiniteError(
-                "the image holds NaN or infinity",
-                "an op overflowed, in FP16 most likely, or the weights are damaged",
-                "run `python -m backends parity` on the bundle: it names the part and the op",
-            )
+            raise non_finite()
         # Rounded by the cast: torch.round forks threads even for a small image.
         image = (sample * 127.5).add_(128).clamp_(0.5, 255.5).to(torch.uint8)
         return image.permute(0, 2, 3, 1).contiguous().numpy()
+
+    def period_s(
+        self, inputs: Callable[[int], tuple[list[str], list[int]]], steps: int, seconds: float
+    ) -> float | None:
+        """Seconds between the ends of two calls while calls are always in flight.
+
+        None here: this pipeline makes one call after the other. One that spreads them over several
+        devices keeps all of them busy for `seconds` and more.
+
+        Args:
+            inputs: number of a call -> its prompts and seeds.
+        """
+        return None
 
     def __call__(
         self, prompts: str | Sequence[str], *, steps: int, seed: int | Sequence[int] = 0
@@ -293,23 +362,22 @@ class Pipeline:
 
         Args:
             prompts: 1 to N prompts; empty ones are allowed.
-            steps: denoising steps, at least 1.
+            steps: denoising steps, at least 1; some models take few counts only.
             seed: one seed per prompt; an integer n means n, n+1, ...
         """
         prompts = check_prompts(prompts)
         seeds = check_seeds(seed, len(prompts))
-        if steps < 1:
-            raise PreconditionError(f"steps={steps} is too few", "an image needs one", "use 1 to 4")
+        check_steps(self.bundle, self.recipe, steps)
         for part in self.parts:
             self.session(part)
         with torch.inference_mode():
             started = time.perf_counter_ns()
-            conditioning = self.encode(prompts)
+            conditioning = self.with_negative(self.encode(prompts))
             for part in self.parts:
                 if part.startswith("text_encoder"):
                     self.session(part).synchronize()
             encoded = time.perf_counter_ns()
-            latents, unet = self.denoise(conditioning, steps, seeds)
+            latents, unet, nfe = self.denoise(conditioning, steps, seeds)
             denoised = time.perf_counter_ns()
             sample = self.decode(latents)
             decoded = time.perf_counter_ns()
@@ -318,43 +386,16 @@ class Pipeline:
         text, decode = (encoded - started) / 1e9, (decoded - denoised) / 1e9
         total = (ended - started) / 1e9
         rest = total - text - decode - sum(unet)
-        return Output(images, Timings(text, unet, decode, rest, total), nfe=len(unet))
+        timings = Timings(text, unet, decode, rest, total)
+        return Output(images, timings, nfe=nfe, provenance=self.backend.provenance)
 
 
-def check_prompts(prompts: str | Sequence[str]) -> list[str]:
-    listed = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not listed:
-        raise PreconditionError("there is no prompt", "the list is empty", "pass at least one")
-    for prompt in listed:
-        if not isinstance(prompt, str):
-            raise PreconditionError(
-                f"{prompt!r} is not a prompt",
-                f"it is a {type(prompt).__name__}, prompts are strings",
-                "pass a list of strings",
-            )
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise PreconditionError(
-                f"the prompt {prompt!r} is not valid text", str(error), "pass valid Unicode"
-            ) from error
-    return listed
-
-
-def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise PreconditionError(
-            f"{len(seeds)} seeds do not fit {count} prompts",
-            "every image has a generator of its own",
-            "pass one seed per prompt, or a single integer",
-        )
-    for one in seeds:
-        if not isinstance(one, int) or not 0 <= one < 2**63:
-            raise PreconditionError(
-                f"{one!r} is not a seed", "a seed is an integer from 0 to 2**63 - 1", "pass one"
-            )
-    return seeds
+def non_finite() -> NonFiniteError:
+    return NonFiniteError(
+        "the image holds NaN or infinity",
+        "an op overflowed, in FP16 most likely, or the weights are damaged",
+        "run `python -m backends parity` on the bundle: it names the part and the op",
+    )
 
 
 def load_pipeline(
@@ -365,9 +406,17 @@ def load_pipeline(
     batch: int = 1,
     weights: str | None = None,
     dtype: str | None = None,
+    size: tuple[int, int] | None = None,
     embedding_cache: int = 0,
+    scheduler: str | None = None,
+    guidance: float | None = None,
+    guidance_mode: str | None = None,
 ) -> Pipeline:
     """A ready pipeline for a model's name or a bundle's folder.
+
+    Args:
+        size: width and height in pixels; None for the model's own.
+        scheduler, guidance, guidance_mode: see `backends.recipe.make_recipe`.
 
     Raises:
         PreconditionError: the backend cannot be used (checked first), or there is no such bundle;
@@ -375,8 +424,13 @@ def load_pipeline(
     """
     chosen = parse_backend(backend)
     chosen.probe().require(chosen.name)
-    bundle = find_bundle(model, weights, dtype)
+    bundle = find_bundle(model, weights, dtype, size)
     check_decoder(bundle, decoder)
-    width, height = bundle.size
-    shapes = Shapes(batch, width, height)
-    return chosen.pipeline(bundle, decoder, shapes, embedding_cache=embedding_cache).prepare()
+    made = chosen.pipeline(
+        bundle,
+        decoder,
+        Shapes(batch, *bundle.size),
+        embedding_cache=embedding_cache,
+        recipe=make_recipe(bundle, scheduler, guidance, guidance_mode),
+    )
+    return made.prepare()

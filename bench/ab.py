@@ -17,19 +17,11 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.arguments import AXES, calls, count, positive, shown
 from bench.cell import Cell
 from bench.outcome import FORMATS, Outcome, show
 from bench.store import RUNS, Row, RowWriter, Run, create_run, make_row
-from bench.sweep import (
-    AXES,
-    bundle_columns,
-    calls,
-    count,
-    interrupt,
-    positive,
-    shown,
-    unavailable,
-)
+from bench.sweep import bundle_columns, interrupt, unavailable
 from core.cli import Parser, int_list, run, word_list
 from core.errors import PreconditionError
 from export.models import DEFAULT_MODEL
@@ -64,7 +56,7 @@ def parser() -> Parser:
     axes.add_argument(
         "--backend", action="append", metavar="NAME[:KEY=VALUE,...]", help="repeatable (ort)"
     )
-    axes.add_argument("--steps", type=int_list, default=AXES["steps"], metavar="1,2,4")
+    axes.add_argument("--steps", type=int_list, metavar="1,2,4")
     axes.add_argument("--batch", type=int_list, default=AXES["batch"], metavar="1,4")
     axes.add_argument("--decoder", type=word_list, default=AXES["decoder"], metavar="vae,taesd")
     how = top.add_argument_group("how to measure")
@@ -110,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(args: argparse.Namespace, arguments: Sequence[str]) -> Outcome:
     """Everything from two revisions to a verdict."""
     from bench import sides
-    from bench.plan import make_cells, probe
+    from bench.plan import default_steps, make_cells, probe
     from bench.verdict import PAIR_ROUNDS, PAIR_SLOWDOWN
     from bench.worker import PROTOCOL
 
@@ -137,8 +129,7 @@ def measure(args: argparse.Namespace, arguments: Sequence[str]) -> Outcome:
             candidates,
             batches=args.batch,
             decoders=args.decoder,
-            steps=args.steps,
-            size=None,
+            steps=args.steps or default_steps(bundles[1].model),
         )
         duel = Duel(pair, bundles, candidates, settings, args.timeout)
         duel.open(args.out, cells, arguments, stack)
@@ -313,6 +304,7 @@ class Duel:
             log=target.path / "logs" / f"{name.replace(':', '-').replace('/', '-')}.log",
             root=place.tree,
             build=place.build,
+            home=place.interpreter,
         )
         with closing(results(job, Limits(self.timeout_s, None), self)) as stream:
             for cell, result in stream:

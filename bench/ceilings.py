@@ -14,6 +14,8 @@ from typing import Any
 
 GROW_UNTIL_S = 0.3
 STOP_AFTER_S = 2.0
+GPU_LARGEST = 16
+"""Largest scale on a GPU: 8192 x 8192 matrices, a millisecond's work, are as fast as it gets."""
 NATIVE_FLAGS = {"bf16": ("amx_bf16", "avx512_bf16"), "fp16": ("amx_fp16",)}
 """CPU flags, one of which a dtype needs: emulated it runs hundreds of times slower than FP32."""
 
@@ -61,7 +63,20 @@ def measure(dtypes: Sequence[str] | None = None) -> Ceilings:
         return Ceilings("cpu", tflops, copy_rate(), "measured")
 
 
-def measure_dtype(name: str) -> dict[str, float]:
+def measure_gpu(dtypes: Sequence[str], stop_after_s: float | None = None) -> Ceilings:
+    """Measure the GPU that torch uses now; `stop_after_s` (STOP_AFTER_S) for each probe."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with torch.inference_mode(), torch.device("cuda"):
+        tflops = {name: measure_dtype(name, stop_after_s, GPU_LARGEST) for name in dtypes}
+        return Ceilings("cuda", tflops, copy_rate(stop_after_s), "measured")
+
+
+def measure_dtype(
+    name: str, stop_after_s: float | None = None, largest: int = 256
+) -> dict[str, float]:
+    """TFLOP/s by kind, on torch's default device."""
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
@@ -80,10 +95,13 @@ def measure_dtype(name: str) -> dict[str, float]:
         layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return lambda: layer(image), 2.0 * scale * 320 * 320 * 9 * 64 * 64
 
-    return {kind: best_rate(make) / 1e12 for kind, make in (("matmul", matmul), ("conv", conv))}
+    return {
+        kind: best_rate(make, most, stop_after_s) / 1e12
+        for kind, make, most in (("matmul", matmul, largest), ("conv", conv, 4 * largest))
+    }
 
 
-def copy_rate() -> float:
+def copy_rate(stop_after_s: float | None = None) -> float:
     """GB/s of a copy, bytes read and bytes written both counted."""
     import torch
 
@@ -93,23 +111,39 @@ def copy_rate() -> float:
         return lambda: target.copy_(source), 2.0 * source.numel() * source.element_size()
 
     # Past 4 GiB a buffer says nothing new, whatever the time.
-    return best_rate(copy, largest=128) / 1e9
+    return best_rate(copy, 128, stop_after_s) / 1e9
 
 
-def best_rate(make: Callable[[int], tuple[Callable[[], Any], float]], largest: int = 256) -> float:
+def best_rate(
+    make: Callable[[int], tuple[Callable[[], Any], float]],
+    largest: int = 256,
+    stop_after_s: float | None = None,
+) -> float:
     """Units of work per second: the problem doubles until it is long enough, the best call wins."""
+    stop_after_s = STOP_AFTER_S if stop_after_s is None else stop_after_s
     scale, started = 1, time.perf_counter()
     best = 0.0
     call, work = make(scale)
     call()
+    wait()
     while True:
         begun = time.perf_counter()
         call()
+        wait()
         seconds = time.perf_counter() - begun
         best = max(best, work / seconds)
-        if time.perf_counter() - started > STOP_AFTER_S:
+        if time.perf_counter() - started > stop_after_s:
             return best
         if seconds < GROW_UNTIL_S and scale < largest:
             scale *= 2
             call, work = make(scale)
             call()
+            wait()
+
+
+def wait() -> None:
+    """For the device, where there is one that works on its own."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import Any, Self
 
+from export.models import MODELS, scheduler_name
+
 
 @dataclass(frozen=True, order=True)
 class Cell:
@@ -19,6 +21,9 @@ class Cell:
         size: `<width>x<height>` in pixels.
         batch, steps: images per call, denoising steps per image.
         scheduler, decoder: diffusers class name; `vae` or `taesd`.
+        guidance: its scale, 0 for none.
+        guidance_mode: `none`; `batch` or `calls` (two UNet evaluations a step, as one batch or one
+            after the other); `embedding` (the scale is an input of the UNet).
     """
 
     model: str
@@ -33,11 +38,13 @@ class Cell:
     decoder: str
     steps: int
     scheduler: str
+    guidance: float = 0.0
+    guidance_mode: str = "none"
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Self:
-        """The cell of a row; KeyError if a key column is missing."""
-        return cls(**{name: row[name] for name in KEY_COLUMNS})
+        """The cell of a row; KeyError if a key column is missing that has always been there."""
+        return cls(**{name: row[name] if name in row else LATER[name] for name in KEY_COLUMNS})
 
     def columns(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,8 +63,22 @@ class Cell:
     def numerics(self) -> str:
         return f"storage {self.storage}, precision {self.precision}"
 
+    @property
+    def recipe_text(self) -> str:
+        """Scheduler and guidance where they are not what goes without saying; else ""."""
+        known = MODELS.get(self.model.partition("+")[0])  # behind it: fused LoRA weights
+        words = []
+        if known is None or known.scheduler != self.scheduler:
+            words.append(scheduler_name(self.scheduler))
+        if self.guidance:
+            words.append(f"guidance {self.guidance:g}")
+        if self.guidance_mode == "calls":
+            words.append("in two calls")
+        return " ".join(words)
+
     def __str__(self) -> str:
-        return f"{self.backend_text} {self.decoder} batch {self.batch} steps {self.steps}"
+        text = f"{self.backend_text} {self.decoder} batch {self.batch} steps {self.steps}"
+        return f"{text} {self.recipe_text}".rstrip()
 
     def differences(self, other: Cell) -> list[str]:
         """Names of the key columns in which two cells differ."""
@@ -66,3 +87,5 @@ class Cell:
 
 
 KEY_COLUMNS = tuple(field.name for field in fields(Cell))
+LATER: dict[str, Any] = {"guidance": 0.0, "guidance_mode": "none"}
+"""Columns that rows written before they existed lack, with what those rows mean."""

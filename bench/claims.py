@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import modelled as models
 from bench.ledger import MODELS, Claim, Ours, measured, mismatches, nearest, read_claims
-from bench.modelled import DECODERS, EFFICIENCY, STEPS, Modelled, modelled, models_of
+from bench.modelled import DECODERS, STEPS, Modelled, modelled, models_of
 from bench.store import RUNS, open_run, run_names
 from bench.table import Column, grid
 from core.cli import Parser, run
@@ -260,9 +261,13 @@ def headline(finding: Finding) -> list[str]:
         for steps in STEPS:
             model = modelled(device, claim.size or 512, claim.batch or 1, steps, decoder)
             if model is not None and claim.call_ms is not None:
+                switched = ""
+                if model.switched is not None:
+                    switched = f"; to {model.switched:.0f} ms if it switches programs"
                 lines.append(
                     f"{named(model)}: {model.fit(claim.call_ms)} (floor {model.floor:.0f} ms,"
-                    f" range {model.fast:.0f} to {model.slow:.0f} ms)"
+                    f" range {model.fast:.0f} to {model.slow:.0f} ms"
+                    f"{switched})"
                 )
     return lines
 
@@ -271,15 +276,12 @@ def explained() -> list[str]:
     """What the modelled columns mean."""
     text = [
         "Modelled: the floor is the sum over parts of the longer of compute at the peak and weights"
-        " at full bandwidth; the range divides both by the shares that programs reach. A card of"
-        " four SoCs runs four pipelines. Neither holds host work nor switching between programs."
+        " at full bandwidth; the range is what programs were seen to reach, or 8 of 10 draws of a"
+        " fitted model. A card of four SoCs runs four pipelines. Floors hold no host work, ranges"
+        " no switching between programs."
         ' "Fits": within the range; "time to spare": slower than it, so compatible too.'
     ]
-    text += [
-        f"{vendor}: compute {each.compute[0]:.0%} to {each.compute[1]:.0%} of the peak, memory"
-        f" {each.bandwidth[0]:.0%} to {each.bandwidth[1]:.0%}: {each.source}."
-        for vendor, each in EFFICIENCY.items()
-    ]
+    text += models.explained()
     text.append(
         "Energy by TDP: the card's power limit times the published time, so at most that much, and"
         " at least its inverse in images per joule. Measured images per joule stand beside ours."

@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.cell import KEY_COLUMNS, Cell
 from bench.outcome import FAILED, FORMATS, INCONCLUSIVE, MISSING, Line, Outcome, decided, show
-from bench.store import LATEST, OK, RUNS, Row, Run, open_run
+from bench.store import EMULATED, LATEST, OK, RUNS, Row, Run, is_timed, open_run
 from core.cli import Parser, run
 from core.errors import AddbenchError, PreconditionError
 
@@ -79,8 +79,9 @@ def gather(rows: Iterable[Row], name: str) -> dict[Cell, Cells]:
         cells = by_key.setdefault(place[:-1], Cells())
         cells.statuses[row["status"]] += 1
         if row["status"] == OK:
-            cells.medians.append(row["median_ms"])
             cells.provenances.add(row["provenance"])
+        if is_timed(row):
+            cells.medians.append(row["median_ms"])
     return {Cell(*place): cells for place, cells in by_key.items()}
 
 
@@ -131,6 +132,8 @@ def unusable(base: Cells, head: Cells) -> tuple[str, str]:
             return MISSING, f"{name} has no row of it"
     if head.bad:
         return FAILED, f"HEAD: {head.bad}"
+    if EMULATED in base.provenances | head.provenances:
+        return INCONCLUSIVE, "an emulation has no speed to compare"
     if not base.medians:
         return FAILED, f"BASE: {base.bad}"
     if base.provenances != head.provenances:

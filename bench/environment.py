@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from bench.power import accelerators
 from core.files import ROOT
 
 PACKAGES = (
@@ -21,6 +23,9 @@ PACKAGES = (
     "transformers",
     "tokenizers",
     "numpy",
+    "openvino",
+    "optimum",
+    "optimum-onnx",
 )
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -56,21 +61,21 @@ MACHINE_ID = Path("/etc/machine-id")
 
 def collect() -> dict[str, Any]:
     """The environment of a run: CPU, memory, OS, versions, thread settings, load."""
-    import cpuinfo
-    import psutil
-
-    cpu = cpuinfo.get_cpu_info()
-    frequency = psutil.cpu_freq()
+    psutil = package("psutil")
+    cpu = cpu_info()
+    frequency = psutil.cpu_freq() if psutil else None
     flags = set(cpu.get("flags", ()))
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     hardware = {
         "cpu": cpu.get("brand_raw", platform.processor() or "unknown"),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
-        "cores_physical": psutil.cpu_count(logical=False),
-        "cores_logical": psutil.cpu_count(logical=True),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "cores_physical": psutil.cpu_count(logical=False) if psutil else None,
+        "cores_logical": os.cpu_count(),
+        "memory_gb": round((psutil.virtual_memory().total if psutil else pages) / 1e9, 1),
     }
     return {
         **hardware,
+        **accelerators(),
         "machine": machine_hash(hardware["cpu"], hardware["cores_logical"]),
         "cores_allowed": len(os.sched_getaffinity(0)),
         "cpu_freq_max_mhz": frequency.max or None if frequency else None,
@@ -85,8 +90,30 @@ def collect() -> dict[str, Any]:
             if name in os.environ
         },
         "load_avg": load_average(),
-        "swap_used_gb": round(psutil.swap_memory().used / 1e9, 1),
+        "swap_used_gb": round(psutil.swap_memory().used / 1e9, 1) if psutil else None,
     }
+
+
+def package(name: str) -> Any:
+    """The module, or None: on a GPU's machine there may be torch, diffusers and transformers only
+    (bench/gpu_check.py), and then what others would tell is null."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+def cpu_info() -> dict[str, Any]:
+    """`brand_raw` and `flags` of the CPU; by py-cpuinfo, or as the kernel lists them."""
+    cpuinfo = package("cpuinfo")
+    if cpuinfo is not None:
+        found: dict[str, Any] = cpuinfo.get_cpu_info()
+        return found
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    known = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
+    brand = {"brand_raw": known["model name"]} if "model name" in known else {}
+    return {**brand, "flags": known.get("flags", "").split()}
 
 
 def machine_hash(cpu: str, cores: int) -> str:
@@ -117,9 +144,8 @@ def load_average() -> float:
 
 def cpu_freq_mhz() -> float | None:
     """Mean over the cores, now."""
-    import psutil
-
-    frequency = psutil.cpu_freq()
+    psutil = package("psutil")
+    frequency = psutil.cpu_freq() if psutil else None
     return round(frequency.current, 1) if frequency else None
 
 

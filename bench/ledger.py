@@ -37,6 +37,8 @@ class Claim:
     unit: str
     qualifier: str
     source: str
+    fid_5k: float | None = None
+    clip_score: float | None = None
 
     @property
     def call_ms(self) -> float | None:
@@ -68,6 +70,9 @@ def read_claims(path: Path = FIGURES) -> list[Claim]:
     def number(text: str) -> int | None:
         return int(text) if text else None
 
+    def real(text: str) -> float | None:
+        return float(text) if text else None
+
     with path.open(newline="") as file:
         return [
             Claim(
@@ -82,10 +87,12 @@ def read_claims(path: Path = FIGURES) -> list[Claim]:
                 decoder=row["decoder"] or None,
                 scope=row["scope"],
                 metric=row["metric"],
-                value=float(row["value"]) if row["value"] else None,
+                value=real(row["value"]),
                 unit=row["unit"],
                 qualifier=row["qualifier"],
                 source=row["source"],
+                fid_5k=real(row["fid_5k"]),
+                clip_score=real(row["clip_score"]),
             )
             for row in csv.DictReader(file)
         ]

@@ -17,7 +17,7 @@ import numpy as np
 
 from bench.cell import Cell
 from bench.noise import HARSH, TYPICAL, Levels
-from bench.store import OK, Row, open_run
+from bench.store import Row, is_timed, open_run
 from bench.verdict import Array, Judgement, deviation, pairs
 from core.errors import EXIT_INCONCLUSIVE, EXIT_OK, PreconditionError
 
@@ -44,7 +44,7 @@ def panel(name: str, rows: Sequence[Row]) -> Panel:
     Raises:
         PreconditionError: fewer than FEWEST_ROUNDS rounds remain.
     """
-    good = {(Cell.of(row), row["round"]): row["median_ms"] for row in rows if row["status"] == OK}
+    good = {(Cell.of(row), row["round"]): row["median_ms"] for row in rows if is_timed(row)}
     rounds = sorted({round_ for _, round_ in good})
     found = dict.fromkeys(cell for cell, _ in good)
     cells = [cell for cell in found if all((cell, round_) in good for round_ in rounds)]

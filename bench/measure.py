@@ -10,22 +10,25 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from bench.store import EMULATED
 from core.errors import AddbenchError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from backends.pipeline import Output, Pipeline
+    from backends.pipeline import Output, Pipeline, Timings
 
 FEWEST_SAMPLES = 3
 """`max_time` ends a cell only once it has this many."""
 LONG_CALL_S = 10.0
 """A cell whose cold call takes longer gets no further warm-up: the cold call was it."""
+STAGE_CALLS = 3
+"""Timed calls for the stages of a device that samples are not to wait for in between."""
 
 PROMPTS = (
     "a lighthouse at dusk, long exposure",
@@ -47,18 +50,35 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class StopRule:
-    """How long a cell is sampled; times in seconds, `warmup` in calls after the cold one."""
+    """How long a cell is sampled; times in seconds, `warmup` in calls after the cold one.
+
+    `quality`: of how many held-out captions the pictures are judged after it (0: none).
+    """
 
     min_samples: int = 10
     min_time: float = 3.0
     max_time: float = 60.0
     warmup: int = 1
+    quality: int = 0
+
+    def columns(self) -> dict[str, Any]:
+        """For headers and workers; without `quality` where none is asked for, as before it was."""
+        return {name: value for name, value in vars(self).items() if value or name != "quality"}
+
+    def of_round(self, round_: int) -> StopRule:
+        """Pictures do not change from round to round: they are judged in the first."""
+        return self if round_ == 0 else replace(self, quality=0)
 
     def enough(self, count: int, elapsed_s: float) -> bool:
         """At least `min_samples` and `min_time`; `max_time` wins once 3 samples exist."""
         if count >= self.min_samples and elapsed_s >= self.min_time:
             return True
         return count >= FEWEST_SAMPLES and elapsed_s >= self.max_time
+
+    @property
+    def single(self) -> bool:
+        """One sample, however short: for calls of minutes, which a short call warms up."""
+        return self.min_samples == 1 and self.min_time == 0
 
 
 @dataclass
@@ -77,7 +97,11 @@ class Measurement:
     """[sample][step]"""
     decode_ms: list[float] = field(default_factory=list)
     rest_ms: list[float] = field(default_factory=list)
+    stages_from: str | None = "same_call"
+    """`separate`: the stages were timed in calls of their own; None: there are no stages."""
     other_cpu: float | None = None
+    single: bool = False
+    """The only sample there is to be; the cold call was one of fewer steps."""
 
     def stages_agree(self) -> bool:
         """Whether the stages add up to the whole call, to 1% or 1 ms, in the median sample.
@@ -85,9 +109,13 @@ class Measurement:
         The median, since a call that the kernel interrupts between two readings of the clock says
         nothing about the stages.
         """
+        if self.stages_from != "same_call":
+            return True
         stages = zip(
             self.samples_ms, self.text_ms, self.unet_ms, self.decode_ms, self.rest_ms, strict=True
         )
+        if not self.samples_ms:
+            return True
         gaps = [
             abs(text + sum(unet) + decode + rest - total)
             for total, text, unet, decode, rest in stages
@@ -132,8 +160,12 @@ def measure(
     """
     prompts, seeds = inputs_of_call(0, batch)
     prompts[0], seeds[0] = reference
+    if rule.single:
+        return one_sample(pipe, prompts, seeds, steps, on_sample)
     cold_ms, output = timed(pipe, prompts, seeds, steps)
     result = Measurement(cold_ms, output.images[0].copy(), output.provenance, output.nfe)
+    if output.provenance == EMULATED:  # there is no speed to sample: the image is all it gives
+        return result
     calls = 1
     if cold_ms <= LONG_CALL_S * 1e3:
         for _ in range(rule.warmup):
@@ -151,15 +183,66 @@ def measure(
                 "the calls of a cell must do the same work",
                 "look at the backend's pipeline",
             )
-        times = output.timings
         result.samples_ms.append(sample_ms)
-        result.text_ms.append(times.text * 1e3)
-        result.unet_ms.append([step * 1e3 for step in times.unet])
-        result.decode_ms.append(times.decode * 1e3)
-        result.rest_ms.append(times.rest * 1e3)
+        note_stages(result, output.timings)
         on_sample(result)
     result.other_cpu = load.others()
+    if not result.text_ms:
+        time_stages(pipe, result, calls, batch, steps)
     return result
+
+
+def one_sample(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    on_sample: Callable[[Measurement], None],
+) -> Measurement:
+    """A single call of `steps` after one of as few as the model takes; it makes image 0.
+
+    Its stages are its own on every device that has some: beside minutes, waits between them are
+    nothing.
+    """
+    pipe.staged = pipe.can_stage
+    fewest = min(pipe.bundle.model.step_counts, default=1)
+    cold_ms, _ = timed(pipe, prompts, seeds, min(fewest, steps))
+    load = CpuShare()
+    sample_ms, output = timed(pipe, prompts, seeds, steps)
+    result = Measurement(cold_ms, output.images[0].copy(), output.provenance, output.nfe)
+    result.single = True
+    if output.provenance != EMULATED:
+        result.samples_ms.append(sample_ms)
+        note_stages(result, output.timings)
+        result.stages_from = "same_call" if result.text_ms else None
+        on_sample(result)
+        result.other_cpu = load.others()
+    return result
+
+
+def note_stages(result: Measurement, times: Timings) -> None:
+    """Keep the stages of one call, if it timed any."""
+    if times.text is None or times.decode is None or times.rest is None:
+        return
+    result.text_ms.append(times.text * 1e3)
+    result.unet_ms.append([step * 1e3 for step in times.unet])
+    result.decode_ms.append(times.decode * 1e3)
+    result.rest_ms.append(times.rest * 1e3)
+
+
+def time_stages(pipe: Pipeline, result: Measurement, calls: int, batch: int, steps: int) -> None:
+    """The stages of an asynchronous device, in calls of their own: they wait after each stage."""
+    result.stages_from = "separate" if pipe.can_stage else None
+    if not pipe.can_stage:
+        return
+    pipe.staged = True
+    try:
+        for number in range(calls, calls + STAGE_CALLS + 1):
+            _, output = timed(pipe, *inputs_of_call(number, batch), steps)
+            if number > calls:  # the first one warms up
+                note_stages(result, output.timings)
+    finally:
+        pipe.staged = False
 
 
 class CpuShare:
@@ -198,15 +281,14 @@ def cores_busy_s() -> float:
 
 def tree_cpu_s() -> float:
     """CPU seconds of this process, its finished children and its parent."""
-    import psutil
-
     own = os.times()
     total = own.user + own.system + own.children_user + own.children_system
     try:
-        parent = psutil.Process(os.getppid()).cpu_times()
-    except psutil.NoSuchProcess:
+        # Behind the name in brackets, which may hold anything: state is the first, see proc(5).
+        fields = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended
         return total
-    return total + parent.user + parent.system
+    return total + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class PeakMemory:

@@ -1,17 +1,19 @@
-"""What a known card could do at best, and what would be no surprise: modelled, never measured."""
+"""What a known card could do at best, and what would be no surprise: modelled, never measured.
+
+Two kinds of model. A Cloud AI 100 has the one that was fitted to its maker's published results
+(backends/modelled): the range is 8 of 10 draws, all parts resident. Of any other card only the
+shares of its peaks are known that programs were seen to reach: the range divides by both ends.
+"""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from backends.devices import Device, devices
 from bench.ledger import MODELS, Claim
-from core.files import ROOT
+from export.cost import Cost, budget_cost
 
-BUDGET = ROOT / "export" / "budget.csv"
 STEPS, DECODERS = (1, 2, 4), ("vae", "taesd")
 SCOPES = {
     "end-to-end": ("text_encoder", "text_encoder_2", "unet", "decoder"),
@@ -19,6 +21,8 @@ SCOPES = {
     "unet": ("unet",),
     "decode": ("decoder",),
 }
+FITTED = "Qualcomm"
+"""Vendor of the cards that backends/modelled knows."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,17 @@ EFFICIENCY = {
         " eager and TensorRT pipelines at batch 1 lie between 9% and 27% of the peak; the lower"
         " ends are an assumption",
     ),
-    "Qualcomm": Efficiency(
-        compute=(0.27, 0.77),
-        bandwidth=(0.60, 0.90),
-        source="Qualcomm's own FP16 vision results on a Standard card, of 110 TFLOPS: median 30 at"
-        " best throughput, 85 for large dense networks; that of the memory is an assumption",
-    ),
 }
+
+
+@dataclass(frozen=True)
+class Range:
+    """Milliseconds of a call. `switched`: the slow end where a card switches programs, if known."""
+
+    floor: float
+    fast: float
+    slow: float
+    switched: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Modelled:
     """Milliseconds of a call, or between calls, on one device. Provenance: `modelled`.
 
     `floor`: every part at the peak or its weights at full bandwidth, whichever takes longer, for
-    direct algorithms. `fast` and `slow`: the floor over the efficiency range.
+    direct algorithms. `fast` and `slow`: the range. `switched`: see `Range`.
     """
 
     steps: int
@@ -60,6 +68,7 @@ class Modelled:
     floor: float
     fast: float
     slow: float
+    switched: float | None = None
 
     def fit(self, call_ms: float) -> str:
         if call_ms < self.floor:
@@ -69,15 +78,8 @@ class Modelled:
         return "fits" if call_ms <= self.slow else "time to spare"
 
 
-@cache
-def budget() -> Mapping[str, Mapping[str, float]]:
-    """GFLOP and megabytes of every SDXL-Turbo part, by part and column of export/budget.csv."""
-    with BUDGET.open(newline="") as file:
-        rows = csv.DictReader(line for line in file if not line.startswith("#"))
-        return {
-            row["part"]: {key: float(text) for key, text in row.items() if key != "part" and text}
-            for row in rows
-        }
+def can_model(device: Device) -> bool:
+    return device.vendor == FITTED or device.vendor in EFFICIENCY
 
 
 def modelled(
@@ -88,31 +90,79 @@ def modelled(
     A card of several SoCs runs a pipeline on each, side by side: a call is `batch / socs` images
     on one of them, with its share of peak and bandwidth.
     """
-    column = f"gflop_{size}px"
-    if column not in budget()["unet"]:
-        return None
+    parts = []
+    for name in SCOPES[scope]:
+        cost = budget_cost(f"{decoder}_decoder" if name == "decoder" else name, size)
+        if cost is None:
+            return None
+        parts.append((cost, steps if name == "unet" else 1))
+    found = call_ms(device, batch, parts)
+    return Modelled(steps, decoder, found.floor, found.fast, found.slow, found.switched)
+
+
+def call_ms(device: Device, batch: int, parts: Sequence[tuple[Cost, int]]) -> Range:
+    """The range of a call that runs `parts` one after the other.
+
+    Args:
+        parts: the cost of each at batch 1, FP16, and its evaluations.
+    """
+    if device.vendor == FITTED:
+        return fitted_ms(device, batch, parts)
     images = -(-batch // device.socs)
     peak = device.fp16_tflops_dense / device.socs  # TFLOP/s = GFLOP/ms
     bandwidth = device.memory_gb_per_s / device.socs  # GB/s = MB/ms
     reached = EFFICIENCY[device.vendor]
     limits = [(1.0, 1.0), *zip(reached.compute[::-1], reached.bandwidth[::-1], strict=True)]
-    totals = []
-    for compute, memory in limits:
-        total = 0.0
-        for part in SCOPES[scope]:
-            cost = budget()[f"{decoder}_decoder" if part == "decoder" else part]
-            evaluations = steps if part == "unet" else 1
-            total += evaluations * max(
-                images * cost[column] / (peak * compute), cost["weights_mb"] / (bandwidth * memory)
+    floor, fast, slow = (
+        sum(
+            times
+            * max(
+                images * cost.flops / 1e9 / (peak * compute),
+                cost.weight_bytes / 1e6 / (bandwidth * memory),
             )
-        totals.append(total)
-    return Modelled(steps, decoder, *totals)
+            for cost, times in parts
+        )
+        for compute, memory in limits
+    )
+    return Range(floor, fast, slow)
+
+
+def fitted_ms(device: Device, batch: int, parts: Sequence[tuple[Cost, int]]) -> Range:
+    from backends.modelled.card import sequence
+
+    found = sequence(device, batch, parts)
+    return Range(
+        1e3 * found.floor,
+        1e3 * found.latency.low,
+        1e3 * found.latency.high,
+        1e3 * found.switching_latency.high,
+    )
+
+
+def reached(device: Device) -> str:
+    """The share of the card's peak that its range is made of, in words."""
+    if device.vendor == FITTED:
+        return "what a model of the card has them reach, with its assumptions"
+    low, high = EFFICIENCY[device.vendor].compute
+    return f"{low:.0%} to {high:.0%} of the card's peak"
+
+
+def explained() -> list[str]:
+    """What the ranges are made of, a sentence or two for each vendor."""
+    from backends.modelled.card import reach
+
+    ranges = [
+        f"{vendor}: compute {each.compute[0]:.0%} to {each.compute[1]:.0%} of the peak, memory"
+        f" {each.bandwidth[0]:.0%} to {each.bandwidth[1]:.0%}: {each.source}."
+        for vendor, each in EFFICIENCY.items()
+    ]
+    return [*ranges, f"{FITTED}: {reach()}. `python -m bench.cards` has all of it."]
 
 
 def models_of(claim: Claim) -> list[Modelled]:
     """The model at the claim's conditions; at every step count and decoder it leaves open."""
     device = devices().get(claim.hardware)
-    if claim.model not in MODELS or device is None or device.vendor not in EFFICIENCY:
+    if claim.model not in MODELS or device is None or not can_model(device):
         return []
     if claim.size is None or claim.batch is None or claim.scope not in SCOPES:
         return []

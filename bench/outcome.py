@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from bench.cell import KEY_COLUMNS, Cell
+from bench.cell import KEY_COLUMNS, LATER, Cell
 from bench.table import Column, grid
 from core.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, EXIT_REGRESSION
 
@@ -166,7 +166,8 @@ def printed(lines: Sequence[Line]) -> tuple[list[Column], str]:
     empty = "options" if not any(line.cell.options for line in lines) else None
     keys = [key(name) for name in KEY_COLUMNS if name not in (*same, empty)]
     figures = [column for column in FIGURES if any(column.value(line) for line in lines)]
-    above = ", ".join(f"{name} {getattr(lines[0].cell, name)}" for name in same)
+    said = ((name, getattr(lines[0].cell, name)) for name in same)
+    above = ", ".join(f"{name} {value}" for name, value in said if LATER.get(name) != value)
     return [*keys, *figures], above
 
 

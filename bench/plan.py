@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
 from bench.measure import FEWEST_SAMPLES, LONG_CALL_S, StopRule
-from bench.store import OK, Row, open_run, run_names
+from bench.store import MODELLED, Row, is_timed, open_run, run_names
 from core.errors import AddbenchError, PreconditionError
 
 if TYPE_CHECKING:
     from backends.base import Backend, Capability
     from export.bundle import Bundle
+    from export.models import Model
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Settings:
     rounds: int
 
     def columns(self) -> dict[str, Any]:
-        return {"rounds": self.rounds, **asdict(self.rule)}
+        return {"rounds": self.rounds, **self.rule.columns()}
 
     @classmethod
     def of(cls, columns: Mapping[str, Any]) -> Settings:
@@ -43,6 +44,16 @@ class Candidate:
     text: str
     backend: Backend | None
     found: Capability
+
+    @property
+    def modelled(self) -> bool:
+        """Whether its figures come from a model of the device, and no clock."""
+        return self.backend is not None and self.backend.provenance == MODELLED
+
+    @property
+    def provenance(self) -> str:
+        """Of rows that say nothing else: those of cells that failed too."""
+        return self.backend.provenance if self.backend else "measured"
 
     @property
     def key(self) -> str:
@@ -99,24 +110,34 @@ def make_cells(
     batches: Sequence[int],
     decoders: Sequence[str],
     steps: Sequence[int],
-    size: str | None,
+    schedulers: Sequence[str] = (),
+    guidance: float | None = None,
+    guidance_modes: Sequence[str] = (),
 ) -> list[Cell]:
     """The product of the axes, in the order in which it is measured.
 
+    Args:
+        schedulers, guidance, guidance_modes: what differs from the model's own recipe, see
+            `backends.recipe.make_recipe`.
+
     Raises:
-        PreconditionError: a decoder or a size that the bundle does not have.
+        PreconditionError: a decoder that the bundle does not have, or what its model was not made
+            for.
     """
     from backends.base import check_decoder
+    from backends.recipe import check_steps, make_recipe
+    from export.bundle import size_text
 
-    own_size = "{}x{}".format(*bundle.size)
-    if size not in (None, own_size):
-        raise PreconditionError(
-            f"{bundle.name} cannot be run at {size}",
-            f"the graphs of this bundle are made for {own_size}",
-            f"drop --size, or export a bundle of {size}",
-        )
     for decoder in decoders:
         check_decoder(bundle, decoder)
+    recipes = dict.fromkeys(
+        make_recipe(bundle, scheduler, guidance, mode)
+        for scheduler in schedulers or (None,)
+        for mode in guidance_modes or (None,)
+    )
+    for recipe in recipes:
+        for count in steps:
+            check_steps(bundle, recipe, count)
     return [
         Cell(
             model=bundle.name,
@@ -126,17 +147,27 @@ def make_cells(
             device=candidate.backend.device if candidate.backend else "unknown",
             precision=candidate.backend.precision(bundle) if candidate.backend else "unknown",
             storage=candidate.backend.storage(bundle) if candidate.backend else bundle.dtype,
-            size=own_size,
+            size=size_text(bundle.size),
             batch=batch,
             decoder=decoder,
             steps=count,
-            scheduler=bundle.scheduler_name,
+            scheduler=recipe.scheduler,
+            guidance=recipe.guidance,
+            guidance_mode=recipe.guidance_mode,
         )
         for candidate in candidates
         for batch in batches
         for decoder in decoders
+        for recipe in recipes
         for count in steps
     ]
+
+
+def default_steps(model: Model) -> list[int]:
+    """Step counts to measure where none are asked for: those that the model is used with."""
+    if model.step_counts:
+        return list(model.step_counts)
+    return [1, 2, 4] if model.steps <= 8 else [model.steps]
 
 
 def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
@@ -182,7 +213,7 @@ def sampling_s(call_s: float, cold_s: float, rule: StopRule) -> float:
     """Seconds of a cell whose calls take `call_s`: cold call, warm-up and samples."""
     samples = max(rule.min_samples, math.ceil(rule.min_time / call_s))
     if samples * call_s > rule.max_time:
-        samples = max(FEWEST_SAMPLES, math.ceil(rule.max_time / call_s))
+        samples = min(samples, max(FEWEST_SAMPLES, math.ceil(rule.max_time / call_s)))
     warmup = 0 if cold_s > LONG_CALL_S else rule.warmup
     return cold_s + (warmup + samples) * call_s
 
@@ -195,7 +226,7 @@ def past_rows(out: Path, machine: str, newest: int = 20) -> dict[Cell, Row]:
             run = open_run(name, out)
             if run.header["environment"]["machine"] != machine:
                 continue
-            known |= {Cell.of(row): row for row in run.rows() if row["status"] == OK}
+            known |= {Cell.of(row): row for row in run.rows() if is_timed(row)}
         except (AddbenchError, KeyError):
             continue  # a damaged old run costs its estimates, not this sweep
     return known

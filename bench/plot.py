@@ -1,20 +1,21 @@
 """`python -m bench.plot RUN`: latency and images/s against steps, as SVG and PNG.
 
-A column per batch. Colour says the backend, marker and dash the decoder; the line through the
-points is the fit `fixed cost + steps x cost per step`, drawn to zero steps, where it meets the
-fixed cost.
+A column per batch. Colour says the backend (and recipe), marker and dash the decoder; the line
+through the points is the fit `fixed cost + steps x cost per step`, drawn to zero steps, where it
+meets the fixed cost. With `--x nfe` UNet evaluations take the place of steps: guidance takes two a
+step, and some schedulers run a timestep more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.stats import Fit, fit_steps
-from bench.store import LATEST, RUNS, Row, Run, open_run
-from bench.table import Line, lines_of
+from bench.store import LATEST, MODELLED, RUNS, Row, Run, open_run
+from bench.table import Line, lines_of, switching_high
 from core.cli import Parser, run
 from core.errors import EXIT_OK
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette: tells apart for all common forms of colour blindness. Yellow left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 SHAPES = {"vae": ("o", "-"), "taesd": ("^", (0, (5, 2)))}
+AXES = {"steps": "denoising steps", "nfe": "UNet evaluations of an image (NFE)"}
+"""What `--x` takes -> the label of the axis."""
 STYLE = {
     "svg.hashsalt": "addbench",  # the same ids, and so the same bytes, every time
     "svg.fonttype": "path",
@@ -44,28 +47,43 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Series:
-    """The points of one line: cells that differ in steps only, ok ones."""
+    """The points of one line: cells that differ in steps only, ok ones. `axis`: a key of AXES."""
 
     label: str
     colour: str
     marker: str
     dash: Any
     lines: Sequence[Line]
+    axis: str = "steps"
+
+    @property
+    def modelled(self) -> bool:
+        return all(MODELLED in line.provenance for line in self.lines)
+
+    def place(self, line: Line) -> int:
+        """Where a cell lies on the x axis."""
+        nfe = line.median("nfe")
+        return line.cell.steps if self.axis == "steps" or nfe is None else int(nfe)
 
     def points(self, column: str) -> list[tuple[int, float]]:
-        values = [(line.cell.steps, line.median(column)) for line in self.lines]
-        return sorted((steps, value) for steps, value in values if value is not None)
+        values = [(self.place(line), line.median(column)) for line in self.lines]
+        return sorted((place, value) for place, value in values if value is not None)
 
     @property
     def fit(self) -> Fit | None:
         return fit_steps(self.points("median_ms"))
 
 
-def series_of(lines: Sequence[Line]) -> dict[int, list[Series]]:
+def series_of(lines: Sequence[Line], axis: str = "steps") -> dict[int, list[Series]]:
     """Batch -> its series, backends in the order of the run, so that colours agree over columns."""
+
+    def key_of(line: Line) -> tuple[str, str, str]:
+        return line.cell.backend_text, line.cell.numerics, line.cell.recipe_text
+
     good = [line for line in lines if line.median("median_ms") is not None]
     mixed = len({line.cell.numerics for line in good}) > 1
-    backends = list(dict.fromkeys((line.cell.backend_text, line.cell.numerics) for line in good))
+    recipes = len({line.cell.recipe_text for line in good}) > 1
+    backends = list(dict.fromkeys(map(key_of, good)))
     found: dict[int, list[Series]] = {}
     for batch in sorted({line.cell.batch for line in good}):
         for place, key in enumerate(backends):
@@ -73,7 +91,7 @@ def series_of(lines: Sequence[Line]) -> dict[int, list[Series]]:
                 mine = [
                     line
                     for line in good
-                    if (line.cell.backend_text, line.cell.numerics) == key
+                    if key_of(line) == key
                     and line.cell.decoder == decoder
                     and line.cell.batch == batch
                 ]
@@ -81,14 +99,18 @@ def series_of(lines: Sequence[Line]) -> dict[int, list[Series]]:
                     continue
                 cell = mine[0].cell
                 numerics = f" ({cell.storage} weights, {cell.precision})" if mixed else ""
+                recipe = f", {cell.recipe_text}" if recipes and cell.recipe_text else ""
+                if any(MODELLED in line.provenance for line in mine):
+                    numerics += ", modelled"
                 marker, dash = SHAPES.get(decoder, ("s", ":"))
                 found.setdefault(batch, []).append(
                     Series(
-                        f"{cell.backend_text}, {decoder}{numerics}",
+                        f"{cell.backend_text}, {decoder}{recipe}{numerics}",
                         COLOURS[place % len(COLOURS)],
                         marker,
                         dash,
                         mine,
+                        axis,
                     )
                 )
     return found
@@ -99,12 +121,12 @@ def scale_of(largest_ms: float) -> tuple[float, str]:
     return (1e3, "s") if largest_ms >= 2000 else (1.0, "ms")
 
 
-def figure(target: Run, rows: Sequence[Row]) -> Figure | None:
+def figure(target: Run, rows: Sequence[Row], axis: str = "steps") -> Figure | None:
     """The figure, or None where no cell is ok."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    columns = series_of(lines_of(rows))
+    columns = series_of(lines_of(rows), axis)
     if not columns:
         return None
     with style.context(STYLE):
@@ -140,6 +162,10 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure | None:
 def heading(drawn: Figure, target: Run, rows: Sequence[Row], height: float) -> None:
     first = rows[0]
     machine = target.header["environment"]
+    below = f"{machine['cpu']}, {machine['cores_allowed']} cores; end to end, warm; {target.name}"
+    if all(row["provenance"] == MODELLED for row in rows):
+        cards = ", ".join(dict.fromkeys(row["device"] for row in rows))
+        below = f"{cards}: modelled, not measured; end to end; {target.name}"
     drawn.text(
         0.12 / drawn.get_figwidth(),
         1 - 0.14 / height,
@@ -151,7 +177,7 @@ def heading(drawn: Figure, target: Run, rows: Sequence[Row], height: float) -> N
     drawn.text(
         0.12 / drawn.get_figwidth(),
         1 - 0.42 / height,
-        f"{machine['cpu']}, {machine['cores_allowed']} cores; end to end, warm; {target.name}",
+        below,
         va="top",
         color="#555555",
     )
@@ -179,7 +205,8 @@ def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
         for line in series.lines:  # every round beside its median
             spread = [row["median_ms"] / unit_ms for row in line.good]
             if len(spread) > 1:
-                axes.plot([line.cell.steps] * len(spread), spread, "_", color=series.colour)
+                axes.plot([series.place(line)] * len(spread), spread, "_", color=series.colour)
+        intervals(axes, series, found, lambda line, ms: ms / unit_ms)
         if series.fit:
             reach = np.array([0, max(steps)])
             axes.plot(
@@ -191,6 +218,25 @@ def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
                 alpha=0.75,
             )
     frame(axes, found, f"Latency, batch {batch}", f"latency ({unit})", from_zero=True)
+
+
+def intervals(
+    axes: Axes, series: Series, found: Sequence[Series], y: Callable[[Line, float], float]
+) -> None:
+    """Bars of modelled times: all parts resident, and thinner where programs are switched.
+
+    Beside the points, each series in a place of its own. `y`: of a latency in milliseconds.
+    """
+    width = 0.012 * max(other.place(line) for other in found for line in other.lines)
+    for line in series.lines:
+        low, high, switching = line.median("low_ms"), line.median("high_ms"), switching_high(line)
+        if low is None or high is None:
+            continue
+        x = series.place(line) + width * (1 + found.index(series))
+        axes.plot([x, x], [y(line, low), y(line, high)], color=series.colour, linewidth=2.2)
+        if switching is not None:
+            ends = [y(line, high), y(line, switching)]
+            axes.plot([x, x], ends, color=series.colour, linewidth=0.7)
 
 
 def throughput(axes: Axes, found: Sequence[Series], batch: int) -> None:
@@ -209,15 +255,17 @@ def throughput(axes: Axes, found: Sequence[Series], batch: int) -> None:
             clip_on=False,
             zorder=3,
         )
+        intervals(axes, series, found, lambda line, ms: 1e3 * line.cell.batch / ms)
     frame(axes, found, f"Images per second, batch {batch}", "images/s", from_zero=False)
 
 
 def frame(axes: Axes, found: Sequence[Series], title: str, label: str, *, from_zero: bool) -> None:
     """Titles, ticks at the measured steps, axes from zero: lengths can be compared by eye."""
-    steps = sorted({line.cell.steps for series in found for line in series.lines})
-    axes.set_title(title, loc="left")
+    steps = sorted({series.place(line) for series in found for line in series.lines})
+    modelled = ", modelled" if all(series.modelled for series in found) else ""
+    axes.set_title(f"{title}{modelled}", loc="left")
     axes.set_ylabel(label)
-    axes.set_xlabel("denoising steps")
+    axes.set_xlabel(AXES[found[0].axis])
     axes.set_xticks([0, *steps] if from_zero else steps)
     margin = 0.06 * max(steps)
     axes.set_xlim(0 if from_zero else min(steps) - margin, max(steps) + margin)
@@ -250,7 +298,9 @@ def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> N
         frameon=False,
         handlelength=3.2,
         alignment="left",
-        title="lines: fit through the medians" + ("; dashes: single rounds" if rounds > 1 else ""),
+        title="lines: fit through the medians"
+        + ("; dashes: single rounds" if rounds > 1 else "")
+        + ("; bars: 8 of 10 draws, thin: switching" if any(s.modelled for s in found) else ""),
         title_fontproperties={"size": 9},
     )
 
@@ -266,12 +316,13 @@ def fit_text(series: Series) -> str:
     unit_ms, unit = scale_of(max(value for _, value in series.points("median_ms")))
     per_step, fixed = fit.per_step_ms / unit_ms, fit.fixed_ms / unit_ms
     sign = "+" if fixed >= 0 else "\u2212"
-    return f"{per_step:.3g} {unit}/step {sign} {abs(fixed):.3g} {unit} fixed"
+    each = "step" if series.axis == "steps" else "evaluation"
+    return f"{per_step:.3g} {unit}/{each} {sign} {abs(fixed):.3g} {unit} fixed"
 
 
-def draw(target: Run, rows: Sequence[Row], stem: Path) -> list[Path]:
+def draw(target: Run, rows: Sequence[Row], stem: Path, axis: str = "steps") -> list[Path]:
     """`stem.svg` and `stem.png`; nothing where no cell is ok."""
-    drawn = figure(target, rows)
+    drawn = figure(target, rows, axis)
     return [] if drawn is None else save(drawn, stem)
 
 
@@ -305,18 +356,21 @@ def save(drawn: Figure, stem: Path) -> list[Path]:
     return files
 
 
-def write(target: Run, rows: Sequence[Row]) -> list[Path]:
-    """`plot.svg` and `plot.png` into the run folder."""
-    return draw(target, rows, target.path / "plot")
+def write(target: Run, rows: Sequence[Row], axis: str = "steps") -> list[Path]:
+    """`plot.svg` and `plot.png` (against NFE: `plot-nfe`) into the run folder."""
+    return draw(target, rows, target.path / ("plot" if axis == "steps" else f"plot-{axis}"), axis)
 
 
 def parser() -> Parser:
     top = Parser(
         prog="python -m bench.plot",
-        description="Latency and images/s against steps, with the fitted cost per step.",
+        description="Latency and images/s against steps or NFE, with the fitted cost of each.",
     )
     top.add_argument("run", nargs="?", default=LATEST, metavar="RUN|latest")
     top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
+    top.add_argument(
+        "--x", choices=tuple(AXES), default="steps", help="steps, or UNet evaluations of an image"
+    )
     top.add_argument("--roofline", action="store_true", help="draw the roofline instead")
     return top
 
@@ -329,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         files = roofplot.write(target, target.rows())
     else:
-        files = write(target, target.rows())
+        files = write(target, target.rows(), args.x)
     for file in files:
         print(file)
     if not files:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bench.cell import Cell
-from bench.store import OK, Row
+from bench.store import OK, Row, is_timed
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -22,6 +22,11 @@ def line_of(row: Row) -> str:
     cell = Cell.of(row)
     if row["status"] != OK:
         return f"{cell}: {row['status']}: {(row['error'] or {}).get('what', '')}"
+    if not is_timed(row):
+        return f"{cell}: image check {row['image_check']['status']}, {row['provenance']}: no speed"
+    if row["low_ms"] is not None:
+        span = f"{row['low_ms']:.0f} to {row['high_ms']:.0f}"
+        return f"{cell}: {row['median_ms']:.1f} ms ({row['provenance']}: {span})"
     cv = "" if row["cv"] is None else f", CV {row['cv']:.1%}"
     flags = "".join(f", {flag}" for flag in row["flags"])
     count = len(row["samples_ms"])

@@ -32,8 +32,8 @@ from core.files import ROOT, write_atomic, write_json
 RESULTS = ROOT / "results"
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- results(?: (?P<run>[\w-]+))? -->\n).*?(<!-- /results -->)", re.DOTALL)
-"""A block of the README that is derived: `<!-- results -->` shows the newest published run,
-`<!-- results RUN -->` that one."""
+"""A block of the README that is derived: `<!-- results -->` shows the newest published sweep,
+`<!-- results RUN -->` that run; the head's of `bench.versus` with the ratios."""
 
 
 def private(value: Any) -> Iterator[str]:
@@ -81,10 +81,10 @@ def publish(target: Run, results: Path) -> Path:
 
 def derive(results: Path, into: Path, readme: str | None) -> str | None:
     """Tables and plots of every published run into `into`; the README's text with fresh blocks."""
-    from bench import plot, table
+    from bench import frontier, plot, speedup, table
 
     published = results / "published"
-    blocks = {}
+    blocks, runs = {}, []
     for name in run_names(published):
         target = open_run(str(published / name), published)
         rows = last_rows(read_rows(target.path / ROWS))
@@ -92,8 +92,23 @@ def derive(results: Path, into: Path, readme: str | None) -> str | None:
         write_atomic(into / "tables" / f"{name}.md", text)
         write_atomic(into / "tables" / f"{name}.csv", table.csv(rows))
         plot.draw(target, rows, into / "plots" / name)
-        blocks[name] = block(name, table.markdown(target, rows, brief=True))
-    return readme if readme is None else fill(readme, blocks)
+        brief = table.markdown(target, rows, brief=True)
+        base = (target.header.get("versus") or {}).get("base")
+        if base and (published / base / HEADER).exists():
+            brief = speedup.markdown(speedup.result(open_run(base, published), target))
+            write_atomic(into / "tables" / f"{name}-versus.md", brief)
+        blocks[name] = block(name, brief)
+        runs.append(target)
+    chart = frontier.from_runs(runs)
+    if chart is not None:
+        frontier.write(chart, into / "tables" / "frontier", into / "plots" / "frontier")
+    return readme if readme is None else fill(readme, blocks, newest_sweep(runs))
+
+
+def newest_sweep(runs: Sequence[Run]) -> str | None:
+    """What a block without a name shows: a sweep, not one side of a comparison."""
+    names = [run.name for run in runs if "versus" not in run.header]
+    return max(names, default=None)
 
 
 def block(name: str, table_text: str) -> str:
@@ -105,13 +120,13 @@ def block(name: str, table_text: str) -> str:
     )
 
 
-def fill(readme: str, blocks: Mapping[str, str]) -> str:
+def fill(readme: str, blocks: Mapping[str, str], newest: str | None) -> str:
     """The README with every results block redrawn."""
 
     def fresh(found: re.Match[str]) -> str:
-        if not found["run"] and not blocks:
+        name = found["run"] or newest
+        if name is None:
             return found[0]  # nothing is published yet
-        name = found["run"] or max(blocks)
         if name not in blocks:
             raise PreconditionError(
                 f"the README asks for the results of run {name}",

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from backends.pipeline import Pipeline
     from bench.cell import Cell
 
-CAPTIONS = 600
-"""A share of 0.9 among as many is known to 2.4 points (95%)."""
-
 
 def require_judge(model: str) -> None:
     """Refuse `--quality` for a model whose pictures nothing here can judge."""

@@ -83,8 +83,8 @@ def figure(rows: Sequence[Row], machine: str) -> Figure:
                               textcoords="offset points", fontsize=8, color=colour)  # fmt: skip
         frame(left, f"latency of one image ({unit})", "Against latency; numbers: steps")
         frame(right, "denoising steps", "Against steps")
-        steps = sorted({point[0] for points in found.values() for point in points})
-        right.set_xticks(steps, [str(step) for step in steps])
+        counts = sorted({point[0] for points in found.values() for point in points})
+        right.set_xticks(counts, [str(count) for count in counts])
         drawn.legend(loc="lower left", bbox_to_anchor=(0.06, 0.01), frameon=False, fontsize=8.5,
                      handlelength=3.2)  # fmt: skip
     return drawn

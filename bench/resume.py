@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.cell import Cell
 from bench.plan import Candidate, Settings, probe
-from bench.store import OK, Run, open_run
+from bench.store import OK, Run, open_run, run_names
+from core.cli import image_size
 from core.errors import PreconditionError
+from export.models import SCHEDULERS
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
@@ -38,6 +41,18 @@ def reopen(args: argparse.Namespace) -> Rest:
     from export.bundle import find_bundle
 
     old = open_run(args.resume, args.out)
+    if "versus" in old.header:
+        raise PreconditionError(
+            f"run {old.name} is one side of a pair",
+            "finished on its own it would not be interleaved with the other",
+            f"python -m bench.versus --resume {old.name}",
+        )
+    if not old.header.get("images", True):
+        raise PreconditionError(
+            f"run {old.name} is modelled without images",
+            "all of it takes seconds, and nothing in it can be lost",
+            "start it again: " + " ".join(map(str, old.header["command"])),
+        )
     made = old.header["bundle"]
     settings = Settings.of(old.header["settings"])
     candidates = probe(list(old.header["backends"]))
@@ -45,26 +60,19 @@ def reopen(args: argparse.Namespace) -> Rest:
         args.model or made["name"],
         args.weights or (None if args.model else made["weights"]),
         args.dtype or (None if args.model else made["dtype"]),
+        image_size(old.plan[0].size),
     )
     here = collect()
     known = old.header["environment"]
-    changes = [
-        f"{name} was {was!r} and is {now!r}"
-        for name, was, now in (
+    refuse_changes(
+        old.name,
+        [
             ("the bundle's hash", made["hash"][:12], bundle.hash[:12]),
             ("the machine", known["machine"], here["machine"]),
             ("the packages' versions", known["versions"], here["versions"]),
             *axis_changes(args, old, settings),
-        )
-        if was != now
-    ]
-    if changes:
-        raise PreconditionError(
-            f"run {old.name} cannot be resumed",
-            "; ".join(changes),
-            "start a new run, or repeat the command without what differs (--model PATH if the"
-            " bundle lies elsewhere)",
-        )
+        ],
+    )
     rows = old.rows()
     work = old.missing(rows)
     if args.retry_failed:
@@ -72,6 +80,18 @@ def reopen(args: argparse.Namespace) -> Rest:
         order = {cell: place for place, cell in enumerate(old.plan)}
         work.sort(key=lambda item: (item[1], order[item[0]]))
     return Rest(old, bundle, candidates, settings, work)
+
+
+def refuse_changes(name: str, compared: Iterable[tuple[str, Any, Any]]) -> None:
+    """Refuse to go on with run `name` where one of (what, was, is) differs; all are named."""
+    changes = [f"{what} was {was!r} and is {now!r}" for what, was, now in compared if was != now]
+    if changes:
+        raise PreconditionError(
+            f"run {name} cannot be resumed",
+            "; ".join(changes),
+            "start a new run, or repeat the command without what differs (--model PATH if the"
+            " bundle lies elsewhere)",
+        )
 
 
 def axis_changes(
@@ -84,14 +104,49 @@ def axis_changes(
         "steps": list(dict.fromkeys(cell.steps for cell in plan)),
         "batch": list(dict.fromkeys(cell.batch for cell in plan)),
         "decoder": list(dict.fromkeys(cell.decoder for cell in plan)),
-        "size": plan[0].size,
+        "size": image_size(plan[0].size),
+        "scheduler": list(dict.fromkeys(cell.scheduler for cell in plan)),
+        "guidance": plan[0].guidance,
+        "guidance_mode": list(dict.fromkeys(cell.guidance_mode for cell in plan)),
         **settings.columns(),
     }
     given = {name: getattr(args, name) for name in had}
     if given["backend"] is not None:
         given["backend"] = [candidate.key for candidate in probe(given["backend"])]
+    if given["scheduler"] is not None:
+        given["scheduler"] = [SCHEDULERS.get(name, name) for name in given["scheduler"]]
     return [
         (f"--{name.replace('_', '-')}", had[name], value)
         for name, value in given.items()
         if value is not None
     ]
+
+
+def open_pair(text: str, out: Path) -> list[Run]:
+    """The runs of base and head of `bench.versus`, from either one's name."""
+    found = open_run(text, out)
+    said = found.header.get("versus")
+    if said is None:
+        raise PreconditionError(
+            f"run {found.name} is not of bench.versus",
+            "its header names no other side",
+            f"python -m bench.sweep --resume {found.name}",
+        )
+    if said["side"] == "head":
+        return [open_run(said["base"], found.path.parent), found]
+    for name in run_names(found.path.parent):
+        head = open_run(name, found.path.parent)
+        if head.header.get("versus", {}).get("base") == found.name:
+            return [found, head]
+    raise PreconditionError(
+        f"run {found.name} is the base of a pair whose head is gone",
+        "no run beside it names it as its base",
+        "measure the pair again",
+    )
+
+
+def unfinished(target: Run) -> list[tuple[Cell, int]]:
+    """(cell, round) pairs that are missing or not ok."""
+    rows = target.rows()
+    bad = [(Cell.of(row), row["round"]) for row in rows if row["status"] != OK]
+    return [*target.missing(rows), *bad]

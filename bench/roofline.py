@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.ceilings import Ceilings
-from core.cli import Parser, add_model_arguments, run
+from core.cli import Parser, add_model_arguments, image_size, run
 from core.errors import EXIT_OK, PreconditionError
 from export.models import DEFAULT_MODEL, MODELS, PARTS
 
 if TYPE_CHECKING:
     from bench.cell import Cell
+    from export.checkpoint import Checkpoint
     from export.cost import Cost
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
@@ -67,7 +68,7 @@ def floor(cost: Cost, ceilings: Ceilings, graph_dtype: str, precision: str) -> F
     return Floor(1e3 * compute_s, 1e3 * memory_s)
 
 
-def survey(bundle: Path, batches: Sequence[int], dtypes: Sequence[str]) -> dict[str, Any]:
+def survey(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:
     """What rows are judged by: this machine's ceilings, and the cost of each part at each batch."""
     from bench.ceilings import measure
     from export.bundle import Bundle
@@ -75,15 +76,24 @@ def survey(bundle: Path, batches: Sequence[int], dtypes: Sequence[str]) -> dict[
 
     opened = Bundle.open(bundle)
     costs = {
-        name: {str(batch): asdict(part_cost(part.graph, batch)) for batch in batches}
+        name: {
+            str(batch): asdict(part_cost(part.graph, batch))
+            for batch in sorted({batch_of(name, cell) for cell in cells})
+        }
         for name, part in opened.parts.items()
     }
+    dtypes = sorted({cell.precision for cell in cells})
     return {"ceilings": measure(dtypes).columns(), "graph_dtype": opened.dtype, "costs": costs}
+
+
+def batch_of(part: str, cell: Cell) -> int:
+    """Of one evaluation of a part: guidance as one batch gives the UNet two inputs an image."""
+    return 2 * cell.batch if part == "unet" and cell.guidance_mode == "batch" else cell.batch
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one stage of a cell does in one call: FLOPs, bytes at least, floor in ms."""
+    """What one stage does: FLOPs, bytes at least, floor in ms. Of the UNet: at one timestep."""
 
     flops: float
     moved: float
@@ -100,8 +110,9 @@ def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
     unused = {"vae": "taesd_decoder", "taesd": "vae_decoder"}[cell.decoder]
     found = {}
     for stage, names in STAGES.items():
-        costs = [
-            Cost(**surveyed["costs"][part][str(cell.batch)])
+        evaluations = 2 if stage == "unet_step" and cell.guidance_mode == "calls" else 1
+        costs = evaluations * [
+            Cost(**surveyed["costs"][part][str(batch_of(part, cell))])
             for part in names
             if part in surveyed["costs"] and part != unused
         ]
@@ -125,7 +136,7 @@ def of_row(
     row: Mapping[str, Any], cell: Cell, surveyed: Mapping[str, Any]
 ) -> dict[str, dict[str, float]] | None:
     """A row's `roofline`: stage -> achieved rates, floor and the fraction of it reached."""
-    if not row.get("stages_ms"):
+    if not any((row.get("stages_ms") or {}).values()):
         return None
     # At one step there is no later step: the first one is the UNet's time.
     times = dict(row["stages_ms"])
@@ -142,13 +153,13 @@ def of_row(
     } or None
 
 
-def survey_apart(bundle: Path, batches: Sequence[int], dtypes: Sequence[str]) -> dict[str, Any]:
+def survey_apart(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:
     """`survey` in a process of its own: the parent of a sweep stays small."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(survey, bundle, batches, dtypes).result()
+        return pool.submit(survey, bundle, cells).result()
 
 
 # ---- the command
@@ -157,7 +168,7 @@ def survey_apart(bundle: Path, batches: Sequence[int], dtypes: Sequence[str]) ->
 def parser() -> Parser:
     made = Parser(prog="python -m bench.roofline", description=__doc__.split("\n")[0])
     add_model_arguments(made, DEFAULT_MODEL)
-    made.add_argument("--size", metavar="WxH", help="pixels (the model's own)")
+    made.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="(the model's own)")
     made.add_argument("--batch", type=int, default=1)
     where = made.add_mutually_exclusive_group()
     where.add_argument("--measure", action="store_true", help="measure this machine's ceilings")
@@ -167,10 +178,17 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    from export.cost import part_cost_at
+
     args = parser().parse_args(argv)
     if args.batch < 1:
         raise PreconditionError("--batch is less than 1", "a batch has an image", "use --batch 1")
-    costs, size, dtype = costs_for(args)
+    checkpoint, size, dtype = subject(args)
+    costs = [
+        part_cost_at(checkpoint, part, args.batch, *size, dtype)
+        for part in PARTS
+        if part in checkpoint.model.parts
+    ]
     ceilings = None
     if args.measure:
         from bench.ceilings import measure
@@ -182,13 +200,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     entries = [entry(cost, ceilings, dtype, precision) for cost in costs]
     report = {
         "model": args.model,
-        "size": size,
+        "size": "{}x{}".format(*size),
         "batch": args.batch,
         "storage": dtype,
         "precision": precision,
         "ceilings": ceilings.columns() if ceilings else None,
         "parts": entries,
-        "pipelines": pipelines(entries),
+        "pipelines": pipelines(entries, checkpoint),
     }
     if args.format == "json":
         print(json.dumps(report, indent=2))
@@ -197,49 +215,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def costs_for(args: argparse.Namespace) -> tuple[list[Cost], str, str]:
-    """Costs of every part; from the architecture alone where the model's name is known."""
-    from export.cost import part_cost_at
+def subject(args: argparse.Namespace) -> tuple[Checkpoint, tuple[int, int], str]:
+    """What is counted: a checkpoint, the size of its images, the dtype of its weights.
 
+    From the architecture alone where the model's name is known.
+    """
     if args.model in MODELS:
         from export.checkpoint import open_checkpoint
 
         model = MODELS[args.model]
         checkpoint = open_checkpoint(model, "random")
-        width, height, dtype = model.size, model.size, args.dtype or "fp16"
-        parts: Sequence[str] = model.parts
+        size, dtype = (model.size, model.size), args.dtype or "fp16"
     else:
         from export.bundle import find_bundle
 
         bundle = find_bundle(args.model, args.weights, args.dtype)
-        checkpoint, (width, height), dtype = bundle.checkpoint(), bundle.size, bundle.dtype
-        parts = tuple(bundle.parts)
+        checkpoint, size, dtype = bundle.checkpoint(), bundle.size, bundle.dtype
     if args.size:
-        width, height = parse_size(args.size)
-    return (
-        [
-            part_cost_at(checkpoint, part, args.batch, width, height, dtype)
-            for part in PARTS
-            if part in parts
-        ],
-        f"{width}x{height}",
-        dtype,
-    )
+        from export.request import require_size
 
-
-def parse_size(text: str) -> tuple[int, int]:
-    width, cross, height = text.partition("x")
-    if not cross or not width.isdigit() or not height.isdigit() or not int(width) * int(height):
-        raise PreconditionError(
-            f"--size {text} is not a size", "it is WIDTHxHEIGHT in pixels", "use --size 512x512"
-        )
-    if int(width) % 32 or int(height) % 32:
-        raise PreconditionError(
-            f"--size {text} cannot be run",
-            "latents are an eighth of the image and the UNet halves them twice",
-            "use multiples of 32",
-        )
-    return int(width), int(height)
+        size = args.size
+        require_size(checkpoint.model, checkpoint.multiple, *size)
+    return checkpoint, size, dtype
 
 
 def published(name: str) -> Ceilings:
@@ -266,17 +263,30 @@ def entry(cost: Cost, ceilings: Ceilings | None, storage: str, precision: str) -
     return found
 
 
-def pipelines(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Whole images at 1, 2 and 4 steps with each decoder: GFLOP, and the floor if there is one."""
+def pipelines(entries: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Whole images at the model's usual step counts with each decoder: UNet evaluations, GFLOP,
+    and the floor if there is one.
+
+    The timesteps are the scheduler's own; with guidance each takes two evaluations.
+    """
+    import diffusers
+
+    from bench.plan import default_steps
+
+    model, config = checkpoint.model, checkpoint.scheduler_config()
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    each_step = 2 if model.guidance_form == "free" and model.guidance > 1 else 1
     by_part = {each["part"]: each for each in entries}
     found = []
     for decoder in ("vae", "taesd"):
         if f"{decoder}_decoder" not in by_part:
             continue
-        for steps in (1, 2, 4):
+        for steps in default_steps(model):
+            scheduler.set_timesteps(steps)
+            nfe = each_step * len(scheduler.timesteps)
             calls = {part: 1 for part in by_part if part.startswith("text")}
-            calls |= {"unet": steps, f"{decoder}_decoder": 1}
-            line: dict[str, Any] = {"decoder": decoder, "steps": steps}
+            calls |= {"unet": nfe, f"{decoder}_decoder": 1}
+            line: dict[str, Any] = {"decoder": decoder, "steps": steps, "nfe": nfe}
             for key in ("gflop", "floor_ms"):
                 if all(key in by_part[part] for part in calls):
                     total = sum(n * by_part[part][key] for part, n in calls.items())

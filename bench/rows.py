@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.cell import KEY_COLUMNS
+from bench.cell import LATER
 from bench.compare import gather
 from bench.store import COLUMNS, HEADER, LATEST, ROWS, RUNS, Row, Run, open_run
 from bench.table import Line, lines_of
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     import pyarrow
 
 TEXT = ("row", "run", "status", "provenance", "model", "weights", "backend", "options", "device",
-        "precision", "storage", "size", "decoder", "scheduler", "stages_from", "time_utc",
-        "git_commit", "bundle_hash")  # fmt: skip
+        "precision", "storage", "size", "decoder", "scheduler", "guidance_mode", "stages_from",
+        "time_utc", "git_commit", "bundle_hash")  # fmt: skip
 WHOLE = ("schema", "round", "batch", "steps", "nfe", "warmup_calls")
+MODELLED_STAGES = ("text", "unet_step", "decode", "rest")
 TRUTH = ("process_cold", "compile_cached", "git_dirty")
 
 
@@ -47,16 +48,38 @@ def schema(header: dict[str, Any]) -> pyarrow.Schema:
     def record(of: pa.DataType, *names: str) -> pa.DataType:
         return pa.struct([(name, of) for name in names])
 
+    interval = record(number, "low_ms", "mid_ms", "high_ms")
     nested = {
         "samples_ms": numbers,
         "flags": pa.list_(text),
         "artifacts": pa.map_(text, text),
+        "versions": pa.map_(text, text),
         "stages_ms": record(number, "text", "unet_first", "unet_step", "decode", "rest"),
         "stages_samples_ms": pa.struct(
             [("text", numbers), ("unet", pa.list_(numbers)), ("decode", numbers), ("rest", numbers)]
         ),
         "roofline": pa.map_(text, record(number, "tflops", "gb_per_s", "floor_ms", "fraction")),
+        "modelled": pa.struct(
+            [
+                ("split", text),
+                *((name, number) for name in ("tdp_w", "floor_ms")),
+                ("stages", pa.struct([(name, interval) for name in MODELLED_STAGES])),
+                ("period", interval),
+                ("switching", pa.struct([("latency", interval), ("period", interval)])),
+            ]
+        ),
+        "accelerator": record(
+            number,
+            "clock_mhz",
+            "clock_lowest_mhz",
+            "clock_limit_mhz",
+            "temperature_c",
+            "power_w",
+            "peak_memory_mb",
+            "other_use",
+        ),
         "image_check": pa.struct([("status", text), ("psnr_db", number), ("ssim", number)]),
+        "quality": pa.map_(text, number),
         "error": record(text, "type", "what", "why", "next"),
     }
     plain = {
@@ -125,23 +148,28 @@ def smaller_is_better(target: Run) -> bytes:
     """The latency of every cell that is ok, as github-action-benchmark takes them."""
     rows = some_rows(target)
     lines = [line for found in by_provenance(rows).values() for line in found]
-    left_out = [line for line in lines if not line.good]
+    left_out = [line for line in lines if line.median("median_ms") is None]
     if len(left_out) == len(lines):
         raise PreconditionError(
             f"no cell of run {target.name} is ok",
-            f"the first: {left_out[0].cell}: {left_out[0].status}",
+            f"the first: {left_out[0].cell}: {left_out[0].status}, {left_out[0].provenance}",
             "measure them again: python -m bench.sweep --resume RUN --retry-failed",
         )
     for line in left_out:
-        print(f"left out: {line.cell}: {line.status}", file=sys.stderr)
-    entries = [entry(target, line) for line in lines if line.good]
+        print(f"left out: {line.cell}: {line.status}, {line.provenance}", file=sys.stderr)
+    entries = [entry(target, line) for line in lines if line.median("median_ms") is not None]
     return (json.dumps(entries, indent=2, allow_nan=False) + "\n").encode()
 
 
 def entry(target: Run, line: Line) -> dict[str, Any]:
     """One figure. Its name is the whole cell, so that a series never joins two of them."""
-    said = [f"{name} {getattr(line.cell, name)}" for name in KEY_COLUMNS if name != "backend"]
-    name = ", ".join([line.cell.backend, *(text for text in said if text != "options ")])
+    said = [
+        f"{name} {value}"
+        for name, value in line.cell.columns().items()
+        # What goes without saying is left out: a series keeps its name when a column is added.
+        if name != "backend" and value != LATER.get(name, "")
+    ]
+    name = ", ".join([line.cell.backend, *said])
     extra = [
         f"run {target.name}",
         f"commit {line.good[0]['git_commit']}",

@@ -8,14 +8,16 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from backends.child import HOME_PYTHON, environment_for
 from bench.cell import Cell
 from bench.measure import StopRule
 from bench.worker import LAST_STATUSES, PROTOCOL
@@ -62,6 +64,8 @@ class Job:
     """The checkout whose worker runs."""
     build: Path | None = None
     """Its ADDBENCH_BUILD; None for this process's own."""
+    home: Path = Path(sys.executable)
+    """The interpreter of the project's own environment, where `interpreter` is another's."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Child:
             "bundle": str(job.bundle),
             "backend": job.backend,
             "cells": [cell.columns() for cell in cells],
-            "rule": asdict(job.rule),
+            "rule": job.rule.columns(),
         }
         job.log.parent.mkdir(parents=True, exist_ok=True)
         self.pipe, write_end = os.pipe()
@@ -97,7 +101,7 @@ class Child:
                     stdout=write_end,
                     stderr=log,
                     cwd=job.root,
-                    env=None if job.build is None else with_build(job.build),
+                    env=environment_of(job),
                     process_group=0,
                 )
             except BaseException:
@@ -152,6 +156,13 @@ def with_build(build: Path) -> dict[str, str]:
     return {**os.environ, "ADDBENCH_BUILD": str(build)}
 
 
+def environment_of(job: Job) -> dict[str, str]:
+    """The worker's variables. In another environment it is told where the project's own is, and
+    nothing that would give it our packages."""
+    found = environment_for(job.interpreter, job.home) | {HOME_PYTHON: str(job.home)}
+    return found if job.build is None else found | {"ADDBENCH_BUILD": str(job.build)}
+
+
 def oom_kills() -> int:
     """How often this kernel's OOM killer struck since boot; 0 where it does not say."""
     for line in Path("/proc/vmstat").read_text().splitlines():
@@ -184,6 +195,19 @@ def obituary(child: Child, status: int, log: str) -> Result:
     }
 
 
+def not_started(job: Job, error: OSError) -> Result:
+    """The result of cells whose interpreter, that of another environment most likely, is gone."""
+    return {
+        "status": "unavailable",
+        "error": {
+            "type": "UnavailableError",
+            "what": f"the worker of {job.backend} could not be started",
+            "why": f"{job.interpreter}: {error.strerror or error}",
+            "next": "`python -m backends` says how its environment is made",
+        },
+    }
+
+
 def timed_out(timeout_s: float, loading: bool) -> Result:
     what = "compile and load" if loading else "the cell"
     return {
@@ -209,7 +233,12 @@ def results(job: Job, limits: Limits, view: View) -> Generator[tuple[Cell, Resul
     pending = list(job.cells)
     while pending:
         view.loading(pending, job.round)
-        child = Child(job, pending)
+        try:
+            child = Child(job, pending)
+        except OSError as error:
+            for cell in pending:
+                yield cell, not_started(job, error)
+            return
         try:
             done = yield from one_process(child, job, pending, limits, view)
         finally:

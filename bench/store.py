@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from bench.cell import KEY_COLUMNS, Cell
+from bench.cell import KEY_COLUMNS, LATER, Cell
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT, build_root, fsync_folder, read_json, write_json
 
@@ -38,12 +38,15 @@ STATUSES = (
     "unavailable",
     "skipped",
 )
-FLAGS = ("unstable", "under_sampled", "disturbed", "stage_gap", "process_peak")
+FLAGS = ("single_sample", "unstable", "under_sampled", "disturbed", "throttled", "stage_gap",
+         "process_peak")  # fmt: skip
 FIGURES: dict[str, Any] = {
     "samples_ms": [],
     "cold_ms": None,
     "process_cold": None,
     "median_ms": None,
+    "low_ms": None,
+    "high_ms": None,
     "mean_ms": None,
     "min_ms": None,
     "max_ms": None,
@@ -52,6 +55,7 @@ FIGURES: dict[str, Any] = {
     "p90_ms": None,
     "p99_ms": None,
     "images_per_s": None,
+    "period_ms": None,
     "stages_ms": None,
     "stages_samples_ms": None,
     "stages_from": None,
@@ -60,18 +64,32 @@ FIGURES: dict[str, Any] = {
     "load_s": None,
     "compile_s": None,
     "compile_cached": None,
+    "compile_peak_mb": None,
     "peak_memory_mb": None,
     "energy_j": None,
+    "accelerator": None,
+    "modelled": None,
     "roofline": None,
     "flags": [],
     "image_check": None,
+    "quality": None,
     "artifacts": {},
+    "versions": None,
     "load_avg": None,
     "other_cpu": None,
     "cpu_freq_mhz": None,
     "error": None,
 }
 """What a worker fills in, with the values of a cell that never ran."""
+ADDED = ("low_ms", "high_ms", "period_ms", "compile_peak_mb", "accelerator", "modelled", "quality",
+         "versions")  # fmt: skip
+"""Which of them rows may lack that were written before they existed: they mean the same there."""
+MODELLED = "modelled"
+"""Provenance of a device that is not here: its row needs no samples."""
+EMULATED = "emulated"
+"""Provenance of numerics without a speed: a row of it holds no time, and no figure of one."""
+NUMERICS = ("nfe", "image_check", "quality", "artifacts", "error")
+"""What of FIGURES such a row holds."""
 IDENTITY = ("schema", "row", "run", "round", "status", "provenance")
 CONTEXT = ("time_utc", "git_commit", "git_dirty", "bundle_hash")
 COLUMNS = (*IDENTITY, *KEY_COLUMNS, *FIGURES, *CONTEXT)
@@ -81,20 +99,22 @@ Row = dict[str, Any]
 
 
 def make_row(cell: Cell, round_: int, context: Mapping[str, Any], result: Mapping[str, Any]) -> Row:
-    """A whole row. `context` has `run` and CONTEXT; `result` a status and what FIGURES it knows."""
+    """A whole row. `context` has `run` and CONTEXT, `provenance` where `result` may not say it;
+    `result` a status and what FIGURES it knows."""
     row: Row = {
         "schema": SCHEMA,
         "row": secrets.token_hex(6),
         "run": context["run"],
         "round": round_,
         "status": result["status"],
-        "provenance": result.get("provenance", "measured"),
+        "provenance": result.get("provenance") or context.get("provenance", "measured"),
         **cell.columns(),
         **FIGURES,
         **{name: context[name] for name in CONTEXT if name != "time_utc"},
         "time_utc": result.get("time_utc") or now_utc(),
     }
-    row |= {name: result[name] for name in FIGURES if name in result}
+    kept = NUMERICS if row["provenance"] == EMULATED else FIGURES
+    row |= {name: result[name] for name in kept if name in result}
     if row["error"]:
         row["error"] = {key: portable(text) for key, text in row["error"].items()}
     return {name: row[name] for name in COLUMNS}
@@ -132,6 +152,8 @@ def check_row(row: Any, path: Path, line: int) -> Row:
     if row["schema"] != SCHEMA:
         reject(path, line, f"its schema is {row['schema']!r} and this version reads {SCHEMA}")
     if not row.keys() >= COLUMN_SET:
+        row = LATER | {name: FIGURES[name] for name in ADDED} | row
+    if not row.keys() >= COLUMN_SET:
         missing = [name for name in COLUMNS if name not in row]
         reject(path, line, f"it lacks {', '.join(missing)}")
     if row["status"] not in STATUSES:
@@ -139,9 +161,20 @@ def check_row(row: Any, path: Path, line: int) -> Row:
     samples = row["samples_ms"]
     if not isinstance(samples, list) or not all(map(is_time, samples)):
         reject(path, line, "samples_ms must be a list of positive, finite milliseconds")
-    if row["status"] == OK and not (samples and is_time(row["median_ms"])):
+    if row["provenance"] == EMULATED:
+        timed = [name for name in FIGURES if name not in NUMERICS and row[name] != FIGURES[name]]
+        if timed:
+            reject(path, line, f"it is emulated, which has no speed, and has {', '.join(timed)}")
+    elif row["status"] == OK and not (
+        (samples or row["provenance"] == MODELLED) and is_time(row["median_ms"])
+    ):
         reject(path, line, "its status is ok and it has no samples or no median")
     return row
+
+
+def is_timed(row: Row) -> bool:
+    """Whether the cell is ok and a time was taken: rows of an emulation have none."""
+    return row["status"] == OK and row["median_ms"] is not None
 
 
 def is_time(value: Any) -> bool:

@@ -16,83 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from bench.arguments import AXES, check_arguments, parser, settings_of, shown
 from bench.cell import Cell
 from bench.plan import Candidate, Settings
-from bench.store import LATEST, OK, RUNS, Row, RowWriter, Run, make_row
-from core.cli import Parser, add_model_arguments, int_list, run, word_list
-from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
-from export.models import DEFAULT_MODEL
+from bench.store import OK, Row, RowWriter, Run, make_row
+from core.cli import run
+from core.errors import EXIT_FAILED, EXIT_OK
 
 if TYPE_CHECKING:
     from bench.progress import Display
     from bench.spawn import Limits
     from export.bundle import Bundle
-
-AXES: dict[str, list[Any]] = {"steps": [1, 2, 4], "batch": [1], "decoder": ["vae", "taesd"]}
-METHOD = {"rounds": 1, "min_samples": 10, "min_time": 3.0, "max_time": 60.0, "warmup": 1}
-QUICK = METHOD | {"min_samples": 3, "min_time": 0.2, "max_time": 5.0}
-
-
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
-    return value
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
-def calls(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def parser() -> Parser:
-    top = Parser(
-        prog="python -m bench.sweep",
-        description="Measure a model over backends, steps, batches and decoders.",
-    )
-    add_model_arguments(top, DEFAULT_MODEL)
-    top.set_defaults(model=None)
-    axes = top.add_argument_group("what to measure")
-    axes.add_argument(
-        "--backend", action="append", metavar="NAME[:KEY=VALUE,...]", help="repeatable (ort)"
-    )
-    axes.add_argument("--steps", type=int_list, metavar="1,2,4", help="denoising steps (1,2,4)")
-    axes.add_argument("--batch", type=int_list, metavar="1,4", help="images per call (1)")
-    axes.add_argument("--decoder", type=word_list, metavar="vae,taesd", help="(vae,taesd)")
-    axes.add_argument("--size", metavar="WxH", help="pixels; the bundle's own")
-    how = top.add_argument_group("how to measure")
-    how.add_argument("--rounds", type=count, help="fresh processes per cell (1)")
-    how.add_argument("--min-samples", type=count, help="samples per cell, at least (10)")
-    how.add_argument("--min-time", type=positive, metavar="S", help="sampling, at least (3)")
-    how.add_argument(
-        "--max-time", type=positive, metavar="S", help="wins once a cell has 3 samples (60)"
-    )
-    how.add_argument("--warmup", type=calls, metavar="N", help="calls after the cold one (1)")
-    how.add_argument("--quick", action="store_true", help="3 samples a cell, no roofline")
-    how.add_argument(
-        "--no-roofline", action="store_true", help="do not measure the machine's ceilings first"
-    )
-    how.add_argument(
-        "--timeout", type=positive, default=1800.0, metavar="S", help="per load and cell (1800)"
-    )
-    how.add_argument("--budget", type=positive, metavar="S", help="for the whole sweep")
-    where = top.add_argument_group("where")
-    where.add_argument("--out", type=Path, default=RUNS, help="runs land below it (results/runs)")
-    where.add_argument(
-        "--resume", nargs="?", const=LATEST, metavar="RUN|latest", help="measure what is missing"
-    )
-    where.add_argument("--retry-failed", action="store_true", help="and what failed")
-    where.add_argument("--dry-run", action="store_true", help="print the plan and its time")
-    return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,58 +48,33 @@ def interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    if args.retry_failed and not args.resume:
-        raise PreconditionError(
-            "--retry-failed without --resume", "a new run has no failed cells", "add --resume RUN"
-        )
-    if args.resume and args.quick:
-        raise PreconditionError(
-            "--quick with --resume", "a run keeps the settings it began with", "drop --quick"
-        )
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    defaults = QUICK if args.quick else METHOD
-    given = {name: getattr(args, name) for name in METHOD}
-    chosen = {name: defaults[name] if given[name] is None else given[name] for name in METHOD}
-    if chosen["max_time"] < chosen["min_time"]:
-        raise PreconditionError(
-            f"--max-time {chosen['max_time']:g} is below --min-time {chosen['min_time']:g}",
-            "a cell cannot take at least one and at most the other",
-            "raise --max-time or lower --min-time",
-        )
-    return Settings.of(chosen)
-
-
-def shown(arguments: Sequence[str]) -> list[str]:
-    """The command line for the header: published, so without this machine's folders."""
-    from bench.store import portable
-
-    return [portable(argument) for argument in arguments]
-
-
 def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
-    from bench.plan import make_cells, probe
+    from bench.cardrows import bundle_for, with_devices
+    from bench.plan import default_steps, make_cells, probe
 
     settings = settings_of(args)
-    candidates = probe(args.backend or ["ort"])
-    from export.bundle import find_bundle
+    candidates = probe(with_devices(args.backend or ["ort"], args.device or ()))
+    bundle = bundle_for(args, candidates)
+    if settings.rule.quality:
+        from bench.quality import require_judge
 
-    bundle = find_bundle(args.model or DEFAULT_MODEL, args.weights, args.dtype)
+        require_judge(bundle.name)
     cells = make_cells(
         bundle,
         candidates,
         batches=args.batch or AXES["batch"],
         decoders=args.decoder or AXES["decoder"],
-        steps=args.steps or AXES["steps"],
-        size=args.size,
+        steps=args.steps or default_steps(bundle.model),
+        schedulers=args.scheduler or (),
+        guidance=args.guidance,
+        guidance_modes=args.guidance_mode or (),
     )
     from bench.environment import collect, git_state
 
     header = {
         "command": ["python", "-m", "bench.sweep", *shown(arguments)],
         "settings": settings.columns(),
+        "images": not args.no_images,
         "bundle": bundle_columns(bundle),
         "backends": {
             candidate.key: {
@@ -219,6 +128,7 @@ class Sweep:
         self.bundle, self.settings, self.work = bundle, settings, list(work)
         self.candidates = {candidate.key: candidate for candidate in candidates}
         self.out, self.header, self.old = out, header, old
+        self.modelled: dict[Cell, dict[str, Any]] = {}
 
     def by_round(self) -> list[tuple[int, list[Cell]]]:
         """Groups of cells in the order of measurement: all groups once, then the next round.
@@ -254,6 +164,10 @@ class Sweep:
                 if not candidate.found.usable:
                     print(f"{line}unavailable: {candidate.found.why or candidate.found.what}")
                     continue
+                if candidate.modelled:
+                    images = self.header.get("images", True)
+                    print(f"{line}modelled{', its images made on this CPU' * images}")
+                    continue
                 guess = estimate(cell, self.settings.rule, history, surveyed)
                 total, bounds = total + guess.seconds, bounds + guess.bound
                 least = "at least " if guess.bound else "about "
@@ -265,6 +179,7 @@ class Sweep:
     # ---- the sweep itself
 
     def run(self, timeout_s: float, budget_s: float | None, roofline: bool) -> int:
+        from bench.cardrows import figures_apart
         from bench.progress import Display
         from bench.spawn import BudgetSpentError, Limits
         from bench.store import create_run
@@ -272,6 +187,8 @@ class Sweep:
         deadline = None if budget_s is None else time.monotonic() + budget_s
         if self.old is None:
             self.header["roofline"] = self.survey() if roofline else None
+        cards = [cell for cell, _ in self.work if self.candidates[cell.backend_text].modelled]
+        self.modelled = figures_apart(cards, self.bundle) if cards else {}
         target = self.old or create_run(self.out, self.header)
         limits = Limits(timeout_s, deadline)
         spent = False
@@ -303,6 +220,7 @@ class Sweep:
         display: Display,
     ) -> None:
         """One group of cells in one round, each row on disk before the next cell is done."""
+        from bench.cardrows import figures_apart, with_image, without_worker
         from bench.environment import git_state
         from bench.roofline import of_row
         from bench.spawn import BudgetSpentError, Job, results
@@ -310,26 +228,37 @@ class Sweep:
         context = {"run": target.name, "bundle_hash": self.bundle.hash, **git_state()}
         surveyed = self.header.get("roofline")
         candidate = self.candidates[group[0].backend_text]
+        context["provenance"] = candidate.provenance
         if not candidate.found.usable or candidate.backend is None:
+            known = {cell: unavailable(candidate) for cell in group}
+        else:
+            if candidate.modelled and group[0] not in self.modelled:  # not by `run`
+                self.modelled |= figures_apart(group, self.bundle)
+            known = without_worker(self.modelled, group, self.header.get("images", True))
+        if known or candidate.backend is None:
             for cell in group:
-                row = make_row(cell, round_, context, unavailable(candidate))
+                row = make_row(cell, round_, context, known[cell])
                 writer.append(row)
                 display.finished(row)
             return
         if limits.deadline is not None and time.monotonic() >= limits.deadline:
             raise BudgetSpentError
+        recipe = group[0].recipe_text.replace(" ", "-")
         name = f"{candidate.key}-{group[0].decoder}-b{group[0].batch}-r{round_}"
+        name += f"-{recipe}" if recipe else ""
         job = Job(
             bundle=self.bundle.path,
             backend=candidate.text,
             interpreter=candidate.backend.interpreter or Path(sys.executable),
             cells=group,
             round=round_,
-            rule=self.settings.rule,
+            rule=self.settings.rule.of_round(round_),
             log=target.path / "logs" / f"{name.replace(':', '-').replace('/', '-')}.log",
         )
         with closing(results(job, limits, display)) as stream:
             for cell, result in stream:
+                if cell in self.modelled:
+                    result = with_image(self.modelled[cell], result)
                 if surveyed:
                     result["roofline"] = of_row(result, cell, surveyed)
                 row = make_row(cell, round_, context, result)
@@ -345,8 +274,7 @@ class Sweep:
         if not here:
             return None
         print("measuring this machine's ceilings", flush=True)
-        batches = sorted({cell.batch for cell in here})
-        return survey_apart(self.bundle.path, batches, sorted({cell.precision for cell in here}))
+        return survey_apart(self.bundle.path, here)
 
 
 def unavailable(candidate: Candidate) -> dict[str, Any]:
@@ -361,7 +289,12 @@ def conclude(target: Run, spent_budget_s: float | None) -> int:
 
     rows = target.rows()
     table.show(target, rows)
-    files = [*table.write(target, rows), *plot.write(target, rows)]
+    files: list[Path] = []
+    for what, write in (("table", table.write), ("plot", plot.write)):
+        try:
+            files += write(target, rows)
+        except ImportError as error:  # nothing of the run hangs on it
+            print(f"left out: the {what}: {error}", file=sys.stderr)
     print(f"run folder: {target.path}")
     print(f"files: rows.jsonl, header.json, {', '.join(file.name for file in files)}")
     bad = [row for row in rows if row["status"] != OK]

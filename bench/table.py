@@ -11,12 +11,23 @@ from typing import Any
 
 from bench.cell import Cell
 from bench.stats import median_or_none
-from bench.store import FLAGS, LATEST, OK, RUNS, Row, Run, open_run
+from bench.store import EMULATED, FLAGS, LATEST, MODELLED, OK, RUNS, Row, Run, open_run
 from core.cli import Parser, run
 from core.errors import EXIT_OK
 from core.files import write_atomic
 
 EMPTY = "-"
+MODELLED_WORDS = (
+    "modelled: the card was not here and nothing was timed. The median is what the model says under"
+    " its central assumptions, with all parts resident; low and high hold 8 of 10 draws of its"
+    " assumptions and of its fit's errors, `high, switching` is theirs where programs are switched."
+    " period: between the ends of two calls while every SoC is busy. images/J at TDP: the card at"
+    " its power limit all the while, so at least that many."
+)
+EMULATED_WORDS = (
+    "emulated: numerics of an NPU that this CPU emulates, from one call a cell. It has no speed,"
+    " and is no stand-in for the accuracy of a Cloud AI 100."
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,11 @@ def lines_of(rows: Sequence[Row]) -> list[Line]:
     return [Line(cell, found) for cell, found in by_cell.items()]
 
 
+def guidance(cell: Cell) -> str:
+    """`7.5 (batch)`; "" where there is none."""
+    return f"{cell.guidance:g} ({cell.guidance_mode})" if cell.guidance else ""
+
+
 @dataclass(frozen=True)
 class Column:
     """A column: its header with the unit, its value, and the digits after the point."""
@@ -110,6 +126,23 @@ def percent(column: str) -> Callable[[Line], float | None]:
     return value
 
 
+def switching_high(line: Line) -> float | None:
+    """Upper end of a modelled latency where programs are switched."""
+    found = [row["modelled"] for row in line.good if row["modelled"]]
+    return median_or_none([each["switching"]["latency"]["high_ms"] for each in found])
+
+
+def images_per_joule_at_tdp(line: Line) -> float | None:
+    """Of a modelled card only: at its power limit over the period."""
+    energy = line.median("energy_j") if line.provenance == MODELLED else None
+    return line.cell.batch / energy if energy else None
+
+
+def samples(line: Line) -> int | None:
+    taken = sum(len(row["samples_ms"]) for row in line.good)
+    return None if line.provenance == MODELLED and not taken else taken
+
+
 COLUMNS = (
     Column("model", lambda line: line.cell.model),
     Column("weights", lambda line: line.cell.weights),
@@ -118,12 +151,18 @@ COLUMNS = (
     Column("numerics", lambda line: line.cell.numerics),
     Column("size (px)", lambda line: line.cell.size),
     Column("scheduler", lambda line: line.cell.scheduler),
+    Column("guidance", lambda line: guidance(line.cell)),
     Column("provenance", lambda line: line.provenance),
     Column("decoder", lambda line: line.cell.decoder),
     Column("batch", lambda line: line.cell.batch),
     Column("steps", lambda line: line.cell.steps),
     Column("median (ms)", figure("median_ms"), 1),
+    Column("low (ms)", figure("low_ms"), 1),
+    Column("high (ms)", figure("high_ms"), 1),
+    Column("high, switching (ms)", switching_high, 1),
+    Column("period (ms)", figure("period_ms"), 1),
     Column("images/s", figure("images_per_s"), 3),
+    Column("images/J at TDP", images_per_joule_at_tdp, 3),
     Column("min (ms)", figure("min_ms"), 1),
     Column("max (ms)", figure("max_ms"), 1),
     Column("CV (%)", percent("cv"), 1),
@@ -140,19 +179,26 @@ COLUMNS = (
     Column("load (s)", figure("load_s"), 2),
     Column("peak memory (MB)", figure("peak_memory_mb"), 0),
     Column("image PSNR", lambda line: line.image),
-    Column("samples", lambda line: sum(len(row["samples_ms"]) for row in line.good)),
+    Column("samples", samples),
     Column("rounds", lambda line: len(line.rows)),
     Column("status", lambda line: line.status),
     Column("flags", lambda line: line.flags),
 )
 ALWAYS = ("weights", "backend", "numerics", "decoder", "batch", "steps", "flags")
 """Columns of the Markdown table that stay even where they say the same in every line."""
-CONDITIONS = ("model", "device", "size (px)", "scheduler", "provenance")
+CONDITIONS = ("model", "device", "size (px)", "scheduler", "guidance", "provenance")
 """Said once above the table where all lines agree."""
-BRIEF = ("weights", "backend", "numerics", "decoder", "batch", "steps", "median (ms)", "images/s",
-         "CV (%)", "UNet step (ms)", "decode (ms)", "peak memory (MB)", "samples", "image PSNR",
-         "status", "flags")  # fmt: skip
+BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "decoder", "batch", "steps",
+         "NFE", "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)", "period (ms)",
+         "images/s", "images/J at TDP", "CV (%)", "UNet step (ms)", "decode (ms)",
+         "peak memory (MB)", "samples", "image PSNR", "provenance", "status", "flags")  # fmt: skip
 """Columns of the short table: in the terminal and in the README."""
+
+
+SINCE = ("guidance", "low (ms)", "high (ms)", "high, switching (ms)", "period (ms)",
+         "images/J at TDP")  # fmt: skip
+"""Columns of the CSV that are left out where no cell has a value: tables that were published before
+they existed stay as they are."""
 
 
 def columns_for(lines: Sequence[Line]) -> tuple[list[Column], list[Column]]:
@@ -163,7 +209,7 @@ def columns_for(lines: Sequence[Line]) -> tuple[list[Column], list[Column]]:
         if column.header in ALWAYS:
             printed.append(column)
         elif column.header in CONDITIONS and len(texts) == 1:
-            above.append(column)
+            above += [column] if texts != {EMPTY} else []
         elif texts != {EMPTY}:
             printed.append(column)
     return printed, above
@@ -175,30 +221,48 @@ LEAST_NEEDED = ("samples", "image PSNR", "peak memory (MB)", "decode (ms)", "UNe
 
 
 def brief_columns(lines: Sequence[Line]) -> list[Column]:
-    """The short table's columns, without a status that is ok and flags that nobody has."""
-    return [
-        column
-        for column in COLUMNS
-        if column.header in BRIEF and {column.text(line) for line in lines} - {EMPTY, OK}
-    ]
+    """The short table's columns, without a status that is ok and flags that nobody has.
+
+    What is said above the table is not said again, nor an NFE that is the number of steps.
+    """
+
+    def says(column: Column) -> bool:
+        if column.header == "NFE":
+            return any(line.median("nfe") not in (None, line.cell.steps) for line in lines)
+        texts = {column.text(line) for line in lines}
+        return len(texts) > 1 if column.header in CONDITIONS else bool(texts - {EMPTY, OK})
+
+    return [column for column in COLUMNS if column.header in BRIEF and says(column)]
 
 
 def conditions(target: Run, lines: Sequence[Line]) -> list[str]:
     """Paragraphs: what all lines share, the machine, the method."""
     _, above = columns_for(lines)
     shared = [f"{column.header} {column.text(lines[0])}" for column in above]
+    if all(line.provenance == MODELLED for line in lines):
+        made = [f"Images: {target.header['environment']['cpu']}, FP16 between the parts."]
+        return [f"{'; '.join(shared)}.", "", MODELLED_WORDS] + (
+            ["", *made] if target.header.get("images", True) else []
+        )
     machine, rule = target.header["environment"], target.header["settings"]
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
     rounds = rule["rounds"]
+    sampled = (
+        f"{rounds} round{'s' * (rounds != 1)} of at least {rule['min_samples']} samples and"
+        f" {rule['min_time']:g} s, at most {rule['max_time']:g} s from 3 samples on."
+    )
+    if rule["min_time"] == 0:
+        sampled = "One sample a cell, after a call of one step or as few as the model takes."
     return [
         f"{'; '.join(shared)}.",
         "",
         f"{machine['cpu']}, {machine['cores_allowed']} cores of {machine['cores_physical']},"
         f" {machine['memory_gb']:g} GB; {machine['os']}; Python {machine['python']}, {versions}.",
         "",
-        f"{rounds} round{'s' * (rounds != 1)} of at least {rule['min_samples']} samples and"
-        f" {rule['min_time']:g} s, at most {rule['max_time']:g} s from 3 samples on. Medians over"
-        " rounds of each round's median; end to end: prompt strings in, uint8 images out.",
+        f"{sampled} Medians over rounds of each round's median; end to end: prompt strings in,"
+        " uint8 images out.",
+        *(["", EMULATED_WORDS] if any(EMULATED in line.provenance for line in lines) else []),
+        *(["", MODELLED_WORDS] if any(MODELLED in line.provenance for line in lines) else []),
     ]
 
 
@@ -245,11 +309,12 @@ def grid(columns: Sequence[Column], lines: Sequence[Any]) -> list[str]:
 
 
 def csv(rows: Sequence[Row]) -> str:
-    """Every column, unrounded, one line per cell."""
+    """Every column, unrounded, one line per cell; SINCE where a cell has some."""
     import pandas as pd
 
     lines = lines_of(rows)
-    table = {column.header: [column.value(line) for line in lines] for column in COLUMNS}
+    columns = [c for c in COLUMNS if c.header not in SINCE or any(map(c.value, lines))]
+    table = {column.header: [column.value(line) for line in lines] for column in columns}
     text: str = pd.DataFrame(table).to_csv(index=False, lineterminator="\n")
     return text
 
@@ -264,7 +329,12 @@ def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
         print("no rows yet")
         return
     _, above = columns_for(lines)
-    caption = [column.text(lines[0]) for column in above]
+    caption = [
+        f"guidance {column.text(lines[0])}"
+        if column.header == "guidance"
+        else column.text(lines[0])
+        for column in above
+    ]
     wanted = brief_columns(lines)
     for column in [column for column in wanted if column.header in ("weights", "numerics")]:
         texts = {column.text(line) for line in lines}
@@ -288,6 +358,8 @@ def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
     for line in lines:
         table.add_row(*(column.text(line) for column in wanted))
     console.print(table)
+    if any(EMULATED in line.provenance for line in lines):
+        print(EMULATED_WORDS)
 
 
 def narrowest(column: Column, lines: Sequence[Line]) -> int:

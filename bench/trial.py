@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from bench.cell import Cell
 from bench.outcome import FAILED, FASTER, INCONCLUSIVE, MISSING, SLOWER, Line, decided
 from bench.plan import groups
-from bench.store import OK, Row
+from bench.store import OK, Row, is_timed
 
 BASE, HEAD = 0, 1
 Measured = Iterator[tuple[Cell, Row]]
@@ -162,7 +162,7 @@ class Trial:
         from bench.verdict import PAIR_ROUNDS, pairs
 
         found = [[self.rows.get((side, cell, r)) for r in rounds] for side in (BASE, HEAD)]
-        good = [[row["median_ms"] for row in side if row and row["status"] == OK] for side in found]
+        good = [[row["median_ms"] for row in side if row and is_timed(row)] for side in found]
         line = Line(
             cell,
             INCONCLUSIVE,
@@ -181,7 +181,7 @@ class Trial:
         ratios = [
             math.log(head["median_ms"] / base["median_ms"])
             for base, head in zip(*found, strict=True)
-            if base and head and base["status"] == head["status"] == OK
+            if base and head and is_timed(base) and is_timed(head)
         ]
         if len(ratios) < PAIR_ROUNDS:
             why = f"{len(ratios)} rounds have both sides, {PAIR_ROUNDS} are needed"

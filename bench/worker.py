@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from bench import environment, stats
 from bench.cell import Cell
-from bench.measure import PROMPTS, Measurement, PeakMemory, StopRule, measure
-from bench.store import OK, now_utc
+from bench.measure import PROMPTS, Measurement, PeakMemory, StopRule, inputs_of_call, measure
+from bench.power import Gauge, source_of
+from bench.store import MODELLED, OK, now_utc
 from core.errors import AddbenchError, PreconditionError
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from export.bundle import Bundle
 
 PROTOCOL = 1
+IMAGE_ONLY = StopRule(min_samples=0, min_time=0.0, warmup=0)
+"""For a device whose figures come from a model of it: the cold call, which makes the image."""
 LAST_STATUSES = ("oom", "failed", "skipped")
 """After one of these the worker ends."""
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory",
@@ -107,25 +110,39 @@ class Worker:
         self, bundle: Bundle, backend: Backend, cells: Sequence[Cell], rule: StopRule
     ) -> None:
         # Its import costs 75 MB: before the first cell, so that every cell's peak holds it.
-        import skimage.metrics  # noqa: F401
+        environment.package("skimage.metrics")
 
         from backends.base import Shapes
+        from backends.recipe import Recipe
 
         self.bundle, self.backend, self.cells, self.rule = bundle, backend, cells, rule
         self.references = bundle.references()
-        width, height = (int(side) for side in cells[0].size.split("x"))
+        self.source = source_of(backend.device)  # before the device holds anything of ours
+        cell = cells[0]  # what all of them share
+        width, height = (int(side) for side in cell.size.split("x"))
         self.pipe: Pipeline = backend.pipeline(
-            bundle, cells[0].decoder, Shapes(cells[0].batch, width, height), embedding_cache=0
+            bundle,
+            cell.decoder,
+            Shapes(cell.batch, width, height),
+            embedding_cache=0,
+            recipe=Recipe(cell.scheduler, cell.guidance, cell.guidance_mode),
         )
 
     def load(self) -> dict[str, Any]:
         """Compile and load; the columns that all cells of this process share."""
+        from backends.child import compile_peak_mb, home_python
+
         self.pipe.prepare()
+        artifacts = self.pipe.artifacts
+        peaks = [compile_peak_mb(found.path) for found in artifacts.values() if found.path]
+        elsewhere = home_python() != Path(sys.executable)
         return {
             "load_s": round(self.pipe.load_s, 4),
             "compile_s": round(self.pipe.compile_s, 4),
             "compile_cached": self.pipe.compile_cached,
-            "artifacts": {part: found.key for part, found in self.pipe.artifacts.items()},
+            "compile_peak_mb": max((peak for peak in peaks if peak is not None), default=None),
+            "artifacts": {part: found.key for part, found in artifacts.items()},
+            "versions": environment.versions() if elsewhere else None,
         }
 
     def run(self, number: int, report: Reporter) -> dict[str, Any]:
@@ -134,35 +151,65 @@ class Worker:
         known = self.references
         reference = (known.prompt, known.seed) if known else (PROMPTS[0], 0)
         started = {"time_utc": now_utc(), "load_avg": environment.load_average()}
-        memory = PeakMemory()
+        memory, gauge = PeakMemory(), Gauge(self.source)
+
+        def on_sample(so_far: Measurement) -> None:
+            gauge.sampled(len(so_far.samples_ms))
+            report.progress(number, so_far)
+
         try:
             measured = measure(
                 self.pipe,
                 cell.batch,
                 cell.steps,
-                self.rule,
+                IMAGE_ONLY if self.backend.provenance == MODELLED else self.rule,
                 reference=reference,
-                on_sample=lambda so_far: report.progress(number, so_far),
+                on_sample=on_sample,
+            )
+            period_s = self.pipe.period_s(
+                lambda call: inputs_of_call(call, cell.batch), cell.steps, self.rule.min_time
             )
         except Exception as error:  # any library may raise anything: it becomes the cell's row
             traceback.print_exc()
             return failure(error) | started | {"peak_memory_mb": round(memory.megabytes(), 1)}
         result = figures(measured, cell.batch, self.rule.min_samples) | {
+            "period_ms": None if period_s is None else rounded(1e3 * period_s),
             "process_cold": number == 0,
-            "stages_from": "same_call",
             "peak_memory_mb": round(memory.megabytes(), 1),
             "cpu_freq_mhz": environment.cpu_freq_mhz(),
         }
+        read = gauge.columns()
+        flags = result["flags"] + read.pop("flags")
         if not memory.per_cell:
-            result["flags"].append("process_peak")
-        return result | started | self.judge(cell, measured)
+            flags.append("process_peak")
+        result |= read | {"flags": list(dict.fromkeys(flags))}
+        result |= started | self.judge(cell, measured)
+        if self.rule.quality and result["status"] == OK:
+            try:
+                result["quality"] = self.quality(cell)
+            except Exception as error:
+                traceback.print_exc()
+                return result | failure(error)
+        return result
+
+    def quality(self, cell: Cell) -> dict[str, Any]:
+        """What the judge reads from this cell's pictures of held-out captions."""
+        from bench.quality import measure_quality
+
+        fid = self.bundle.checkpoint().root / "fid"
+        return measure_quality(self.pipe, cell, self.rule.quality, fid)
 
     def judge(self, cell: Cell, measured: Measurement) -> dict[str, Any]:
-        """Image 0 against the bundle's reference: a fast wrong image is a failed cell."""
-        from backends.parity import gate_for, image_distance
+        """Image 0 against the bundle's reference: a fast wrong image is a failed cell.
 
-        key = (cell.decoder, cell.steps)
-        if self.references is None or key not in self.references.images:
+        References are of the model's own recipe; how guidance is computed changes no image.
+        """
+        from backends.parity import gate_for, image_distance
+        from backends.recipe import make_recipe
+
+        key, own = (cell.decoder, cell.steps), make_recipe(self.bundle)
+        other = (cell.scheduler, cell.guidance) != (own.scheduler, own.guidance)
+        if self.references is None or other or key not in self.references.images:
             check = {"status": "no_reference", "psnr_db": None, "ssim": None}
             return {"status": OK, "image_check": check}
         distance = image_distance(measured.image, self.references.images[key])
@@ -191,6 +238,8 @@ def figures(measured: Measurement, batch: int, wanted: int) -> dict[str, Any]:
     flags = stats.flags_of(summary, len(measured.samples_ms), wanted, measured.other_cpu)
     if not measured.stages_agree():
         flags.append("stage_gap")
+    if measured.single:
+        flags.append("single_sample")
     later = [step for unet in measured.unet_ms for step in unet[1:]]
     medians = {
         "text": stats.median_or_none(measured.text_ms),
@@ -210,8 +259,9 @@ def figures(measured: Measurement, batch: int, wanted: int) -> dict[str, Any]:
         **{name: rounded(value, 6 if name == "cv" else 4) for name, value in vars(summary).items()},
         "samples_ms": rounded(measured.samples_ms),
         "cold_ms": rounded(measured.cold_ms),
-        "stages_ms": rounded(medians),
-        "stages_samples_ms": rounded(samples),
+        "stages_ms": rounded(medians) if measured.stages_from else None,
+        "stages_samples_ms": rounded(samples) if measured.stages_from else None,
+        "stages_from": measured.stages_from,
         "nfe": measured.nfe,
         "warmup_calls": measured.warmup_calls,
         "flags": flags,

@@ -73,6 +73,17 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--dtype", default=None, choices=("fp16", "fp32"), help="weights' dtype")
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """`512` or `768x512` -> width and height in pixels."""
+    width, cross, height = text.partition("x")
+    sides = (width, height if cross else width)
+    if not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size: 512, or 768x512 for WIDTHxHEIGHT"
+        )
+    return int(sides[0]), int(sides[1])
+
+
 def int_list(text: str) -> list[int]:
     """`1,2,4` -> [1, 2, 4]; positive, no duplicates."""
     try:

@@ -9,15 +9,20 @@ from pathlib import Path
 from core.errors import PreconditionError
 
 
-def require_memory(need_bytes: int, purpose: str) -> None:
-    """Refuse work whose estimated peak does not fit the memory that is available now."""
+def require_memory(need_bytes: int, purpose: str, instead: str = "") -> None:
+    """Refuse work whose estimated peak does not fit the memory that is available now.
+
+    Args:
+        instead: the nearest thing that needs less, if there is one.
+    """
     available = available_memory()
     if need_bytes > available:
         raise PreconditionError(
             f"{purpose} needs about {need_bytes / 1e9:.1f} GB of memory"
             f" and {available / 1e9:.1f} GB are available",
             "the estimate comes from the size of its weights",
-            "close other programs, or use a machine with more memory",
+            "close other programs, or use a machine with more memory"
+            + (f"; or {instead}" if instead else ""),
         )
 
 
@@ -27,9 +32,8 @@ def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     Reads version 2 (containers see their own group at the root); page cache that the kernel would
     give back counts as available.
     """
-    import psutil
-
-    available: int = psutil.virtual_memory().available
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
     try:
         limit = (cgroup / "memory.max").read_text().strip()
         used = int((cgroup / "memory.current").read_text())

@@ -23,10 +23,11 @@ settings.load_profile("addbench")
 def _tiny_key() -> str:
     """What the content of the tiny bundle depends on."""
     digest = hashlib.sha256()
-    names = ("build", "checkpoint", "graphs", "models", "parts", "random_weights", "tokenizer")
+    names = ("build", "checkpoint", "graphs", "models", "parts", "random_weights", "reader",
+             "tokenizer")  # fmt: skip
     files = [ROOT / "export" / f"{name}.py" for name in names]
     # The parity record and the reference images come from these.
-    judges = ("parity", "pipeline", "torch", "watch", "ort")
+    judges = ("conditioning", "parity", "pipeline", "recipe", "torch", "watch", "ort")
     files += [ROOT / "backends" / f"{name}.py" for name in judges]
     for file in [
         *files,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.plot import COLOURS, STYLE, image_bytes, scale_of
+from bench.store import MODELLED
 from bench.table import Line
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ STAGES = (
 def stage_ms(line: Line, stage: str) -> float:
     """Milliseconds of a stage in one call, medians; all later UNet steps together."""
     if stage == "unet_later":
-        return (line.stage("unet_step") or 0.0) * (line.cell.steps - 1)
+        evaluations = 2 if line.cell.guidance_mode in ("batch", "calls") else 1
+        timesteps = (line.median("nfe") or line.cell.steps) / evaluations  # PNDM's are one more
+        return (line.stage("unet_step") or 0.0) * (timesteps - 1)
     return line.stage(stage) or 0.0
 
 
@@ -76,7 +79,8 @@ def slotted(lines: Sequence[Line], largest: Callable[[Line], float], draw: Panel
                     transform=axes.get_yaxis_transform(),
                 )
             draw(axes, found, unit_ms)
-            axes.set_title(f"batch {found[0].cell.batch}", loc="left")
+            modelled = ", modelled" * all(line.provenance == MODELLED for line in found)
+            axes.set_title(f"batch {found[0].cell.batch}{modelled}", loc="left")
             axes.set_xlabel(f"latency of a call ({unit})")
             axes.set_xlim(0, 1.16 * max(largest(line) for line in found) / unit_ms)
             axes.set_ylim(len(found) - 0.4, -0.85)

@@ -18,7 +18,7 @@ from bench.plot import legend_text, series_of
 from bench.report import figures
 from bench.rows import by_provenance, some_rows
 from bench.stats import DISTURBED_CPU, UNSTABLE_CV
-from bench.store import FLAGS, OK, Row, Run
+from bench.store import FLAGS, MODELLED, OK, Row, Run
 from bench.table import Column, Line
 from core.errors import AddbenchError
 from core.files import read_json
@@ -34,6 +34,7 @@ NEEDED = (
 """What the page takes from a header."""
 FLAG_WORDS = {
     "unstable": f"the samples of a round scatter by more than {UNSTABLE_CV:.1%} of their mean",
+    "single_sample": "one call, after one of fewer steps: no spread between calls is known",
     "under_sampled": "fewer samples than asked for: the time limit ended the cell",
     "disturbed": f"other processes used more than {DISTURBED_CPU:.0%} of the cores",
     "stage_gap": "the stages do not add up to the call",
@@ -106,6 +107,7 @@ def render(target: Run, base: Run | None = None) -> str:
         style=Markup((HERE / "page.css").read_text()),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        where=where(target, lines),
         conditions=[text for text in table.conditions(target, lines) if text],
         cards={kind: headlines(found) for kind, found in groups.items()},
         counts=counts(target, rows, lines),
@@ -118,7 +120,7 @@ def render(target: Run, base: Run | None = None) -> str:
         performance=performance(target, rows),
         breakdown=breakdown(groups),
         roofline=roofline(target, rows),
-        traces=[(line, figures.trace(line)) for line in lines if line.good],
+        traces=[(line, figures.trace(line)) for line in lines if table.samples(line)],
         parity=parity(target),
         claims=claimed(target),
         verdict=None if base is None else verdict(base, target),
@@ -129,9 +131,25 @@ def render(target: Run, base: Run | None = None) -> str:
 # ---- summary
 
 
+def where(target: Run, lines: Sequence[Line]) -> str:
+    """What the figures are of: this machine, or the cards that were modelled."""
+    if any(line.provenance != MODELLED for line in lines):
+        return str(target.header["environment"]["cpu"])
+    return f"{', '.join(dict.fromkeys(line.cell.device for line in lines))}, modelled"
+
+
+def with_interval(line: Line) -> str:
+    """The cell, and between what its modelled latency lies."""
+    low, high = line.median("low_ms"), line.median("high_ms")
+    if low is None or high is None:
+        return str(line.cell)
+    ends = " to ".join(" ".join(figures.duration(end)) for end in (low, high))
+    return f"{line.cell}; a call takes {ends}"
+
+
 def headlines(lines: Sequence[Line]) -> list[Card]:
     """The best of the cells that are ok: shortest call, most images, cheapest step."""
-    good = [line for line in lines if line.good]
+    good = [line for line in lines if line.median("median_ms") is not None]
     if not good:
         return []
     fastest = min(good, key=lambda line: line.median("median_ms") or 0.0)
@@ -139,8 +157,8 @@ def headlines(lines: Sequence[Line]) -> list[Card]:
     shortest = figures.duration(fastest.median("median_ms") or 0.0)
     rate = f"{most.median('images_per_s') or 0.0:.3g}", "images/s"
     cards = [
-        Card("Shortest call", *shortest, [fastest], str(fastest.cell)),
-        Card("Most images", *rate, [most], str(most.cell)),
+        Card("Shortest call", *shortest, [fastest], with_interval(fastest)),
+        Card("Most images", *rate, [most], with_interval(most)),
     ]
     fits = [
         (series.fit.per_step_ms, batch, series)
@@ -164,9 +182,10 @@ def counts(target: Run, rows: Sequence[Row], lines: Sequence[Line]) -> str:
     bad += [f"{missing} missing"] if missing else []
     rest = f", {', '.join(bad)}" if bad else ""
     cells, rounds = len({line.cell for line in lines}), target.rounds
+    what = "measurements" if {row["provenance"] for row in rows} != {MODELLED} else "modelled cells"
     return (
         f"{cells} cell{'s' * (cells != 1)} in {rounds} round{'s' * (rounds != 1)}:"
-        f" {statuses[OK]} of {planned} measurements are ok{rest}."
+        f" {statuses[OK]} of {planned} {what} are ok{rest}."
     )
 
 
@@ -177,7 +196,8 @@ def column_says(column: Column, lines: Sequence[Line]) -> bool:
     return any(column.text(line) != table.EMPTY for line in lines)
 
 
-FIRST = ("backend", "decoder", "batch", "steps", "median (ms)", "images/s", "change", "verdict",
+FIRST = ("backend", "decoder", "batch", "steps", "median (ms)", "low (ms)", "high (ms)",
+         "high, switching (ms)", "period (ms)", "images/s", "images/J at TDP", "change", "verdict",
          "numerics", "weights")  # fmt: skip
 """What a phone shows before one scrolls sideways."""
 
@@ -252,6 +272,10 @@ def roofline(target: Run, rows: Sequence[Row]) -> Plot | AddbenchError:
     from bench import roofplot
 
     own = [row for row in rows if row["roofline"]]
+    if not own and all(row["provenance"] == MODELLED for row in rows):
+        return AddbenchError(
+            "there is no roofline of a modelled card", "each row has the floor of its own card"
+        )
     try:
         drawn = roofplot.figure(target, own)
     except AddbenchError as error:

@@ -10,7 +10,9 @@ import onnx
 import pytest
 
 from backends import ort
-from backends.base import BackendError, Shapes, parse_backend
+from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
+from backends.parity import gate_for, image_distance
+from backends.pipeline import load_pipeline
 from core.errors import PreconditionError
 from export.bundle import Bundle
 
@@ -82,3 +84,27 @@ def test_a_damaged_graph_is_an_error_that_says_what_to_do(
         parse_backend("ort").compile(bundle, "taesd_decoder", Shapes(1, 64, 64))
     with pytest.raises(PreconditionError, match="cannot be read as a graph"):
         Bundle.open(copy)
+
+
+def test_a_plain_session_draws_the_reference_from_the_canonical_graph(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    references = tiny_bundle.references()
+    assert references is not None
+    with load_pipeline(str(tiny_bundle.path), "ort:graph=canonical", "taesd") as pipeline:
+        assert pipeline.session("unet").inputs["sample"].dtype == "float16", "the bundle's own"
+        image = pipeline([references.prompt], steps=1, seed=references.seed).images[0]
+        assert not pipeline.compile_s
+        effective = pipeline.backend.effective_options()
+    assert image_distance(image, references.images["taesd", 1]).passes(
+        gate_for("fp16", "fp32", "random")
+    )
+    assert not list(tmp_path.iterdir()), "it leaves nothing in the cache"
+    assert (effective["graph"], effective["spin"]) == ("canonical", "always")
+
+
+def test_a_plain_session_takes_no_tuning() -> None:
+    assert parse_backend("ort:graph=canonical,threads=1").given["threads"] == "1"
+    with pytest.raises(UnsupportedError, match="takes no option level, spin"):
+        parse_backend("ort:graph=canonical,spin=never,level=basic")

@@ -148,7 +148,9 @@ def test_markdown_names_both_headlines(tmp_path: Path, capsys: pytest.CaptureFix
     assert shell(main, ["--markdown", *published(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert text.index("Cloud AI 100 Ultra") < text.index("Stability AI") < text.index("| claim")
-    assert "4 steps, taesd: fits (floor 164 ms" in text
+    assert "4 steps, taesd: beyond the range (floor 164 ms" in text
+    assert "2 steps, vae: fits (floor 121 ms" in text
+    assert "if it switches programs" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(CLAIMS)
     assert len({line.count("|") for line in lines}) == 1

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -243,3 +244,21 @@ def test_peak_memory_is_of_this_cell() -> None:
     del block
     assert with_block - before == pytest.approx(100, abs=15)
     assert PeakMemory().megabytes() < before + 15
+
+
+@pytest.mark.parametrize(("step_counts", "warmed_up_by"), [((), 1), ((4, 8), 4)])
+def test_one_sample_is_warmed_up_by_a_short_call(
+    step_counts: tuple[int, ...], warmed_up_by: int
+) -> None:
+    pipe = ScriptedPipe([20.0, 800.0])
+    pipe.can_stage, pipe.staged = True, False  # type: ignore[attr-defined]
+    pipe.bundle = SimpleNamespace(model=SimpleNamespace(step_counts=step_counts))  # type: ignore[attr-defined]
+    rule = StopRule(min_samples=1, min_time=0.0, max_time=1.0, warmup=3)
+    found = measure(pipe, 2, 8, rule, reference=("a pig", 7))
+    assert [steps for _, steps, _ in pipe.calls] == [warmed_up_by, 8]
+    assert pipe.calls[0][0] == pipe.calls[1][0]
+    assert (pipe.calls[1][0][0], pipe.calls[1][2][0]) == ("a pig", 7)
+    assert (found.samples_ms, found.cold_ms) == ([800e3], 20e3)
+    assert (found.nfe, len(found.unet_ms[0]), found.single) == (8, 8, True)
+    assert pipe.staged  # type: ignore[attr-defined]
+    assert not StopRule(min_samples=1, min_time=0.1).single

@@ -23,7 +23,6 @@ def test_a_group_is_what_one_worker_measures(tiny_bundle: Bundle) -> None:
         batches=[1, 4],
         decoders=["vae", "taesd"],
         steps=[1, 2, 4],
-        size="64x64",
     )
     assert len(cells) == len(set(cells)) == 2 * 2 * 2 * 3
     found = groups(cells)

@@ -14,11 +14,22 @@ from hypothesis import strategies as st
 
 from bench import ceilings as measured
 from bench.ceilings import Ceilings
-from bench.roofline import call_floor_s, floor, main, moved_bytes, of_row, survey
+from bench.roofline import (
+    call_floor_s,
+    floor,
+    main,
+    moved_bytes,
+    of_row,
+    pipelines,
+    stage_work,
+    survey,
+)
 from core.errors import PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
-from export.cost import Cost
+from export.checkpoint import open_checkpoint
+from export.cost import Cost, part_cost_at
+from export.models import MODELS
 from tests.bench.made import cell
 
 PEAK = Ceilings("cpu", {"fp32": {"matmul": 2.0, "conv": 1.0}}, 10.0, "measured")
@@ -53,7 +64,10 @@ def test_a_faster_machine_has_a_lower_floor(tflops: float, gb: float, factor: fl
 
 def surveyed(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setattr(measured, "measure", lambda dtypes: PEAK)
-    return survey(tiny_bundle.path, [1, 4], ["fp32"])
+    cells = [
+        cell(batch=batch, guidance_mode=mode) for batch in (1, 4) for mode in ("none", "batch")
+    ]
+    return survey(tiny_bundle.path, cells)
 
 
 def test_a_row_at_its_floor_reaches_all_of_it(
@@ -76,6 +90,21 @@ def test_a_row_at_its_floor_reaches_all_of_it(
         assert stage["fraction"] == pytest.approx(1, abs=0.01)
     total = sum(row[stage]["floor_ms"] for stage in row) / 1e3
     assert call_floor_s(one, found) == pytest.approx(total, rel=0.01)
+
+
+def test_guidance_costs_an_evaluation_more_at_every_step(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = surveyed(tiny_bundle, monkeypatch)
+    modes = ("none", "batch", "calls")
+    one, batch, calls = (
+        stage_work(cell(device="cpu", batch=4, guidance_mode=mode), found) for mode in modes
+    )
+    assert batch["unet_step"].flops == calls["unet_step"].flops == 2 * one["unet_step"].flops
+    # As one batch of two the weights are moved once.
+    assert one["unet_step"].moved < batch["unet_step"].moved < calls["unet_step"].moved
+    assert calls["unet_step"].moved == 2 * one["unet_step"].moved
+    assert batch["text"] == calls["text"] == one["text"]
 
 
 def test_another_device_or_an_unknown_precision_has_no_floor(
@@ -111,22 +140,41 @@ def test_the_command_gives_the_known_budget(
         assert parts[part]["gflop"] == pytest.approx(expected, rel=0.01), part
 
 
-def test_cost_per_image_grows_faster_than_the_image(capsys: pytest.CaptureFixture[str]) -> None:
-    gflop = []
-    for side in (256, 512, 1024):
-        assert main(["--model", "sdxl-turbo", "--size", f"{side}x{side}", "--format", "json"]) == 0
-        parts = json.loads(capsys.readouterr().out)["parts"]
-        gflop.append(next(each["gflop"] for each in parts if each["part"] == "unet"))
+def test_cost_per_image_grows_faster_than_the_image() -> None:
+    checkpoint = open_checkpoint(MODELS["sd15"], "random")
+
+    def flops(width: int, height: int) -> float:
+        return part_cost_at(checkpoint, "unet", 1, width, height).flops
+
+    unet = [flops(side, side) for side in (256, 512, 1024)]
     # Attention is quadratic in the pixels, everything else linear: at least 4 times for twice the
     # side, were it not for the text's keys and values, which do not grow.
-    assert 3.5 < gflop[1] / gflop[0] < gflop[2] / gflop[1] < 16
+    assert 3.5 < unet[1] / unet[0] < unet[2] / unet[1] < 16
+    assert 1.5 * unet[1] < flops(768, 512) == flops(512, 768) < 1.7 * unet[1]
+
+
+def test_whole_images_take_the_evaluations_that_the_scheduler_runs() -> None:
+    one = {"gflop": 1.0}
+    parts = [{"part": name, **one} for name in ("text_encoder", "unet", "taesd_decoder")]
+    found = {}
+    for model in ("sd15", "sdxl-lightning-8step", "lcm-sdxl", "sd-turbo"):
+        lines = pipelines(parts, open_checkpoint(MODELS[model], "random"))
+        assert all(line["gflop"] == line["nfe"] + 2 for line in lines)
+        found[model] = [(line["steps"], line["nfe"]) for line in lines]
+    assert found == {
+        "sd15": [(20, 42)],  # PNDM runs 21 timesteps, each with two evaluations
+        "sdxl-lightning-8step": [(8, 8)],
+        "lcm-sdxl": [(1, 1), (2, 2), (4, 4)],  # guidance is an input
+        "sd-turbo": [(1, 1), (2, 2), (4, 4)],
+    }
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--size", "512"], "not a size"),
+        (["--size", "512x"], "not a size"),
         (["--size", "100x100"], "multiples of 32"),
+        (["--size", "1280"], "256 to 1024"),
         (["--batch", "0"], "less than 1"),
         (["--device", "abacus"], "abacus"),
     ],

@@ -7,6 +7,7 @@ SMALL = [
         "autoencoder.iterations=6",
         "tiny-autoencoder.iterations=3",
         "features.iterations=3",
+        "fid.iterations=3",
         "teacher.iterations=4",
         "teacher.steps=2",
         "student.iterations=3",

@@ -1,0 +1,43 @@
+"""What a pipeline call may be given: prompts and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from core.errors import PreconditionError
+
+
+def check_prompts(prompts: str | Sequence[str]) -> list[str]:
+    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not listed:
+        raise PreconditionError("there is no prompt", "the list is empty", "pass at least one")
+    for prompt in listed:
+        if not isinstance(prompt, str):
+            raise PreconditionError(
+                f"{prompt!r} is not a prompt",
+                f"it is a {type(prompt).__name__}, prompts are strings",
+                "pass a list of strings",
+            )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise PreconditionError(
+                f"the prompt {prompt!r} is not valid text", str(error), "pass valid Unicode"
+            ) from error
+    return listed
+
+
+def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise PreconditionError(
+            f"{len(seeds)} seeds do not fit {count} prompts",
+            "every image has a generator of its own",
+            "pass one seed per prompt, or a single integer",
+        )
+    for one in seeds:
+        if not isinstance(one, int) or not 0 <= one < 2**63:
+            raise PreconditionError(
+                f"{one!r} is not a seed", "a seed is an integer from 0 to 2**63 - 1", "pass one"
+            )
+    return seeds
