@@ -236,8 +236,9 @@ def test_dry_run_says_what_it_would_take(
 
 
 def test_what_was_interrupted_is_gone_on_with(
-    workers: Workers, compare: Any, tmp_path: Path
+    workers: Workers, compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # headers hold paths below the checkout only
     workers.stop_after = 4
     code, text = compare("--rounds", "5")
     assert code == 130
