@@ -24,13 +24,12 @@ from backends.base import (
     BackendError,
     Capability,
     Option,
-    OutOfMemoryError,
     Session,
     Shapes,
     thread_count,
 )
 from backends.child import run_child, serve
-from backends.ort import MODEL, SMALL, cpu_flags, installed, isa
+from backends.ort import MODEL, SMALL, cpu_flags, installed, isa, translate
 from core.files import require_disk
 from core.memory import require_memory
 from export.lower import CPU, Profile, lower
@@ -88,7 +87,7 @@ class OpenVinoSession(Session):
             # Outputs are copied: the request's own memory is written again in the next call.
             results = self.request.infer(arrays, share_inputs=True, share_outputs=False)
         except Exception as error:  # OpenVINO raises RuntimeError for everything
-            raise translate(error, "running the graph") from error
+            raise translate(error, "running the graph", "OpenVINO") from error
         return {name: torch.from_numpy(results[name]) for name in self.outputs}
 
     def close(self) -> None:
@@ -178,7 +177,7 @@ class OpenVinoBackend(Backend):
         try:
             return OpenVinoSession(artifact.path / BLOB, self.options, bundle, artifact.part)
         except Exception as error:
-            raise translate(error, doing) from error
+            raise translate(error, doing, "OpenVINO") from error
 
 
 def settings(options: Mapping[str, str]) -> dict[str, Any]:
@@ -223,20 +222,6 @@ def export(job: Mapping[str, Any]) -> None:
         compiled = core.compile_model(core.read_model(lowered), "CPU", settings(job["options"]))
         with (folder / BLOB).open("wb") as file:
             compiled.export_model(FileStream(file))
-
-
-def translate(error: Exception, doing: str) -> BackendError:
-    """OpenVINO's exception as ours; allocation failures become OutOfMemoryError."""
-    text = str(error)
-    if isinstance(error, MemoryError) or "bad_alloc" in text or "Failed to allocate" in text:
-        return OutOfMemoryError(
-            f"OpenVINO ran out of memory {doing}",
-            text[:500],
-            "use a smaller batch, or close other programs",
-        )
-    return BackendError(
-        f"OpenVINO failed {doing}", text[:2000], "`python -m backends cache verify`, then retry"
-    )
 
 
 if __name__ == "__main__":

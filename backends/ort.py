@@ -319,17 +319,17 @@ def write_optimised(
     onnxruntime.InferenceSession(str(source / MODEL), made, ["CPUExecutionProvider"])
 
 
-def translate(error: Exception, doing: str) -> BackendError:
-    """onnxruntime's exception as ours; allocation failures become OutOfMemoryError."""
+def translate(error: Exception, doing: str, library: str = "onnxruntime") -> BackendError:
+    """A library's exception as ours; allocation failures become OutOfMemoryError."""
     text = str(error)
     if isinstance(error, MemoryError) or "bad_alloc" in text or "Failed to allocate" in text:
         return OutOfMemoryError(
-            f"onnxruntime ran out of memory {doing}",
+            f"{library} ran out of memory {doing}",
             text[:500],
             "use a smaller batch, or close other programs",
         )
     return BackendError(
-        f"onnxruntime failed {doing}", text[:2000], "`python -m backends cache verify`, then retry"
+        f"{library} failed {doing}", text[:2000], "`python -m backends cache verify`, then retry"
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.plot import COLOURS, SHAPES, STYLE, save, scale_of
-from bench.store import OK, RUNS, Row, open_run
+from bench.store import RUNS, Row, is_timed, open_run
 from core.cli import Parser, run
 from core.errors import EXIT_OK, PreconditionError
 
@@ -33,7 +33,7 @@ def series_of(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Point]]:
     found: dict[tuple[str, ...], list[Point]] = {}
     for row in rows:
         quality = row["quality"]
-        if row["status"] != OK or not quality:
+        if not is_timed(row) or not quality:
             continue
         backend = row["backend"] + (f":{row['options']}" if row["options"] else "")
         key = (row["model"], backend, row["precision"], row["decoder"])

@@ -20,7 +20,7 @@ from torch.nn import functional
 from core.errors import PreconditionError
 from core.files import write_json
 from distill.data import Shapes
-from distill.features import PictureFeatures
+from distill.features import FidFeatures, PictureFeatures
 from distill.loop import Trainer
 from distill.shapes import (
     BACKGROUNDS,
@@ -74,15 +74,15 @@ def feature_settings(channels: tuple[int, ...], size: int) -> dict[str, Any]:
     return {"channels": list(channels), "size": size, "classes": list(QUESTIONS), "facts": FACTS}
 
 
-class _Answers(nn.Module):
-    """The training questions as a forward, so that data parallelism sees it."""
+class Answers(nn.Module):
+    """A network's training questions as a forward, so that data parallelism sees it."""
 
-    def __init__(self, pictures: PictureFeatures) -> None:
+    def __init__(self, network: PictureFeatures | FidFeatures) -> None:
         super().__init__()
-        self.pictures = pictures
+        self.network = network
 
-    def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        return self.pictures.answer(x)
+    def forward(self, x: Tensor) -> Any:
+        return self.network.answer(x)
 
 
 def drawn_source(trainer: Trainer) -> Shapes:
@@ -104,7 +104,7 @@ class FeaturesTrainer(Trainer):
         self.source = drawn_source(self)
         networks, size = self.config.networks, self.config.data.size
         self.described = feature_settings(networks.feature_channels, size)
-        self.learn("features", _Answers(PictureFeatures(**self.described)))
+        self.learn("features", Answers(PictureFeatures(**self.described)))
 
     def step(self, step: int) -> dict[str, Tensor]:
         context, batch = self.context, self.settings.batch
@@ -143,7 +143,7 @@ class FeaturesTrainer(Trainer):
 
     @torch.no_grad()
     def write(self, folder: Path) -> None:
-        network = self.plain("features").pictures
+        network = self.plain("features").network
         network.standardise(self.context.pictures(range(min(512, len(self.source.captions)))))
         save_network(network, folder, "pictures", self.described)
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.features import FidFeatures
 from distill.loop import Trainer
 from distill.stages.features import (
     FACTS,
+    Answers,
     drawn_source,
     fact_labels,
     fact_loss,
@@ -26,23 +27,12 @@ from distill.stages.features import (
 )
 
 
-class _Answers(nn.Module):
-    """The training questions as a forward, so that data parallelism sees it."""
-
-    def __init__(self, network: FidFeatures) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network.answer(x)
-
-
 class FidTrainer(Trainer):
     name = "fid"
 
     def setup(self) -> None:
         self.source = drawn_source(self)
-        self.learn("fid", _Answers(FidFeatures(self.config.networks.fid_channels, FACTS)))
+        self.learn("fid", Answers(FidFeatures(self.config.networks.fid_channels, FACTS)))
 
     def step(self, step: int) -> dict[str, Tensor]:
         context = self.context

@@ -82,3 +82,9 @@ def test_the_plot_has_a_line_per_model_with_points_by_steps() -> None:
 def test_rows_without_quality_draw_nothing() -> None:
     with pytest.raises(PreconditionError, match="no row says anything of quality"):
         series_of([row("turbo", 1, 30.0, None)])
+
+
+def test_an_emulated_row_is_judged_and_has_no_place_against_latency() -> None:
+    emulated = row("turbo", 1, 30.0, 0.8) | {"median_ms": None}
+    with pytest.raises(PreconditionError, match="no row says anything of quality"):
+        series_of([emulated])
