@@ -140,6 +140,36 @@ def directions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Every choice beside the paper's figures for it, and whether the directions agree."""
+    words = {True: "agrees", False: "disagrees", None: "-"}
+    first = rows[0]
+    found = directions(rows)
+    known = {(row["group"], row["choice"]): row for row in found}
+    lines = [
+        f"One student per choice and seed ({len({row['seed'] for row in rows})}),"
+        f" {first['iterations']} iterations, {first['captions']} held-out captions.",
+        "",
+        "| what | choice | all right at 1 step | at 4 steps | own FID at 1 step | paper FID"
+        " | paper CLIP | prompt following against CLIP | own FID against FID |",
+        "|---|---|---:|---:|---:|---:|---:|---|---|",
+    ]
+    for choice in CHOICES:
+        ours = [r for r in rows if (r["group"], r["choice"]) == (choice.group, choice.name)]
+        if not ours:
+            continue
+        one, four, fid = (
+            sum(row[key] for row in ours) / len(ours) for key in ("all@1", "all@4", "fid_shapes@1")
+        )
+        judged = known.get((choice.group, choice.name), {})
+        agree = [words[judged.get(f"{key}_agrees")] for key in ("following", "fid")]
+        lines.append(
+            f"| {choice.group} | {choice.name} | {one:.3f} | {four:.3f} | {fid:.2f}"
+            f" | {choice.paper_fid} | {choice.paper_clip} | {agree[0]} | {agree[1]} |"
+        )
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     from core.files import write_json
@@ -165,8 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(run_choice(choice, seed, arguments))
     out = runs_root() / "ablation" / f"{arguments.base or arguments.preset}.json"
     write_json(out, {"rows": rows, "directions": directions(rows), "seeds": arguments.seeds})
-    for row in directions(rows):
-        print(row)
+    print(markdown(rows))
     print(f"wrote {out}", file=sys.stderr)
     return 0
 

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import AddbenchError
-from core.files import ROOT, read_json, staged_folder, write_atomic, write_json
+from core.files import read_json, staged_folder, write_atomic, write_json
+from core.git import revision
 from distill.context import DONE, Context
 
 SHARED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "taesd", "fid")
@@ -143,7 +143,7 @@ def _write_record(context: Context, folder: Path) -> None:
     record = {
         "config": dataclasses.asdict(context.config),
         "stages": stages,
-        "git_revision": git_revision(),
+        "git_revision": revision(),
         "versions": _versions(),
         "device": str(context.device),
         "precision": context.accelerator.mixed_precision,
@@ -219,18 +219,6 @@ def write_card(
         "",
     ]
     write_atomic(folder / "README.md", "\n".join(lines))
-
-
-def git_revision() -> str:
-    """The checkout's revision, with `-dirty` when it has changes; `unknown` outside git."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=ROOT, capture_output=True, text=True, timeout=20, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return found.stdout.strip()
 
 
 def _versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from core.errors import AddbenchError, PreconditionError
 from core.files import staged_folder, write_atomic, write_json
+from core.git import revision
 from distill import checkpointing
 from distill.context import DONE, Context
 
@@ -203,7 +204,13 @@ def run_stage(
                 log.grid(step, *trainer.grid())
     log.close()
     checkpointing.save(accelerator, checkpoints, checkpointing.State(step, clock.seconds, config))
-    done = {"config": config, "steps": step, "seconds": round(clock.seconds, 1), "minutes": minutes}
+    done = {
+        "config": config,
+        "steps": step,
+        "seconds": round(clock.seconds, 1),
+        "minutes": minutes,
+        "git_revision": revision(),
+    }
     return _finish(trainer, done)
 
 
