@@ -25,8 +25,7 @@ class Log:
         self.stage, self.total = stage, total
         self.main: bool = context.accelerator.is_main_process
         self.every = max(1, min(50, total // 20))
-        self.sums: dict[str, float] = {}
-        self.count = 0
+        self.since: dict[str, list[float]] = {}
         self.first = self.last = step
         self.clock_at = time.monotonic()
         self.progress: Any = None
@@ -60,16 +59,16 @@ class Log:
     def losses(self, step: int, clock: Any, values: dict[str, float]) -> None:
         """Take one step's losses; write their means every few steps."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
+            self.since.setdefault(name, []).append(value)
         if self.progress is not None:
             self.progress.update(self.bar, completed=step)
         if not self.main or (step % self.every and step != self.first + 1):
             return
-        means = {name: value / self.count for name, value in self.sums.items()}
+        # Some losses are not there in every step.
+        means = {name: sum(given) / len(given) for name, given in self.since.items()}
         now = time.monotonic()
         pace = (now - self.clock_at) / max(1, step - self.last)
-        self.sums, self.count, self.clock_at, self.last = {}, 0, now, step
+        self.since, self.clock_at, self.last = {}, now, step
         self._write(
             step, {"seconds": round(clock.seconds, 2), "s_per_step": round(pace, 4), **means}
         )

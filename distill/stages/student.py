@@ -25,6 +25,8 @@ from distill.schedule import Schedule
 from distill.shapes import scenes
 
 CHECKS = 64
+PULL_EVERY = 25
+"""Steps between looks at how hard each loss pulls."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class Batch:
     pooled: Tensor
     mask: Tensor
     indices: list[int]
+
+
+def pull(term: Tensor, sample: Tensor) -> Tensor:
+    """Mean norm of a (weighted) loss's gradient at a picture's sample.
+
+    Where one loss pulls far less than the other it is not heard: `student.lambda` sets that.
+    """
+    (gradient,) = torch.autograd.grad(term, sample, retain_graph=True)
+    return gradient.flatten(1).norm(dim=1).mean() * len(sample)
 
 
 class StudentTrainer(Trainer):
@@ -163,6 +174,8 @@ class StudentTrainer(Trainer):
         if self.distils and not head_start:
             logged["distill"] = self._distillation(sample, fake, batch, generator)
             terms.append(self.settings.lambda_ * logged["distill"])
+        if len(terms) == 2 and step % PULL_EVERY == 0:
+            logged["adv_pull"], logged["distill_pull"] = (pull(term, sample) for term in terms)
         if terms:
             self.update("student", torch.stack(terms).sum())
         if self.adversarial:

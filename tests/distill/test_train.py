@@ -58,7 +58,14 @@ def test_a_run_writes_logs_samples_and_models(smoke: Path) -> None:
         assert all(np.isfinite(v) for row in losses.values() for v in row.values())
         done = json.loads((run / stage / "stage.json").read_text())
         assert done["steps"] == max(losses)
-    assert set(rows(smoke, "smoke", "student")[1]) >= {"adv", "distill", "disc", "r1"}
+    assert set(rows(smoke, "smoke", "student")[1]) >= {
+        "adv",
+        "distill",
+        "disc",
+        "r1",
+        "adv_pull",
+        "distill_pull",
+    }
     assert list((run / "samples").glob("student-*.png"))
     record = json.loads((run / "smoke-turbo" / "training.json").read_text())
     assert record["git_revision"]
