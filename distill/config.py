@@ -114,7 +114,7 @@ class Student(Stage):
         timesteps: the student's, the last of the schedule included (zero-based).
         loss: which of the two terms (Table 1's "adv", "distill", both).
         lambda_: weight of the distillation term; presumes the scale of `reduction`, which the
-            paper's 2.5 leaves open. The log's `adv_pull` and `distill_pull` say how hard each pulls.
+            paper's 2.5 leaves open. The log's `adv_pull` and `distill_pull` compare the terms.
         reduction: d is the `sum` or the `mean` of squared differences over a picture's elements.
         weighting: c(t) of the distillation term.
         space: where d is computed: decoded `pixel`s as in the paper, or `latent`.

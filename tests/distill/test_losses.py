@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distill import losses
 from distill.distillation import NFSD_SCALE, guided, nfsd_target, rediffuse, teacher_target
 from distill.schedule import Schedule, scheduler_config
+from distill.stages.student import pull
 
 SCHEDULE = Schedule.from_config(scheduler_config(0.00085, 0.012))
 SHAPE = (3, 4, 8, 8)
@@ -173,3 +174,13 @@ def test_guidance() -> None:
     given, empty = predict(noisy, T, "given"), predict(noisy, T, "empty")
     assert torch.equal(guided(predict, noisy, T, 1.0), given)
     assert torch.allclose(guided(predict, noisy, T, 3.0), empty + 3 * (given - empty))
+
+
+def test_the_pull_of_a_loss_is_the_norm_of_its_gradient_at_a_picture() -> None:
+    sample = torch.randn(3, 4, 2, 2, requires_grad=True)
+    wanted = torch.randn(3, 4, 2, 2)
+    loss = (sample - wanted).square().flatten(1).sum(1).mean()
+    expected = 2 * (sample - wanted).flatten(1).norm(dim=1).mean()
+    assert torch.allclose(pull(loss, sample), expected)
+    assert torch.allclose(pull(5 * loss, sample), 5 * expected)
+    loss.backward()  # the graph is still there
