@@ -2,14 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA ?= cpu
-MODEL ?= tiny-sdxl
+MODEL ?= shapes-turbo
 WEIGHTS ?=
 DTYPE ?= fp16
 BACKEND ?= ort
 STEPS ?= 1,2,4
 BATCH ?= 1,4
 DECODER ?= vae,taesd
-PROMPT ?= a small red circle on a white background
+PROMPT ?= a large white star above a large green triangle on a black background
 OUT ?= image.png
 OPTIMUM_VENV ?= $(or $(ADDBENCH_OPTIMUM),.venv-optimum)
 PY = $(VENV)/bin/python

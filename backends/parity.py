@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from export.bundle import Bundle
 
-PROMPT = "a small red circle on the left of a large blue square, on a white background"
 SEED = 0
 STEPS = (1, 2, 4)
 CHEAP_BYTES = 100e6
@@ -136,7 +135,7 @@ def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dic
             for name, tensor in pipeline.run(part, **seeded).items():
                 out[f"part.{name}"] = tensor.float()
             if part.startswith("text_encoder"):
-                ids = pipeline.tokenise([PROMPT])[encoders(bundle).index(part)]
+                ids = pipeline.tokenise(bundle.model.prompts[:1])[encoders(bundle).index(part)]
                 for name, tensor in pipeline.run(part, input_ids=ids).items():
                     out[f"stage.{name}"] = tensor.float()
                 if encodes_empty:
@@ -221,7 +220,7 @@ def check(
             for steps, image in stage(tensors(folder, part, REFERENCE)).items()
         }
     record["seconds"] = round(time.perf_counter() - started, 1)
-    write_references(bundle, images, PROMPT, SEED)
+    write_references(bundle, images, bundle.model.prompts[0], SEED)
     failure = verdict(record)
     write_json(file, record | {"ok": failure is None})
     if failure:

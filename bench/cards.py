@@ -29,7 +29,8 @@ from bench.cardwords import (
     joule_span,
     span,
 )
-from bench.table import Column, grid
+from bench.columns import Column
+from bench.table import grid
 from core.cli import Parser, image_size, int_list, run, word_list
 from core.errors import EXIT_OK, PreconditionError
 

@@ -1,9 +1,9 @@
 """`python -m bench.gates`: what a change must not alter unseen, and no clock is needed for.
 
 UNet evaluations of an image, ONNX operators of every part, bytes of the bundle, parity with torch,
-columns of the rows: counted on the tiny bundle and held against a small golden file. A change that
-means to alter one of them regenerates the file with --update and shows the difference in review.
-Exit code 4 if something differs.
+columns of the rows: counted on the default model's bundle and held against a small golden file. A
+change that means to alter one of them regenerates the file with --update and shows the difference
+in review. Exit code 4 if something differs.
 """
 
 from __future__ import annotations

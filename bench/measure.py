@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.store import EMULATED
 from core.errors import AddbenchError
+from export.prompts import GENERAL
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,23 +30,6 @@ LONG_CALL_S = 10.0
 """A cell whose cold call takes longer gets no further warm-up: the cold call was it."""
 STAGE_CALLS = 3
 """Timed calls for the stages of a device that samples are not to wait for in between."""
-
-PROMPTS = (
-    "a lighthouse at dusk, long exposure",
-    "an origami pig on fire",
-    "a bowl of ramen on a wooden table, top view",
-    "portrait of an old sailor, oil painting",
-    "a red bicycle leaning against a yellow wall",
-    "the skyline of a city made of glass, in fog",
-    "a fox asleep in the snow",
-    "macro photograph of a dew drop on a leaf",
-    "an astronaut riding a horse through a desert canyon",
-    "a stained glass window showing a whale",
-    "isometric drawing of a small library",
-    "a thunderstorm over a field of sunflowers",
-    "a cup of coffee beside an open notebook, morning light",
-)
-"""What the timed calls cycle through; their number is prime, so every batch size meets them all."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +107,12 @@ class Measurement:
         return statistics.median(gaps) <= max(0.01 * statistics.median(self.samples_ms), 1.0)
 
 
-def inputs_of_call(number: int, batch: int) -> tuple[list[str], list[int]]:
+def inputs_of_call(
+    number: int, batch: int, prompts: Sequence[str] = GENERAL
+) -> tuple[list[str], list[int]]:
     """Prompts and seeds of warm-up or timed call `number`: other ones in every call."""
     images = range(number * batch, (number + 1) * batch)
-    return [PROMPTS[image % len(PROMPTS)] for image in images], [1 + image for image in images]
+    return [prompts[image % len(prompts)] for image in images], [1 + image for image in images]
 
 
 def timed(
@@ -146,36 +132,37 @@ def measure(
     steps: int,
     rule: StopRule,
     *,
-    reference: tuple[str, int] = (PROMPTS[0], 0),
+    prompts: Sequence[str] = GENERAL,
+    reference: tuple[str, int] | None = None,
     on_sample: Callable[[Measurement], None] = lambda _: None,
 ) -> Measurement:
     """Measure one cell.
 
-    The cold call makes image 0 from `reference` (prompt, seed), so that judging the image costs no
-    call of its own; the timed calls cycle through PROMPTS. `on_sample` is called between samples,
-    outside the timed region.
+    The cold call makes image 0 from `reference` (prompt, seed; None: the first prompt and seed 0),
+    so that judging the image costs no call of its own; the timed calls cycle through `prompts`.
+    `on_sample` is called between samples, outside the timed region.
 
     Raises:
         AddbenchError: what the pipeline raises, or the count of UNet evaluations changed.
     """
-    prompts, seeds = inputs_of_call(0, batch)
-    prompts[0], seeds[0] = reference
+    asked, seeds = inputs_of_call(0, batch, prompts)
+    asked[0], seeds[0] = reference or (prompts[0], 0)
     if rule.single:
-        return one_sample(pipe, prompts, seeds, steps, on_sample)
-    cold_ms, output = timed(pipe, prompts, seeds, steps)
+        return one_sample(pipe, asked, seeds, steps, on_sample)
+    cold_ms, output = timed(pipe, asked, seeds, steps)
     result = Measurement(cold_ms, output.images[0].copy(), output.provenance, output.nfe)
     if output.provenance == EMULATED:  # there is no speed to sample: the image is all it gives
         return result
     calls = 1
     if cold_ms <= LONG_CALL_S * 1e3:
         for _ in range(rule.warmup):
-            timed(pipe, *inputs_of_call(calls, batch), steps)
+            timed(pipe, *inputs_of_call(calls, batch, prompts), steps)
             calls += 1
         result.warmup_calls = rule.warmup
     load = CpuShare()
     started = time.perf_counter()
     while not rule.enough(len(result.samples_ms), time.perf_counter() - started):
-        sample_ms, output = timed(pipe, *inputs_of_call(calls, batch), steps)
+        sample_ms, output = timed(pipe, *inputs_of_call(calls, batch, prompts), steps)
         calls += 1
         if output.nfe != result.nfe:
             raise AddbenchError(
@@ -188,7 +175,7 @@ def measure(
         on_sample(result)
     result.other_cpu = load.others()
     if not result.text_ms:
-        time_stages(pipe, result, calls, batch, steps)
+        time_stages(pipe, result, calls, batch, steps, prompts)
     return result
 
 
@@ -230,7 +217,9 @@ def note_stages(result: Measurement, times: Timings) -> None:
     result.rest_ms.append(times.rest * 1e3)
 
 
-def time_stages(pipe: Pipeline, result: Measurement, calls: int, batch: int, steps: int) -> None:
+def time_stages(
+    pipe: Pipeline, result: Measurement, calls: int, batch: int, steps: int, prompts: Sequence[str]
+) -> None:
     """The stages of an asynchronous device, in calls of their own: they wait after each stage."""
     result.stages_from = "separate" if pipe.can_stage else None
     if not pipe.can_stage:
@@ -238,7 +227,7 @@ def time_stages(pipe: Pipeline, result: Measurement, calls: int, batch: int, ste
     pipe.staged = True
     try:
         for number in range(calls, calls + STAGE_CALLS + 1):
-            _, output = timed(pipe, *inputs_of_call(number, batch), steps)
+            _, output = timed(pipe, *inputs_of_call(number, batch, prompts), steps)
             if number > calls:  # the first one warms up
                 note_stages(result, output.timings)
     finally:

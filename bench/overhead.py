@@ -72,22 +72,22 @@ def bare_call(
 def blocks(pipe: Pipeline, batch: int, steps: int, calls: int) -> dict[str, Callable[[], None]]:
     """The three ways, each making `calls` calls."""
 
-    scheduler = pipe.bundle.scheduler()
+    scheduler, asked = pipe.bundle.scheduler(), pipe.bundle.model.prompts
 
     def sessions() -> None:
         for number in range(calls):
-            prompts, seeds = inputs_of_call(number, batch)
+            prompts, seeds = inputs_of_call(number, batch, asked)
             bare_call(pipe, scheduler, prompts, steps, seeds)
 
     def pipeline() -> None:
         for number in range(calls):
-            prompts, seeds = inputs_of_call(number, batch)
+            prompts, seeds = inputs_of_call(number, batch, asked)
             pipe(prompts, steps=steps, seed=seeds)
 
     def harness() -> None:
         # The cold call is one of them: `calls` in all, as in the other two.
         rule = StopRule(min_samples=calls - 1, min_time=0.0, max_time=math.inf, warmup=0)
-        measure(pipe, batch, steps, rule)
+        measure(pipe, batch, steps, rule, prompts=asked)
 
     return {"sessions by hand": sessions, "pipeline": pipeline, "pipeline under measure": harness}
 

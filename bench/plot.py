@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.columns import Line, lines_of, switching_high
 from bench.stats import Fit, fit_steps
 from bench.store import LATEST, MODELLED, RUNS, Row, Run, open_run
-from bench.table import Line, lines_of, switching_high
 from core.cli import Parser, run
 from core.errors import EXIT_OK
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ def reopen(args: argparse.Namespace) -> Rest:
         PreconditionError: the bundle, the machine, the packages, or a flag given now differs from
             what the run began with; all differences are named.
     """
-    from bench.environment import collect
+    from bench.environment import collect, git_state
     from export.bundle import find_bundle
 
     old = open_run(args.resume, args.out)
@@ -73,6 +74,12 @@ def reopen(args: argparse.Namespace) -> Rest:
             *axis_changes(args, old, settings),
         ],
     )
+    began, now = old.header["git_commit"], git_state()["git_commit"]
+    if began != now:  # a commit may have changed nothing that is measured
+        note = (
+            f"note: run {old.name} began at commit {began}, this is {now}; each row names its own"
+        )
+        print(note, file=sys.stderr)
     rows = old.rows()
     work = old.missing(rows)
     if args.retry_failed:

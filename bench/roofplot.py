@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.ceilings import Ceilings
+from bench.columns import Line, lines_of
 from bench.plot import COLOURS, STYLE, save
 from bench.stats import median_or_none
 from bench.store import Row, Run
-from bench.table import Line, lines_of
 from core.errors import PreconditionError
 
 if TYPE_CHECKING:

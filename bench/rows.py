@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.cell import LATER
+from bench.columns import Line, lines_of
 from bench.compare import gather
 from bench.store import COLUMNS, HEADER, LATEST, ROWS, RUNS, Row, Run, open_run
-from bench.table import Line, lines_of
 from core.cli import Parser, run
 from core.errors import EXIT_OK, AddbenchError, PreconditionError
 from core.files import write_atomic

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bench.arguments import AXES, check_arguments, parser, settings_of, shown
 from bench.cell import Cell
 from bench.plan import Candidate, Settings
-from bench.store import OK, Row, RowWriter, Run, make_row
+from bench.store import OK, RUNS, Row, RowWriter, Run, make_row
 from core.cli import run
 from core.errors import EXIT_FAILED, EXIT_OK
 
@@ -91,6 +91,13 @@ def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
     }
     work = [(cell, round_) for round_ in range(settings.rounds) for cell in cells]
     return Sweep(bundle, candidates, settings, work, args.out, header)
+
+
+def resume_words(target: Run) -> str:
+    """The flags that go on with a run."""
+    folder = target.path.parent
+    out = "" if folder.resolve() == RUNS.resolve() else f" --out {folder}"
+    return f"--resume {target.name}{out}"
 
 
 def bundle_columns(bundle: Bundle) -> dict[str, Any]:
@@ -205,7 +212,7 @@ class Sweep:
             except KeyboardInterrupt:
                 display.say(
                     f"interrupted: {display.done} of {len(self.work)} cells are kept; go on with"
-                    f" --resume {target.name}"
+                    f" {resume_words(target)}"
                 )
                 raise
         return conclude(target, budget_s if spent else None)
@@ -309,7 +316,7 @@ def conclude(target: Run, spent_budget_s: float | None) -> int:
     if spent_budget_s is not None:
         print(f"the budget of {spent_budget_s:g} s is spent", file=sys.stderr)
     retry = " --retry-failed" if bad else ""
-    print(f"go on with: --resume {target.name}{retry}", file=sys.stderr)
+    print(f"go on with: {resume_words(target)}{retry}", file=sys.stderr)
     return EXIT_FAILED
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from bench import environment, stats
 from bench.cell import Cell
-from bench.measure import PROMPTS, Measurement, PeakMemory, StopRule, inputs_of_call, measure
+from bench.measure import Measurement, PeakMemory, StopRule, inputs_of_call, measure
 from bench.power import Gauge, source_of
 from bench.store import MODELLED, OK, now_utc
 from core.errors import AddbenchError, PreconditionError
@@ -149,7 +149,8 @@ class Worker:
         """Measure cell `number`; status and figures of its row."""
         cell = self.cells[number]
         known = self.references
-        reference = (known.prompt, known.seed) if known else (PROMPTS[0], 0)
+        reference = (known.prompt, known.seed) if known else None
+        prompts = self.bundle.model.prompts
         started = {"time_utc": now_utc(), "load_avg": environment.load_average()}
         memory, gauge = PeakMemory(), Gauge(self.source)
 
@@ -163,11 +164,14 @@ class Worker:
                 cell.batch,
                 cell.steps,
                 IMAGE_ONLY if self.backend.provenance == MODELLED else self.rule,
+                prompts=prompts,
                 reference=reference,
                 on_sample=on_sample,
             )
             period_s = self.pipe.period_s(
-                lambda call: inputs_of_call(call, cell.batch), cell.steps, self.rule.min_time
+                lambda call: inputs_of_call(call, cell.batch, prompts),
+                cell.steps,
+                self.rule.min_time,
             )
         except Exception as error:  # any library may raise anything: it becomes the cell's row
             traceback.print_exc()

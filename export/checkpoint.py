@@ -7,6 +7,7 @@ Opening a checkpoint finds and checks files and imports neither torch nor diffus
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,14 +137,14 @@ class Checkpoint:
         from export.tokenizer import save_tokenizer
 
         for name in tokenizer_names(self.model):
-            if self.kind == "random":
-                config = read_json(self.find(name) / "tokenizer_config.json")
-                save_tokenizer(config, folder / name)
+            source = self.find(name)
+            if self.kind == "random" and not (source / "tokenizer.json").is_file():
+                save_tokenizer(read_json(source / "tokenizer_config.json"), folder / name)
                 continue
             (folder / name).mkdir()
             for file in TOKENIZER_FILES:
-                if (self.root / name / file).is_file():
-                    (folder / name / file).write_bytes((self.root / name / file).read_bytes())
+                if (source / file).is_file():
+                    shutil.copyfile(source / file, folder / name / file)
 
     def tokenizers(self) -> list[Any]:
         """One transformers tokenizer for each text encoder."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from core.errors import PreconditionError
+from export import prompts
 
 TextEncoderForm = Literal["penultimate", "final"]
 """`penultimate`: before the last layer, no final norm (SDXL); `final`: after both (SD)."""
@@ -59,6 +60,7 @@ class Model:
         like: architecture folders that give what `architecture` lacks, the first that has it.
         sizes: least and greatest side of an image in pixels.
         judge: what reads back from pixels whether a picture shows its caption (`distill/judge.py`).
+        prompts: what it is asked to draw when it is timed and compared.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Model:
     like: tuple[str, ...] = ()
     sizes: tuple[int, int] = (256, 1024)
     judge: Literal["shapes"] | None = None
+    prompts: tuple[str, ...] = prompts.GENERAL
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -175,6 +178,33 @@ SD_TURBO = replace(
     guidance_form="none",
     schedulers=(),
 )
+SHAPES_TURBO = replace(
+    SDXL_TURBO,
+    name="shapes-turbo",
+    architecture="../../models/shapes-turbo",
+    checkpoint=None,
+    folder="models/shapes-turbo",
+    licence="the project's own: trained here, from nothing",
+    licence_notice="",
+    vae=None,
+    taesd=None,
+    size=64,
+    sizes=(64, 64),
+    scheduler="",
+    spacing="",
+    judge="shapes",
+    prompts=prompts.SHAPES,
+)
+SHAPES_TEACHER = replace(
+    SHAPES_TURBO,
+    name="shapes-teacher",
+    architecture="../../models/shapes-teacher",
+    folder="models/shapes-teacher",
+    steps=50,
+    guidance=3.0,
+    guidance_form="free",
+    schedulers=SOLVERS,
+)
 TINY_SDXL = replace(
     SDXL_TURBO,
     name="tiny-sdxl",
@@ -230,6 +260,8 @@ def lightning(steps: int) -> Model:
 MODELS = {
     model.name: model
     for model in (
+        SHAPES_TURBO,
+        SHAPES_TEACHER,
         SDXL_TURBO,
         SD_TURBO,
         SD15,
@@ -242,7 +274,7 @@ MODELS = {
     )
 }
 
-DEFAULT_MODEL = "tiny-sdxl"
+DEFAULT_MODEL = "shapes-turbo"
 
 
 def scheduler_name(cls: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -20,8 +19,8 @@ settings.register_profile("addbench", deadline=None)
 settings.load_profile("addbench")
 
 
-def _tiny_key() -> str:
-    """What the content of the tiny bundle depends on."""
+def _key(folder: Path) -> str:
+    """What a bundle of the checkpoint or architecture in `folder` depends on."""
     digest = hashlib.sha256()
     names = ("build", "checkpoint", "graphs", "models", "parts", "random_weights", "reader",
              "tokenizer")  # fmt: skip
@@ -29,23 +28,30 @@ def _tiny_key() -> str:
     # The parity record and the reference images come from these.
     judges = ("conditioning", "parity", "pipeline", "recipe", "torch", "watch", "ort")
     files += [ROOT / "backends" / f"{name}.py" for name in judges]
-    for file in [
-        *files,
-        *sorted((ROOT / "export" / "architectures" / "tiny-sdxl").rglob("*.json")),
-    ]:
+    own = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors"))
+    for file in [*files, *own]:
         digest.update(file.read_bytes())
     for package in ("torch", "diffusers", "transformers", "onnx", "onnxscript"):
         digest.update(version(package).encode())
     return digest.hexdigest()[:12]
 
 
+def _kept(model: str, weights: str, folder: Path) -> Bundle:
+    """A bundle with FP16 weights, exported once and kept below build/test."""
+    root = Path(os.environ.get("ADDBENCH_TEST_BUNDLES") or ROOT / "build" / "test")
+    target = root / f"{model}-{weights}-fp16-{_key(folder)}"
+    asked = ["--model", model, "--weights", weights, "--dtype", "fp16"]
+    assert export_main([*asked, "--out", str(target)]) == 0
+    return Bundle.open(target)
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle() -> Bundle:
-    """tiny-sdxl with random FP16 weights, exported once and kept below build/test."""
-    root = Path(os.environ.get("ADDBENCH_TEST_BUNDLES") or ROOT / "build" / "test")
-    target = root / f"tiny-sdxl-random-fp16-{_tiny_key()}"
-    argv = ["--model", "tiny-sdxl", "--weights", "random", "--dtype", "fp16", "--out", str(target)]
-    if importlib.util.find_spec("backends.parity") is None:
-        argv.append("--no-parity")
-    assert export_main(argv) == 0
-    return Bundle.open(target)
+    """tiny-sdxl with random weights: what is fast to run and need not draw anything."""
+    return _kept("tiny-sdxl", "random", ROOT / "export" / "architectures" / "tiny-sdxl")
+
+
+@pytest.fixture(scope="session")
+def shapes_bundle() -> Bundle:
+    """shapes-turbo as it ships."""
+    return _kept("shapes-turbo", "folder", ROOT / "models" / "shapes-turbo")

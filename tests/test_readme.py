@@ -1,4 +1,4 @@
-"""Every command in the README runs. The long ones run with the tiny model and the short sweep."""
+"""Every command in the README runs. Large models give way to the tiny one, sweeps are short."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def tiny(command: str, folder: Path) -> list[str]:
     """The command with the tiny model in place of the full-size one."""
     words = shlex.split(command)
     if words[0] == "make":
-        words = [w for w in words if not w.startswith(("MODEL=", "WEIGHTS="))]
-        words += ["MODEL=tiny-sdxl", "WEIGHTS=random", "STEPS=1", "BATCH=1", "DECODER=taesd"]
-        return [*words, "SWEEP_FLAGS=--quick"]
+        if any(word.startswith("MODEL=") for word in words):
+            words = [w for w in words if not w.startswith(("MODEL=", "WEIGHTS="))]
+            words += ["MODEL=tiny-sdxl", "WEIGHTS=random"]
+        return [*words, "STEPS=1", "BATCH=1", "DECODER=taesd", "SWEEP_FLAGS=--quick"]
     words[0] = sys.executable
     for flag, value in {"--model": "tiny-sdxl", "--weights": "random", "--out": "pig.png"}.items():
         if flag in words:
@@ -48,20 +49,23 @@ def tiny(command: str, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle) -> Path:
-    """A copy of the checkout with a bundle of the tiny model in place."""
+def clone(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle, shapes_bundle: Bundle
+) -> Path:
+    """A copy of the checkout with bundles of the default model and of the tiny one in place."""
     folder = tmp_path_factory.mktemp("clone")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
         if (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     subprocess.run(["git", "add", "-A"], cwd=folder, check=True)
     author = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
     subprocess.run(["git", *author, "commit", "-qm", "clone"], cwd=folder, check=True)
     shutil.copytree(tiny_bundle.path, folder / "build" / "tiny-sdxl-random-fp16")
+    shutil.copytree(shapes_bundle.path, folder / "build" / "shapes-turbo-folder-fp16")
     return folder
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.parity import GATES, PROMPT, SEED, seeded_inputs
+from backends.parity import GATES, SEED, seeded_inputs
 from bench.gpu.checks import Job, Result
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def check(job: Job, _: Mapping[str, Result]) -> Result:
                 images[f"{decoder}-{steps}"] = found
     # Rows are judged by scikit-image; without it they are not.
     if bundle.references() is None and importlib.util.find_spec("skimage"):
-        write_references(bundle, references, PROMPT, SEED)
+        write_references(bundle, references, bundle.model.prompts[0], SEED)
     good = all(found["ok"] for found in (*parts.values(), *images.values()))
     return {"status": "ok" if good else "failed", "dtype": half, "parts": parts, "images": images}
 
@@ -77,7 +77,7 @@ def opened(job: Job, bundle: Any, decoder: str, mode: str, dtype: str) -> Pipeli
 def image_of(pipe: Pipeline, steps: int, *, staged: bool) -> Image:
     """Image of the reference's prompt and seed; `staged`: step by step."""
     pipe.staged = staged
-    return pipe([PROMPT], steps=steps, seed=SEED).images[0].copy()
+    return pipe(pipe.bundle.model.prompts[:1], steps=steps, seed=SEED).images[0].copy()
 
 
 def part_outputs(pipe: Pipeline) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.parity import PROMPT, SEED, seeded_inputs
+from backends.parity import SEED, seeded_inputs
 from bench.gpu.checks import Job, Result
 from bench.gpu.parity import opened
 
@@ -126,7 +126,7 @@ def kernels(pipe: Pipeline, steps: int, job: Job) -> dict[str, Any]:
 
     def call() -> float:
         started = time.perf_counter()
-        pipe([PROMPT] * job.batch, steps=steps, seed=SEED)
+        pipe([pipe.bundle.model.prompts[0]] * job.batch, steps=steps, seed=SEED)
         return (time.perf_counter() - started) * 1e3
 
     calls = CALLS if job.device == "cuda" else 1

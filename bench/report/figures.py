@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bench.columns import Line
 from bench.plot import COLOURS, STYLE, image_bytes, scale_of
 from bench.store import MODELLED
-from bench.table import Line
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import claims, outcome, table
+from bench import claims, columns, outcome, table
+from bench.columns import Column, Line
 from bench.compare import compare, header, plan_of
 from bench.ledger import measured, read_claims
 from bench.outcome import Outcome
@@ -19,7 +20,6 @@ from bench.report import figures
 from bench.rows import by_provenance, some_rows
 from bench.stats import DISTURBED_CPU, UNSTABLE_CV
 from bench.store import FLAGS, MODELLED, OK, Row, Run
-from bench.table import Column, Line
 from core.errors import AddbenchError
 from core.files import read_json
 
@@ -113,14 +113,14 @@ def render(target: Run, base: Run | None = None) -> str:
         counts=counts(target, rows, lines),
         flags={name: FLAG_WORDS[name] for name in FLAGS if any(name in r["flags"] for r in rows)},
         brief=brief(lines),
-        full=ordered(column for column in table.COLUMNS if column_says(column, lines)),
+        full=ordered(column for column in columns.COLUMNS if column_says(column, lines)),
         lines=lines,
         failures=failures(lines),
         missing=target.missing(rows),
         performance=performance(target, rows),
         breakdown=breakdown(groups),
         roofline=roofline(target, rows),
-        traces=[(line, figures.trace(line)) for line in lines if table.samples(line)],
+        traces=[(line, figures.trace(line)) for line in lines if columns.samples(line)],
         parity=parity(target),
         claims=claimed(target),
         verdict=None if base is None else verdict(base, target),
@@ -193,7 +193,7 @@ def counts(target: Run, rows: Sequence[Row], lines: Sequence[Line]) -> str:
 
 
 def column_says(column: Column, lines: Sequence[Line]) -> bool:
-    return any(column.text(line) != table.EMPTY for line in lines)
+    return any(column.text(line) != columns.EMPTY for line in lines)
 
 
 FIRST = ("backend", "decoder", "batch", "steps", "median (ms)", "low (ms)", "high (ms)",
@@ -209,9 +209,9 @@ def ordered(columns: Iterable[Column]) -> list[Column]:
 
 def brief(lines: Sequence[Line]) -> list[Column]:
     """The short table's columns, with what the lines differ in."""
-    shown = {column.header for column in table.brief_columns(lines)}
-    shown |= set(table.CONDITIONS) - {column.header for column in table.columns_for(lines)[1]}
-    return ordered(column for column in table.COLUMNS if column.header in shown)
+    shown = {column.header for column in columns.brief_columns(lines)}
+    shown |= set(columns.CONDITIONS) - {column.header for column in columns.columns_for(lines)[1]}
+    return ordered(column for column in columns.COLUMNS if column.header in shown)
 
 
 def failures(lines: Sequence[Line]) -> list[Failure]:
@@ -410,9 +410,9 @@ def surroundings(target: Run, rows: Sequence[Row]) -> list[tuple[str, str]]:
 def words(value: Any) -> str:
     """A JSON value for people."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {words(item)}" for name, item in value.items()) or table.EMPTY
+        return ", ".join(f"{name} {words(item)}" for name, item in value.items()) or columns.EMPTY
     if isinstance(value, list):
-        return ", ".join(words(item) for item in value) or table.EMPTY
+        return ", ".join(words(item) for item in value) or columns.EMPTY
     if value is None:
         return "not known"
     if isinstance(value, bool):

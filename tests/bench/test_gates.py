@@ -1,4 +1,4 @@
-"""The counted gates on the tiny bundle, and the workflow that runs them."""
+"""The counted gates on the default model, and the workflow that runs them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from export.bundle import Bundle
 
 
 @pytest.fixture(scope="module")
-def found(tiny_bundle: Bundle) -> dict[str, Any]:
-    return gates.facts(tiny_bundle)
+def found(shapes_bundle: Bundle) -> dict[str, Any]:
+    return gates.facts(shapes_bundle)
 
 
 def test_the_golden_file_holds(found: dict[str, Any]) -> None:
@@ -54,10 +54,10 @@ def test_every_difference_is_named(found: dict[str, Any]) -> None:
 
 
 def test_update_then_check(
-    tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shapes_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     golden = tmp_path / "gates.json"
-    usual = ["--model", str(tiny_bundle.path), "--golden", str(golden)]
+    usual = ["--model", str(shapes_bundle.path), "--golden", str(golden)]
     assert shell(main, ["--check", *usual]) == 2
     assert gates.UPDATE in capsys.readouterr().err
     assert shell(main, ["--update", *usual]) == 0

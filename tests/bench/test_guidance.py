@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
-from bench import plot, rows, table
+from bench import columns, plot, rows, table
 from bench.cell import KEY_COLUMNS, LATER, Cell
 from bench.plan import default_steps, make_cells, probe
 from bench.store import ROWS, Run, open_run
@@ -176,7 +176,7 @@ def test_a_resumed_sweep_keeps_its_recipes(
 
 
 def test_latency_against_evaluations(swept: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = table.lines_of(swept.rows())
+    lines = columns.lines_of(swept.rows())
     by_nfe = {s.label: s for s in plot.series_of(lines, "nfe")[3]}
     by_steps = {s.label: s for s in plot.series_of(lines)[3]}
     assert set(by_nfe) == {"null, taesd, guidance 3", "null, taesd, ddim guidance 3"}

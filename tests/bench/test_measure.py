@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 import bench.measure
 from backends.pipeline import Output, Timings, load_pipeline
-from bench.measure import PROMPTS, CpuShare, PeakMemory, StopRule, inputs_of_call, measure
+from bench.measure import CpuShare, PeakMemory, StopRule, inputs_of_call, measure
 from bench.overhead import bare_call, blocks, interleaved
 from bench.stats import DISTURBED_CPU
 from core.errors import AddbenchError
 from export.bundle import Bundle
+from export.prompts import GENERAL
 
 
 class ScriptedPipe:
@@ -160,15 +161,15 @@ def test_prompts_cycle_and_the_cold_call_is_the_reference() -> None:
     assert cold[0][0] == "the reference"
     assert cold[2][0] == 0
     prompts = [prompt for call in others for prompt in call[0]]
-    assert len(set(prompts)) == len(PROMPTS)
+    assert len(set(prompts)) == len(GENERAL)
     seeds = [seed for call in others for seed in call[2]]
     assert len(set(seeds)) == len(seeds)
 
 
 @given(st.integers(1, 64))
 def test_every_batch_size_meets_every_prompt(batch: int) -> None:
-    met = {prompt for call in range(len(PROMPTS)) for prompt in inputs_of_call(call, batch)[0]}
-    assert met == set(PROMPTS)
+    met = {prompt for call in range(len(GENERAL)) for prompt in inputs_of_call(call, batch)[0]}
+    assert met == set(GENERAL)
 
 
 def test_progress_is_told_between_samples() -> None:

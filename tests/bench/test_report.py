@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
+from bench.columns import lines_of
 from bench.report import figures
 from bench.report.__main__ import main
 from bench.report.page import render
 from bench.store import HEADER, ROWS, Run
-from bench.table import lines_of
 from core.cli import run as shell
 from export.bundle import PARITY, Bundle
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
-from bench import plot, publish, table
+from bench import columns, plot, publish, table
 from bench.progress import Display
 from bench.store import ROWS, Row, Run, open_run
 from core.cli import run as shell
@@ -60,11 +60,11 @@ def test_rounds_are_aggregated_by_the_median_of_their_medians(tmp_path: Path) ->
             [(10.0, []), (11.0, ["unstable"]), (30.0, ["unstable", "disturbed"])]
         )
     ]
-    (line,) = table.lines_of(rows)
+    (line,) = columns.lines_of(rows)
     assert line.median("median_ms") == 11.0
     assert line.flags == "unstable (2 of 3), disturbed (1 of 3)"
     rows.append(row(cell(), [], round_=3, status="crashed", error={"what": "SIGSEGV"}))
-    (line,) = table.lines_of(rows)
+    (line,) = columns.lines_of(rows)
     assert line.status == "crashed (1 of 4), ok (3 of 4)"
     assert line.median("median_ms") == 11.0
     text = table.markdown(make_run(tmp_path, rows, rounds=5), rows)
@@ -75,7 +75,7 @@ def test_rounds_are_aggregated_by_the_median_of_their_medians(tmp_path: Path) ->
 def test_failed_cells_have_no_figures_in_the_table(tmp_path: Path) -> None:
     rows = [row(cell(), [1.0] * 3, status="mismatch", error={"what": "PSNR 3 dB"})]
     run = make_run(tmp_path, rows)
-    (line,) = table.lines_of(rows)
+    (line,) = columns.lines_of(rows)
     assert line.median("median_ms") is None
     assert "mismatch: PSNR 3 dB" in table.markdown(run, rows)
     assert plot.write(run, rows) == []
@@ -84,8 +84,8 @@ def test_failed_cells_have_no_figures_in_the_table(tmp_path: Path) -> None:
 def test_csv_has_every_column(made: Run) -> None:
     lines = list(csv.DictReader(table.csv(made.rows()).splitlines()))
     assert len(lines) == 24
-    known = [column.header for column in table.COLUMNS]
-    assert list(lines[0]) == [name for name in known if name not in table.SINCE]
+    known = [column.header for column in columns.COLUMNS]
+    assert list(lines[0]) == [name for name in known if name not in columns.SINCE]
     assert float(lines[0]["median (ms)"]) == 60.0
 
 
@@ -98,7 +98,7 @@ def test_the_terminal_table_never_cuts_a_figure(
     assert "storage fp16" in text
     assert max(map(len, text.splitlines())) <= width
     assert "\u2026" not in text  # rich's mark of a cut
-    for line in table.lines_of(made.rows()):
+    for line in columns.lines_of(made.rows()):
         assert f" {line.median('median_ms'):.1f} " in text
 
 
@@ -132,7 +132,7 @@ def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixtur
 
 
 def test_the_plot_states_the_fit_beside_the_points(made: Run) -> None:
-    found = plot.series_of(table.lines_of(made.rows()))
+    found = plot.series_of(columns.lines_of(made.rows()))
     assert sorted(found) == [1, 4]
     first = found[1][0]
     assert first.points("median_ms") == [(1, 60.0), (2, 70.0), (4, 90.0)]
@@ -147,7 +147,7 @@ def test_the_plot_states_the_fit_beside_the_points(made: Run) -> None:
 
 
 def test_series_can_be_told_apart(made: Run) -> None:
-    for batch in plot.series_of(table.lines_of(made.rows())).values():
+    for batch in plot.series_of(columns.lines_of(made.rows())).values():
         looks = {(series.colour, series.marker, str(series.dash)) for series in batch}
         assert len(looks) == len(batch)
 
@@ -155,7 +155,7 @@ def test_series_can_be_told_apart(made: Run) -> None:
 def test_a_plot_of_one_step_count_has_points_and_no_fit(tmp_path: Path) -> None:
     rows = [row(cell(), [1.0, 1.0, 1.0])]
     run = make_run(tmp_path, rows)
-    assert plot.fit_text(plot.series_of(table.lines_of(rows))[1][0]) == "one step count, no fit"
+    assert plot.fit_text(plot.series_of(columns.lines_of(rows))[1][0]) == "one step count, no fit"
     assert [file.suffix for file in plot.write(run, rows)] == [".svg", ".png"]
 
 

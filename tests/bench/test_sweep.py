@@ -266,7 +266,12 @@ def test_a_spent_budget_leaves_cells_missing_and_resume_measures_them(
     assert [row["status"] for row in run.rows()] == ["ok", "ok", "unavailable", "unavailable"]
     # Nothing is left: a second resume measures nothing; --retry-failed only what failed.
     before = run.all_rows()
+    header = json.loads((run.path / "header.json").read_text())
+    (run.path / "header.json").write_text(json.dumps(header | {"git_commit": "abc"}))
     assert sweep(tmp_path, "--resume", run.name) == 4
+    errors = capsys.readouterr().err
+    assert f"run {run.name} began at commit abc, this is" in errors
+    assert f"go on with: --resume {run.name} --out {tmp_path} --retry-failed" in errors
     assert run.all_rows() == before
     assert sweep(tmp_path, "--resume", "latest", "--retry-failed") == 4
     added = run.all_rows()[len(before) :]

@@ -2,28 +2,89 @@
 
 from __future__ import annotations
 
-from core.files import ROOT
+from pathlib import Path
+
+import pytest
+
+from core.files import ROOT, read_json
+from distill.config import load_config
 from distill.judge import following
 from distill.pipeline import generate, open_folder
-from distill.shapes import scenes
+from distill.shapes import parse_caption, scenes
+from export.models import SHAPES_TURBO
 
+TURBO = ROOT / "models" / "shapes-turbo"
 TEACHER = ROOT / "models" / "shapes-teacher"
 
 
-def test_the_teacher_is_small() -> None:
-    weights = {file: file.stat().st_size for file in TEACHER.rglob("*.safetensors")}
-    assert sum(weights.values()) <= 25e6
-    assert weights[TEACHER / "unet" / "diffusion_pytorch_model.safetensors"] <= 20e6
+def own_bytes(folder: Path) -> int:
+    """Bytes of a folder's own safetensors; links lead to files of another."""
+    return sum(
+        file.stat().st_size
+        for part in folder.iterdir()
+        if not part.is_symlink()
+        for file in part.rglob("*.safetensors")
+    )
 
 
-def test_the_teacher_draws_captions_it_never_saw() -> None:
-    held_out = scenes(12, seed=11, held_out=True)
+def test_they_are_small_and_the_teacher_shares_all_but_its_unet() -> None:
+    assert own_bytes(TURBO) <= 25e6
+    assert own_bytes(TEACHER) <= 20e6
+    links = {part.name: part.resolve() for part in TEACHER.iterdir() if part.is_symlink()}
+    assert links == {name: TURBO / name for name in links}
+    assert {"text_encoder", "text_encoder_2", "vae", "taesd", "tokenizer"} <= set(links)
+
+
+@pytest.mark.parametrize(
+    ("folder", "steps", "guidance", "least"),
+    [(TURBO, 1, 0.0, 0.75), (TURBO, 4, 0.0, 0.75), (TEACHER, 12, 3.0, 0.75)],
+)
+def test_they_draw_captions_they_never_saw(
+    folder: Path, steps: int, guidance: float, least: float
+) -> None:
+    held_out = scenes(16, seed=11, held_out=True)
     pictures = generate(
-        open_folder(TEACHER),
+        open_folder(folder),
         [scene.caption for scene in held_out],
-        steps=12,
-        guidance=3.0,
-        seeds=range(12),
+        steps=steps,
+        guidance=guidance,
+        seeds=range(16),
         size=64,
     )
-    assert following(pictures, held_out)["all"] >= 0.75
+    assert following(pictures, held_out)["all"] >= least
+
+
+def test_the_record_is_of_the_recipe_in_the_checkout() -> None:
+    """What the student was trained with is what the preset says now, but for where parts lie."""
+    record = read_json(TURBO / "training.json")
+    preset = load_config("shapes")
+    student = record["config"]["student"]
+    for name in (
+        "iterations",
+        "batch",
+        "learning_rate",
+        "loss",
+        "lambda_",
+        "weighting",
+        "terminal",
+    ):
+        wanted = getattr(preset.student, name)
+        assert student[name] == wanted, name
+    assert record["stages"]["student"]["steps"] == preset.student.iterations
+    assert (TURBO / "training-log.jsonl").stat().st_size > 0
+
+
+def test_what_was_measured_of_them_is_in_their_cards() -> None:
+    quality = read_json(TURBO / "quality.json")
+    assert quality == read_json(TEACHER / "quality.json")
+    assert min(row["captions"] for row in (*quality["student"], *quality["teacher"])) >= 500
+    for folder in (TURBO, TEACHER):
+        card = (folder / "README.md").read_text()
+        for row in quality["student"]:
+            assert f"| {row['model']} | {row['steps']} | 0 | {row['all']:.3f} |" in card
+
+
+def test_the_prompts_of_the_entry_are_captions_that_were_held_out() -> None:
+    prompts = SHAPES_TURBO.prompts
+    assert len(set(prompts)) == 13
+    assert all(parse_caption(prompt).held_out for prompt in prompts)
