@@ -83,7 +83,7 @@ def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     from diffusers import UNet2DConditionModel
 
     try:
-        return UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype)
+        return UNet2DConditionModel.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
         raise PreconditionError(
             f"the UNet in {folder} cannot be loaded", str(error), "download or train it again"

@@ -26,7 +26,7 @@ class Latents:
         from diffusers import AutoencoderKL
 
         self.context = context
-        vae: Any = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
+        vae: Any = AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
         self.vae = vae.to(context.device).eval().requires_grad_(False)
         self.scale = float(vae.config.scaling_factor)
         self.shift = float(vae.config.get("shift_factor") or 0.0)

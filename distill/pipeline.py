@@ -57,7 +57,7 @@ def open_folder(folder: Path, device: str | torch.device = "cpu") -> Any:
     require_parts(folder, PARTS)
     try:
         pipeline = StableDiffusionXLPipeline.from_pretrained(
-            folder, torch_dtype=torch.float32, add_watermarker=False, local_files_only=True
+            folder, dtype=torch.float32, add_watermarker=False, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise PreconditionError(

@@ -109,7 +109,7 @@ def test_weights_are_float16_and_nothing_is_missing(smoke: Path) -> None:
     _, info = CLIPTextModel.from_pretrained(folder / "text_encoder", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    tiny = AutoencoderTiny.from_pretrained(folder / "taesd", torch_dtype=torch.float32)
+    tiny = AutoencoderTiny.from_pretrained(folder / "taesd", dtype=torch.float32)
     assert tiny.decode(torch.zeros(1, 4, 8, 8)).sample.shape == (1, 3, 64, 64)
 
 
