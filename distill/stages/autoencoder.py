@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,27 @@ TRIES = 4
 """Random pieces of a picture among which the most varied one is kept."""
 
 
-def varied_crops(pictures: Tensor, corners: Tensor, side: int) -> Tensor:
-    """[batch, 3, side, side]: of each picture the most varied piece of those at `corners`.
+def varied_places(
+    pictures: Tensor, corners: Tensor, side: int, grid: int = 1
+) -> list[tuple[int, int]]:
+    """(y, x) of each picture's most varied piece of `side` pixels, of those at `corners`.
 
-    corners: [batch, tries, 2] in [0, 1).
+    corners: [batch, tries, 2] in [0, 1); the places are multiples of `grid` pixels.
     """
-    room = pictures.shape[-1] - side + 1
+    room = (pictures.shape[-1] - side) // grid + 1
     kept = []
-    for picture, places in zip(pictures, (corners * room).long().tolist(), strict=True):
+    for picture, places in zip(pictures, ((corners * room).long() * grid).tolist(), strict=True):
         pieces = torch.stack([picture[:, y : y + side, x : x + side] for y, x in places])
-        kept.append(pieces[pieces.flatten(1).var(1).argmax()])
-    return torch.stack(kept)
+        y, x = places[int(pieces.flatten(1).var(1).argmax())]
+        kept.append((y, x))
+    return kept
+
+
+def crops(pictures: Tensor, places: Sequence[tuple[int, int]], side: int) -> Tensor:
+    """[batch, channels, side, side]: the piece of each picture that begins at (y, x)."""
+    return torch.stack(
+        [p[:, y : y + side, x : x + side] for p, (y, x) in zip(pictures, places, strict=True)]
+    )
 
 
 class _Autoencoder(nn.Module):
@@ -63,7 +74,8 @@ class AutoencoderTrainer(Trainer):
         pictures = context.pictures(context.indices(settings.batch, step))
         if settings.crop and self.progress < settings.crop_share:
             corners = torch.rand((settings.batch, TRIES, 2), generator=generator)
-            pictures = varied_crops(pictures, context.share(corners), settings.crop)
+            places = varied_places(pictures, context.share(corners), settings.crop)
+            pictures = crops(pictures, places, settings.crop)
         side = pictures.shape[-1] // 8
         drawn = torch.randn((settings.batch, LATENTS, side, side), generator=generator)
         made, kl = self.networks["vae"](pictures, context.share(drawn))

@@ -16,7 +16,10 @@ from distill.latents import Latents, edge_loss, to_uint8
 from distill.loop import Trainer
 from distill.networks import LATENTS, build_tiny_vae
 from distill.shapes import draw, scenes
+from distill.stages.autoencoder import TRIES, crops, varied_places
 
+SCALE = 8
+"""Pixels along one side of a latent."""
 LATENT_NOISE = 0.05
 """Deviation of noise on the latents (whose own is 1): a denoiser's latents are never exact."""
 
@@ -43,15 +46,22 @@ class TinyAutoencoderTrainer(Trainer):
     def step(self, step: int) -> dict[str, Tensor]:
         context, settings = self.context, self.settings
         generator = context.generator(self.name, step)
-        side = self.config.data.size // 8
+        side = self.config.data.size // SCALE
         shape = (settings.batch, LATENTS, side, side)
         posterior = context.share(torch.randn(shape, generator=generator))
         indices = context.indices(settings.batch, step)
         latents = self.latents.encode(indices, posterior)
         noisy = latents + LATENT_NOISE * context.share(torch.randn(shape, generator=generator))
+        pictures = context.pictures(indices)
+        if settings.crop and self.progress < settings.crop_share:
+            corners = context.share(torch.rand((settings.batch, TRIES, 2), generator=generator))
+            places = varied_places(pictures, corners, settings.crop, SCALE)
+            pictures = crops(pictures, places, settings.crop)
+            inside = [(y // SCALE, x // SCALE) for y, x in places]
+            latents, noisy = (crops(v, inside, settings.crop // SCALE) for v in (latents, noisy))
         with torch.no_grad():
             wanted = self.latents.decode(noisy)
-        encoded, decoded = self.networks["vae"](context.pictures(indices), noisy)
+        encoded, decoded = self.networks["vae"](pictures, noisy)
         flat, square = functional.l1_loss(decoded, wanted), functional.mse_loss(decoded, wanted)
         edges = edge_loss(decoded, wanted)
         code = functional.mse_loss(encoded, latents)
