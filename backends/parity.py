@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 SEED = 0
 STEPS = (1, 2, 4)
 CHEAP_BYTES = 100e6
-"""A UNet of less is also drawn with at the model's own step count, however many those are."""
+"""A UNet of less also draws at the model's own step count, however many those are; the parts of a
+bundle of less share a process."""
+PEAK = "peak.json"
 REFERENCE = "torch"
 FP16_MAX = 65504.0
 HEADROOM = 0.5
@@ -93,11 +95,11 @@ def image_distance(image: NDArray[np.uint8], reference: NDArray[np.uint8]) -> Im
 # ---- one part, in a subprocess
 
 
-def run_part(job: Mapping[str, Any]) -> None:
+def run_part(job: Mapping[str, Any], part: str) -> None:
     """Child process: the part on torch, then on the backend; each walks its own chain."""
     from export.bundle import Bundle
 
-    folder, part = Path(job["folder"]), job["part"]
+    folder = Path(job["folder"])
     bundle = Bundle.open(Path(job["bundle"]))
     found = {}
     for runtime in (REFERENCE, job["backend"]):
@@ -231,7 +233,11 @@ def check(
 def walk(
     bundle: Bundle, backend: str, folder: Path, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """Every part in a process of its own, on torch and `backend`; part -> peak memory in MB."""
+    """Every part on torch and `backend`; part -> peak memory in MB.
+
+    Each in a process of its own, whose memory is free again before the next; those of a small
+    bundle share one, since starting takes longer than all of their work.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -240,22 +246,21 @@ def walk(
 
     recipe = make_recipe(bundle)
     generator = torch.Generator().manual_seed(SEED)
-    peaks: dict[str, float] = {}
     for part, info in bundle.parts.items():
         batch = recipe.shapes(part, Shapes(1, *bundle.size)).batch
         inputs = seeded_inputs(info.inputs, generator, batch)
         save_file(inputs, folder / f"{part}.inputs.safetensors")
-        job = {
-            "folder": str(folder),
-            "bundle": str(bundle.path),
-            "part": part,
-            "backend": backend,
-        }
+    names = list(bundle.parts)
+    small = sum(info.weight_bytes for info in bundle.parts.values()) < CHEAP_BYTES
+    peaks: dict[str, float] = {}
+    for parts in [names] if small else [[name] for name in names]:
+        job = {"folder": str(folder), "bundle": str(bundle.path), "parts": parts}
         started = time.perf_counter()
-        peak = spawn(job)
+        peak = spawn(job | {"backend": backend})
         seconds = time.perf_counter() - started
-        say(f"  {part:<16} {seconds:7.1f} s  {peak / 1e9:5.1f} GB")
-        peaks[part] = round(peak / 1e6)
+        what = "all parts" if small else parts[0]
+        say(f"  {what:<16} {seconds:7.1f} s  {peak / 1e9:5.1f} GB")
+        peaks |= dict.fromkeys(parts, round(peak / 1e6))
     return peaks
 
 
@@ -281,7 +286,7 @@ def seeded_inputs(
 
 
 def spawn(job: Mapping[str, Any]) -> int:
-    """Run `run_part` in a fresh process; returns its peak memory in bytes."""
+    """Run `run_part` of the job's parts in a fresh process; returns its peak memory in bytes."""
     process = subprocess.Popen(
         [sys.executable, "-m", "backends.parity"],
         stdin=subprocess.PIPE,
@@ -298,12 +303,12 @@ def spawn(job: Mapping[str, Any]) -> int:
     if process.returncode:
         killed = process.returncode == -signal.SIGKILL
         raise AddbenchError(
-            f"{job['part']} died with exit code {process.returncode}, on torch or {job['backend']}",
+            f"{', '.join(job['parts'])} died with exit code {process.returncode}, on torch or"
+            f" {job['backend']}",
             "the system ran out of memory" if killed else errors.strip()[-2000:],
             "free memory" if killed else "`python -m export verify` checks the bundle's files",
         )
-    peak = read_json(Path(job["folder"]) / f"{job['part']}.peak.json")
-    return int(peak["bytes"])
+    return int(read_json(Path(job["folder"]) / PEAK)["bytes"])
 
 
 def compare(
@@ -402,9 +407,10 @@ def _child() -> None:
     if os.getppid() == 1:
         raise SystemExit("the parent is gone")
     job = json.loads(sys.stdin.read())
-    run_part(job)
+    for part in job["parts"]:
+        run_part(job, part)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    write_json(Path(job["folder"]) / f"{job['part']}.peak.json", {"bytes": peak})
+    write_json(Path(job["folder"]) / PEAK, {"bytes": peak})
 
 
 if __name__ == "__main__":
