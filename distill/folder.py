@@ -174,20 +174,21 @@ def write_card(
         "    a small blue star above a large white square on a gray background",
         "",
         f"Trained from nothing by `python -m distill.train --preset {config.name}`, seed"
-        f" {config.seed}, git revision {record['git_revision']}; nothing in it"
-        " comes from another model or from pictures of others. `training.json` has the whole"
+        f" {config.seed}, written at git revision {record['git_revision']}; nothing in it comes"
+        " from another model or from pictures of others. `training.json` has the whole"
         " configuration and the time of each stage, `training-log.jsonl` the losses,"
         " `quality.json` what was measured of it.",
         "",
-        "| stage | steps | minutes |",
-        "|---|---|---|",
+        "| stage | steps | minutes | git revision |",
+        "|---|---|---|---|",
     ]
     for stage in config.stages:
         if (found := context.finished(stage)) is not None:
             done = read_json(found / DONE)
             budget = done.get("minutes")
             ended = f" (ended by --minutes {budget:g})" if budget else ""
-            lines.append(f"| {stage} | {done['steps']}{ended} | {done['seconds'] / 60:.1f} |")
+            minutes, told = done["seconds"] / 60, done.get("git_revision", "not recorded")
+            lines.append(f"| {stage} | {done['steps']}{ended} | {minutes:.1f} | {told} |")
     turbo = name.endswith("turbo")
     lines += [
         "",
