@@ -200,7 +200,7 @@ def _is_there(target: Path, model: Model, asked: dict[str, Any], force: bool) ->
     Imports no torch: every verb of the Makefile that needs a bundle asks this first.
     """
     from export.bundle import MANIFEST, Bundle
-    from export.request import differences
+    from export.request import CHANGED, differences
 
     if not target.exists():
         return False
@@ -218,6 +218,9 @@ def _is_there(target: Path, model: Model, asked: dict[str, Any], force: bool) ->
         print(f"{error.what} ({error.why}): exporting it again", file=sys.stderr)
         return False
     words = differences(bundle.manifest["request"], {"model": model.name} | asked)
+    if words == [CHANGED] and asked["weights"]["path"] == model.folder is not None:
+        print(f"{target.name}: {CHANGED}: exporting it again", file=sys.stderr)
+        return False  # they ship with the checkout, and came with a newer one
     if words:
         raise PreconditionError(
             f"{target} holds another bundle",

@@ -222,6 +222,9 @@ def fingerprint(paths: list[Path]) -> str | None:
     return sha256_json(stats) if paths else None
 
 
+CHANGED = "the checkpoint's files have changed since"
+
+
 def differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     """How a bundle's request differs from this one, in words; empty when it is the same."""
     words = []
@@ -230,7 +233,7 @@ def differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         if old == new or (key == "fingerprint" and new is None):
             continue
         if key == "fingerprint":
-            words.append("the checkpoint's files have changed since")
+            words.append(CHANGED)
         else:
             words.append(f"{key}: {_short(old)} there, {_short(new)} asked for")
     return words

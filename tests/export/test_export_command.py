@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,11 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from core.cli import run
-from core.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
+from core.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, PreconditionError
 from core.files import ROOT
-from export.__main__ import main
+from export.__main__ import _is_there, main
 from export.bundle import Bundle
+from export.models import SHAPES_TURBO
 
 TINY = ["--model", "tiny-sdxl", "--weights", "random", "--no-parity"]
 
@@ -245,3 +247,19 @@ def test_a_folder_is_exported_and_a_changed_one_is_noticed(folder: Path, tmp_pat
     _, stderr = process.communicate()
     assert process.returncode == EXIT_USAGE
     assert "have changed since" in stderr
+
+
+def test_a_shipped_checkpoint_that_changed_is_exported_again(
+    shapes_bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It came with a newer checkout; a folder of the user's own is refused instead."""
+    asked = {k: v for k, v in shapes_bundle.manifest["request"].items() if k != "model"}
+    assert _is_there(shapes_bundle.path, SHAPES_TURBO, asked, force=False)
+    newer = asked | {"fingerprint": "another"}
+    assert not _is_there(shapes_bundle.path, SHAPES_TURBO, newer, force=False)
+    assert (
+        "the checkpoint's files have changed since: exporting it again" in capsys.readouterr().err
+    )
+    own = replace(SHAPES_TURBO, folder=None)
+    with pytest.raises(PreconditionError, match="holds another bundle"):
+        _is_there(shapes_bundle.path, own, newer, force=False)
