@@ -87,13 +87,13 @@ def compile_parts(args: argparse.Namespace) -> int:
     bundle = find_bundle(args.model, args.weights, args.dtype)
     for decoder in args.decoder:
         check_decoder(bundle, decoder)
-    wanted = [stage_parts(tuple(bundle.parts), decoder) for decoder in args.decoder]
-    parts = [part for part in bundle.parts if any(part in some for some in wanted)]
     width, height = bundle.size
     recipe = make_recipe(bundle)
     for backend in chosen:
+        every = backend.parts(bundle)
+        wanted = {part for decoder in args.decoder for part in stage_parts(every, decoder)}
         for batch in args.batch:
-            for part in parts:
+            for part in (part for part in every if part in wanted):
                 shapes = recipe.shapes(part, Shapes(batch, width, height))
                 if args.dry_run:
                     print(f"# {backend.name} {bundle.path.name} {part} batch {batch}")
@@ -121,7 +121,7 @@ def list_parts(args: argparse.Namespace) -> int:
 
     bundle = find_bundle(args.model, args.weights, args.dtype)
     print(f"{args.backend} on {bundle.path.name}: {backend.summary}")
-    for part in bundle.parts:
+    for part in backend.parts(bundle):
         try:
             backend.compile(bundle, part, Shapes(1, *bundle.size))
         except (BackendError, UnsupportedError) as error:

@@ -88,7 +88,7 @@ class ArtifactCache:
         parts = {
             "schema": SCHEMA,
             "backend": backend.name,
-            "graph": bundle.parts[part].hash,
+            "graph": bundle.source(part).hash,
             "profile": asdict(profile),
             "options": dict(backend.compile_options()),
             "fingerprint": dict(backend.fingerprint()),
