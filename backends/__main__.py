@@ -87,13 +87,13 @@ def compile_parts(args: argparse.Namespace) -> int:
     bundle = find_bundle(args.model, args.weights, args.dtype)
     for decoder in args.decoder:
         check_decoder(bundle, decoder)
-    wanted = [stage_parts(tuple(bundle.parts), decoder) for decoder in args.decoder]
-    parts = [part for part in bundle.parts if any(part in some for some in wanted)]
     width, height = bundle.size
     recipe = make_recipe(bundle)
     for backend in chosen:
+        every = backend.parts(bundle)
+        wanted = {part for decoder in args.decoder for part in stage_parts(every, decoder)}
         for batch in args.batch:
-            for part in parts:
+            for part in (part for part in every if part in wanted):
                 shapes = recipe.shapes(part, Shapes(batch, width, height))
                 if args.dry_run:
                     print(f"# {backend.name} {bundle.path.name} {part} batch {batch}")
@@ -121,7 +121,7 @@ def list_parts(args: argparse.Namespace) -> int:
 
     bundle = find_bundle(args.model, args.weights, args.dtype)
     print(f"{args.backend} on {bundle.path.name}: {backend.summary}")
-    for part in bundle.parts:
+    for part in backend.parts(bundle):
         try:
             backend.compile(bundle, part, Shapes(1, *bundle.size))
         except (BackendError, UnsupportedError) as error:
@@ -132,7 +132,7 @@ def list_parts(args: argparse.Namespace) -> int:
 
 
 def cache(args: argparse.Namespace) -> int:
-    from backends.cache import ArtifactCache, Entry
+    from backends.cache import ArtifactCache, Entry, disk_bytes
 
     store = ArtifactCache()
 
@@ -142,10 +142,12 @@ def cache(args: argparse.Namespace) -> int:
     if args.action == "prune":
         if args.max_gb is not None and args.max_gb < 0:
             raise PreconditionError("--max-gb is negative", "it is a size", "use 0 to drop all")
+        before = disk_bytes(store.entries())
         removed = store.prune(store.cap_gb if args.max_gb is None else args.max_gb)
         for entry in removed:
             show(entry)
-        print(f"removed {len(removed)}, {sum(e.bytes for e in removed) / 1e9:.3f} GB")
+        freed = before - disk_bytes(store.entries())
+        print(f"removed {len(removed)}, {freed / 1e9:.3f} GB")
         return EXIT_OK
     if args.action == "verify":
         found = store.verify()
@@ -155,8 +157,13 @@ def cache(args: argparse.Namespace) -> int:
     entries = store.entries()
     for entry in entries:
         show(entry)
-    total = sum(entry.bytes for entry in entries) / 1e9
-    print(f"{len(entries)} artifacts, {total:.3f} GB of {store.cap_gb:g} GB, in {store.root}")
+    total = disk_bytes(entries)
+    shared = (sum(entry.bytes for entry in entries) - total) / 1e9
+    print(
+        f"{len(entries)} artifacts, {total / 1e9:.3f} GB of {store.cap_gb:g} GB"
+        + (f" ({shared:.3f} GB more if none shared its files)" if shared else "")
+        + f", in {store.root}"
+    )
     return EXIT_OK
 
 

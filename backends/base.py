@@ -95,6 +95,10 @@ class Artifact:
     cached: bool
 
 
+IN_ONE_GO = "its parts run without waiting in between, and so lie on the device together"
+"""Why a backend whose images are drawn by `backends.captured` has no low memory."""
+
+
 class Session(ABC):
     """A loaded artifact that runs one part: tensors in, tensors out, on `device`."""
 
@@ -102,6 +106,8 @@ class Session(ABC):
     outputs: Mapping[str, Spec]
     device: str = "cpu"
     load_s: float = 0.0
+    cyclic: ClassVar[bool] = False
+    """Whether closing it leaves its memory in reference cycles, which have to be looked for."""
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if inputs.keys() != self.inputs.keys():
@@ -150,6 +156,9 @@ class Backend(ABC):
     """Another environment's python, for packages that clash; the worker runs there."""
     device: str = "cpu"
     asynchronous: bool = False
+    resident: str = ""
+    """Why a pipeline of it holds all parts as long as it lives; "" where it may load each when it
+    is needed and release it after."""
     provenance: ClassVar[str] = "measured"
     """`emulated`: numerics without a speed, and no figure of it is in seconds."""
 
@@ -189,6 +198,20 @@ class Backend(ABC):
     def probe_compiler(self) -> Capability:
         """As `probe`, for compiling alone: a compiler may be where its device is not."""
         return self.probe()
+
+    def parts(self, bundle: Bundle) -> tuple[str, ...]:
+        """What it compiles of `bundle`, in the order in which a pipeline runs it: the parts, and
+        CONTEXT_PART where it splits the UNet."""
+        return tuple(bundle.parts)
+
+    def require_low_memory(self) -> None:
+        """Refuse to load parts on demand where `resident` says why they stay."""
+        if self.resident:
+            raise UnsupportedError(
+                f"backend {self.name} does not load parts on demand as it was asked for",
+                self.resident,
+                "drop --low-memory, or use ort or openvino",
+            )
 
     @abstractmethod
     def profile(self, part: str) -> Profile:

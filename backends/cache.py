@@ -3,6 +3,10 @@
 An entry is a folder named by its key; `entry.json`, written last, lists every file with its size,
 modification time and hash. A file whose size or time differs is hashed again before it is
 believed, so a torn or edited artifact is compiled anew instead of loaded.
+
+A large file that another entry holds too is a hard link to it: the weights of a part that was
+compiled under several keys (another level, an older revision of the passes) lie on disk once. A
+link is an entry's own: it outlives the other entry, and is hashed before it takes a file's place.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +39,8 @@ if TYPE_CHECKING:
 
 ENTRY = "entry.json"
 SCHEMA = 1
+WORTH_SHARING = 1 << 20
+"""Bytes. Smaller files are not looked for in other entries."""
 JUST_USED_S = 600
 """Entries used within this time are never pruned automatically: a process may be loading them."""
 
@@ -51,18 +57,32 @@ def default_cap_gb() -> float:
 
 @dataclass(frozen=True)
 class Entry:
-    """One artifact on disk."""
+    """One artifact on disk.
+
+    Attributes:
+        bytes: of all its files.
+        files: bytes by device and inode: files of several entries may be one.
+    """
 
     key: str
     path: Path
     label: str
     bytes: int
     used: float
+    files: Mapping[tuple[int, int], int]
 
     @property
     def record(self) -> dict[str, Any]:
         record: dict[str, Any] = read_json(self.path / ENTRY)
         return record
+
+
+def disk_bytes(entries: Iterable[Entry]) -> int:
+    """What they take together: a file that several hold counts once."""
+    files: dict[tuple[int, int], int] = {}
+    for entry in entries:
+        files |= entry.files
+    return sum(files.values())
 
 
 @cache
@@ -88,7 +108,7 @@ class ArtifactCache:
         parts = {
             "schema": SCHEMA,
             "backend": backend.name,
-            "graph": bundle.parts[part].hash,
+            "graph": bundle.source(part).hash,
             "profile": asdict(profile),
             "options": dict(backend.compile_options()),
             "fingerprint": dict(backend.fingerprint()),
@@ -109,9 +129,32 @@ class ArtifactCache:
                 return folder, True
             with staged_folder(folder) as scratch:
                 make(scratch)
+                self._share(scratch)
                 self._seal(scratch, key, label)
         self.prune(self.cap_gb, keep=key, spare_recent=True)
         return folder, False
+
+    def _share(self, folder: Path) -> None:
+        """Put hard links in the place of large files of `folder` that another entry holds too."""
+        large = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+        large = {file: size for file, size in large.items() if size >= WORTH_SHARING}
+        if not large:
+            return
+        known: dict[tuple[int, str], list[Path]] = {}
+        for entry in self.entries():
+            try:
+                files = entry.record["files"]
+            except OSError:
+                continue  # pruned by another process
+            for name, file in files.items():
+                place = (file["bytes"], file["sha256"])
+                known.setdefault(place, []).append(entry.path / name)
+        sizes = {size for size, _ in known}
+        for file, size in large.items():
+            digest = sha256_file(file) if size in sizes else ""
+            for other in known.get((size, digest), ()):
+                if link_in_place(other, file, digest):
+                    break
 
     @staticmethod
     def _seal(folder: Path, key: str, label: str) -> None:
@@ -153,9 +196,14 @@ class ArtifactCache:
         for marker in self.root.glob(f"*/{ENTRY}"):
             try:
                 record = read_json(marker)
-                size = sum(file["bytes"] for file in record["files"].values())
+                stats = [(marker.parent / name).stat() for name in record["files"]]
                 entry = Entry(
-                    record["key"], marker.parent, record["label"], size, marker.stat().st_mtime
+                    record["key"],
+                    marker.parent,
+                    record["label"],
+                    sum(found.st_size for found in stats),
+                    marker.stat().st_mtime,
+                    {(found.st_dev, found.st_ino): found.st_size for found in stats},
                 )
             except (OSError, AddbenchError, KeyError, TypeError):
                 continue  # torn or foreign: get_or_make replaces it, verify reports it
@@ -195,10 +243,9 @@ class ArtifactCache:
             if not Path(f"/proc/{owner}").exists():
                 shutil.rmtree(litter, ignore_errors=True)
         entries = self.entries()
-        total = sum(entry.bytes for entry in entries)
-        removed = []
+        removed: list[Entry] = []
         for entry in entries:
-            if total <= cap_gb * 1e9:
+            if disk_bytes(one for one in entries if one not in removed) <= cap_gb * 1e9:
                 break
             recent = time.time() - entry.used < JUST_USED_S
             if entry.key == keep or (spare_recent and recent):
@@ -208,9 +255,28 @@ class ArtifactCache:
                     shutil.rmtree(entry.path)
             except (Timeout, FileNotFoundError):
                 continue  # being made or removed by another process
-            total -= entry.bytes
             removed.append(entry)
         return removed
+
+
+def link_in_place(source: Path, target: Path, digest: str) -> bool:
+    """Make `target` a hard link to `source` if that is there and still has the hash `digest`.
+
+    By way of another name, hashed under it: `target` is whole at every moment, and no later change
+    of what `source` names can slip in.
+    """
+    fresh = target.with_name(f".{target.name}.link")
+    try:
+        if source.samefile(target):  # the compiler linked it: there is one file already
+            return True
+        os.link(source, fresh)
+        if sha256_file(fresh) == digest:
+            os.replace(fresh, target)
+            return True
+    except OSError:
+        pass  # pruned meanwhile, unreadable, or a disk without hard links: it keeps its own
+    fresh.unlink(missing_ok=True)
+    return False
 
 
 def _stamp(file: Path) -> dict[str, int]:

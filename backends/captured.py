@@ -27,7 +27,8 @@ from backends.base import BackendError, UnsupportedError
 from backends.conditioning import Conditioning
 from backends.linear import Schedule, read_schedule
 from backends.nvidia import memory_errors, ran_out
-from backends.pipeline import Output, Pipeline, Timings, non_finite
+from backends.output import Output, Timings
+from backends.pipeline import Pipeline, non_finite
 from backends.prompts import check_prompts, check_seeds
 from backends.recipe import check_steps
 from backends.slot import Slot

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backends.base import (
+    IN_ONE_GO,
     Artifact,
     Backend,
     BackendError,
@@ -152,6 +153,7 @@ class CudaBackend(Backend):
     summary = "ONNX Runtime's CUDA provider, in the dtypes of the graph, a CUDA graph for each part"
     device = "cuda"
     asynchronous = True
+    resident = IN_ONE_GO
     option_types: ClassVar[Mapping[str, Option]] = {
         "graph": Option("1", "replay a CUDA graph for each part", ("0", "1")),
         "nhwc": Option("1", "convolutions in channels-last layout", ("0", "1")),

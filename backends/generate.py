@@ -26,6 +26,9 @@ def parser() -> Parser:
     made.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (the model's)")
     made.add_argument("--guidance", type=float, metavar="SCALE", help="default: the model's own")
     made.add_argument("--guidance-mode", choices=("batch", "calls"), help="(batch)")
+    made.add_argument(
+        "--low-memory", action="store_true", help="load each part when it is needed, then drop it"
+    )
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, default=Path("image.png"), metavar="FILE.png")
     return made
@@ -44,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     backend = parse_backend(args.backend)
     backend.probe().require(backend.name)
+    if args.low_memory:
+        backend.require_low_memory()
 
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -61,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights=args.weights,
         dtype=args.dtype,
         size=args.size,
+        low_memory=args.low_memory,
         scheduler=args.scheduler,
         guidance=args.guidance,
         guidance_mode=args.guidance_mode,
@@ -81,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "backend": args.backend,
             "provenance": out.provenance,
             "decoder": args.decoder,
+            "low_memory": args.low_memory,
             "precision": pipeline.backend.precision(bundle),
             "storage": pipeline.backend.storage(bundle),
             "versions": versions | pipeline.backend.fingerprint(),
@@ -110,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"text {1e3 * times.text:.1f} ms, UNet {unet} ms, decode {1e3 * times.decode:.1f} ms,"
             f" rest {1e3 * times.rest:.1f} ms, "
         )
+    if args.low_memory:
+        stages += f"loading {1e3 * times.load:.1f} ms, "
     if out.provenance == "emulated":
         print(f"  {backend.summary}")
     elif out.provenance == "modelled":

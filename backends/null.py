@@ -25,7 +25,8 @@ from backends.base import (
     Shapes,
 )
 from backends.conditioning import Conditioning, Denoised
-from backends.pipeline import DTYPES, Output, Pipeline
+from backends.output import Output
+from backends.pipeline import DTYPES, Pipeline
 from export.lower import CANONICAL, Profile
 
 if TYPE_CHECKING:

@@ -34,7 +34,8 @@ from backends.base import (
 from backends.cache import ArtifactCache
 from backends.child import HOME_PYTHON, home_python, run_child, serve
 from backends.ort import installed, isa, plain_options, translate
-from backends.pipeline import Output, Pipeline, Timings
+from backends.output import Output, Timings
+from backends.pipeline import Pipeline
 from backends.prompts import check_prompts, check_seeds
 from backends.recipe import check_steps
 from core.errors import PreconditionError
@@ -177,6 +178,7 @@ class Clock:
 class OptimumBackend(Backend):
     name = "optimum"
     summary = "optimum's ORTStableDiffusionXLPipeline on the CPU, FP32, in its own environment"
+    resident = "optimum's pipeline loads all parts at once"
     option_types: ClassVar[Mapping[str, Option]] = {
         "threads": Option("auto", "intra-op threads of each part (auto: onnxruntime's default)"),
     }

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,7 +32,9 @@ from backends.base import (
 from backends.child import run_child, serve
 from core.files import require_disk
 from core.memory import require_memory
+from export.bundle import Spec
 from export.lower import CPU, Profile, lower
+from export.models import CONTEXT_PART
 
 if TYPE_CHECKING:
     import torch
@@ -79,13 +81,15 @@ class OrtSession(Session):
 
     def __init__(self, session: Any, bundle: Bundle, part: str) -> None:
         self.session = session
-        info = bundle.parts[part]
+        info = bundle.source(part)
+        known = {spec.name: spec.shape for spec in (*info.inputs, *info.outputs)}
         self.inputs, self.outputs = (
-            {value.name: replace(known[value.name], dtype=TYPES[value.type]) for value in values}
-            for values, known in (
-                (self.session.get_inputs(), {spec.name: spec for spec in info.inputs}),
-                (self.session.get_outputs(), {spec.name: spec for spec in info.outputs}),
-            )
+            {
+                # What is handed over between the halves of a UNet is in no bundle.
+                one.name: Spec(one.name, TYPES[one.type], known.get(one.name, tuple(one.shape)))
+                for one in values
+            }
+            for values in (self.session.get_inputs(), self.session.get_outputs())
         )
 
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -120,6 +124,12 @@ class OrtBackend(Backend):
             "in-call",
             "threads spin while they wait for work: in a part's call, always, never",
             ("in-call", "always", "never"),
+        ),
+        "context": Option(
+            "inline",
+            "cross-attention's keys and values, which depend on the prompt alone: inline, in every"
+            " UNet evaluation; split, once a prompt, in a graph of their own",
+            ("inline", "split"),
         ),
         "graph": Option(
             "optimised",
@@ -159,7 +169,18 @@ class OrtBackend(Backend):
             )
         return Capability(True, self.summary, version=cpu or gpu or "unknown", devices=("cpu",))
 
+    def parts(self, bundle: Bundle) -> tuple[str, ...]:
+        names = super().parts(bundle)
+        if self.options["context"] == "inline":
+            return names
+        unet = names.index("unet")
+        return (*names[:unet], CONTEXT_PART, *names[unet:])
+
     def profile(self, part: str) -> Profile:
+        if part == CONTEXT_PART:
+            return replace(CPU, context="output")
+        if part == "unet" and self.options["context"] == "split":
+            return replace(CPU, context="input")
         return CPU
 
     def precision(self, bundle: Bundle) -> str:
@@ -175,9 +196,10 @@ class OrtBackend(Backend):
         require_disk(folder, self.disk_need(bundle, part), f"compiling {bundle.name} {part}")
         require_memory(self.memory_need(bundle, part), f"compiling {bundle.name} {part}")
         job = {
-            "graph": str(bundle.parts[part].graph),
+            "graph": str(bundle.source(part).graph),
             "folder": str(folder),
             "options": self.options,
+            "profile": asdict(self.profile(part)),
         }
         run_child(
             "backends.ort",
@@ -189,7 +211,11 @@ class OrtBackend(Backend):
         )
 
     def _fp32_bytes(self, bundle: Bundle, part: str) -> int:
-        return bundle.parts[part].weight_bytes * (2 if bundle.dtype == "fp16" else 1)
+        from export.lower.context import weight_bytes
+
+        info, form = bundle.source(part), self.profile(part).context
+        stored = info.weight_bytes if form == "inline" else weight_bytes(info.graph, form)
+        return stored * (2 if bundle.dtype == "fp16" else 1)
 
     def disk_need(self, bundle: Bundle, part: str) -> int:
         """Bytes a compile writes: the FP32 weights; then both they and the kernels' layout."""
@@ -207,7 +233,7 @@ class OrtBackend(Backend):
         if path is None:
             raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
         if self.options["prepack"] == "0":  # mapped weights are the system's to drop
-            need = self._fp32_bytes(bundle, artifact.part)
+            need = sum(file.stat().st_size for file in path.glob(f"{MODEL}*"))
             require_memory(need, f"loading {bundle.name} {artifact.part}")
         try:
             session = OrtSession(open_session(path / MODEL, self.options), bundle, artifact.part)
@@ -285,7 +311,7 @@ def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
     return made
 
 
-def optimise(graph: Path, folder: Path, options: Mapping[str, str]) -> None:
+def optimise(graph: Path, folder: Path, profile: Profile, options: Mapping[str, str]) -> None:
     """Child process: lower the graph, let onnxruntime optimise it, and write what it made.
 
     Packing the weights is a second step, from a mapped file: one that does both holds the weights
@@ -294,7 +320,7 @@ def optimise(graph: Path, folder: Path, options: Mapping[str, str]) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lower-") as scratch:
         lowered, plain = Path(scratch) / "lowered", Path(scratch) / "plain"
         prepack = options["prepack"] == "1"
-        lower(graph, CPU, lowered / MODEL)
+        lower(graph, profile, lowered / MODEL)
         write_optimised(lowered, plain if prepack else folder, options, prepacked=False)
         shutil.rmtree(lowered)
         if prepack:
@@ -333,5 +359,10 @@ def translate(error: Exception, doing: str, library: str = "onnxruntime") -> Bac
     )
 
 
+def work(job: Mapping[str, Any]) -> None:
+    profile = Profile(**job["profile"])
+    optimise(Path(job["graph"]), Path(job["folder"]), profile, job["options"])
+
+
 if __name__ == "__main__":
-    serve(lambda job: optimise(Path(job["graph"]), Path(job["folder"]), job["options"]))
+    serve(work)

@@ -134,6 +134,8 @@ def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dic
             watch.attach(module)
         with watch:
             seeded = load_file(folder / f"{part}.inputs.safetensors")
+            if part == "unet":
+                seeded |= pipeline.context(seeded["encoder_hidden_states"])
             for name, tensor in pipeline.run(part, **seeded).items():
                 out[f"part.{name}"] = tensor.float()
             if part.startswith("text_encoder"):

@@ -7,12 +7,11 @@ backend starts from the same bits and an image does not depend on its batch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -29,49 +28,24 @@ from backends.base import (
     parse_backend,
     stage_parts,
 )
-from backends.conditioning import Conditioning, Denoised, guidance_embedding, takes_generator
-from backends.prompts import check_prompts, check_seeds
+from backends.conditioning import (
+    Conditioning,
+    Denoised,
+    EmbeddingCache,
+    guidance_embedding,
+    takes_generator,
+)
+from backends.output import Output, Timings
+from backends.prompts import check_prompts, check_seeds, token_ids
 from backends.recipe import Recipe, check_steps, make_recipe
+from core.memory import give_memory_back
 from export.bundle import Bundle, find_bundle
+from export.models import CONTEXT_PART
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TOKENS = 77
-"""Length of a CLIP prompt in tokens, start and end included."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds per stage of one call. `unet` has an entry for each timestep, guidance included.
-
-    A call that did not wait between its stages has a total only: None, and no entries.
-    """
-
-    text: float | None
-    unet: list[float]
-    decode: float | None
-    rest: float | None
-    total: float
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one call gives.
-
-    Attributes:
-        images: uint8 [batch, height, width, 3].
-        timings: seconds per stage, of this same call.
-        nfe: UNet evaluations of one image, counted as they happened.
-        provenance: `measured` when a clock gave the timings; `emulated` when it timed an
-            emulation, which says nothing of the device's speed.
-    """
-
-    images: NDArray[np.uint8]
-    timings: Timings
-    nfe: int
-    provenance: str = "measured"
 
 
 class Pipeline:
@@ -105,14 +79,15 @@ class Pipeline:
         self._sessions: dict[str, Session] = {}
         self._tokenizers: list[Any] | None = None
         self._scheduler: Any = None
-        self._embeddings: OrderedDict[str, Conditioning] = OrderedDict()
-        self._embedding_cache = embedding_cache
+        self._embedding_cache = EmbeddingCache(embedding_cache) if embedding_cache else None
+        self.low_memory = False
+        self._loading_ns = 0
 
     # ---- lifecycle
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return stage_parts(tuple(self.bundle.parts), self.decoder)
+        return stage_parts(self.backend.parts(self.bundle), self.decoder)
 
     @property
     def compile_s(self) -> float:
@@ -126,12 +101,23 @@ class Pipeline:
     def load_s(self) -> float:
         return sum(session.load_s for session in self._sessions.values())
 
+    def use_low_memory(self) -> Self:
+        """From now on a call loads each part when it needs it, and releases it after: the peak is
+        that of the largest part, and the call takes as much longer as `Timings.load` says.
+
+        Raises:
+            UnsupportedError: the backend does not do that.
+        """
+        self.backend.require_low_memory()
+        self.low_memory = True
+        return self
+
     def prepare(self) -> Self:
-        """Compile every part, then load every part: a compile's memory is free before loading."""
-        for part in self.parts:
-            self._artifact(part)
-        for part in self.parts:
-            self.session(part)
+        """Compile every part, then load every part: a compile's memory is free before loading.
+
+        In low memory nothing is loaded.
+        """
+        self._get_ready()
         self._tokenizers = self.bundle.tokenizers()
         self._scheduler = self.bundle.scheduler(self.recipe.scheduler)
         return self
@@ -142,10 +128,31 @@ class Pipeline:
             self.artifacts[part] = self.backend.compile(self.bundle, part, shapes)
         return self.artifacts[part]
 
+    def _get_ready(self) -> None:
+        for part in self.parts:
+            self._artifact(part)
+        for part in () if self.low_memory else self.parts:
+            self.session(part)
+
     def session(self, part: str) -> Session:
         if part not in self._sessions:
+            started = time.perf_counter_ns()
             self._sessions[part] = self.backend.load(self.bundle, self._artifact(part))
+            self._loading_ns += time.perf_counter_ns() - started
         return self._sessions[part]
+
+    def _release(self) -> None:
+        """In low memory: give back what is loaded, for the next part to be alone."""
+        if self.low_memory and self._sessions:
+            started = time.perf_counter_ns()
+            cyclic = any(session.cyclic for session in self._sessions.values())
+            self.close()
+            give_memory_back(cycles=cyclic)
+            self._loading_ns += time.perf_counter_ns() - started
+
+    def _clock_ns(self) -> int:
+        """A clock that stands still while parts are loaded and released."""
+        return time.perf_counter_ns() - self._loading_ns
 
     def close(self) -> None:
         for session in self._sessions.values():
@@ -164,25 +171,7 @@ class Pipeline:
         """Token ids, int64 [batch, 77], for each text encoder; longer prompts are cut and said."""
         if self._tokenizers is None:
             self._tokenizers = self.bundle.tokenizers()
-        rows = []
-        for tokenizer in self._tokenizers:
-            full = tokenizer(list(prompts))["input_ids"]
-            for prompt, ids in zip(prompts, full, strict=True):
-                if len(ids) > TOKENS:
-                    warnings.warn(
-                        f"the prompt {prompt[:40]!r}... has {len(ids)} tokens; CLIP reads "
-                        f"{TOKENS}, the rest is cut",
-                        stacklevel=2,
-                    )
-            cut = tokenizer(
-                list(prompts),
-                padding="max_length",
-                max_length=TOKENS,
-                truncation=True,
-                return_tensors="pt",
-            )
-            rows.append(cut["input_ids"].to(torch.int64))
-        return rows
+        return [token_ids(tokenizer, prompts) for tokenizer in self._tokenizers]
 
     def run(self, part: str, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """One part on tensors of any float dtype: cast to what the session takes."""
@@ -200,39 +189,32 @@ class Pipeline:
             ready[name] = tensor.to(device=session.device, dtype=DTYPES[spec.dtype])
         return session.run(ready)
 
-    @staticmethod
-    def join(encoded: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
+    def join(self, encoded: Sequence[Mapping[str, torch.Tensor]]) -> Conditioning:
         """The text encoders' outputs side by side, as SDXL wants them."""
         hidden = torch.cat([outputs["hidden_states"] for outputs in encoded], dim=-1)
-        return Conditioning(hidden, encoded[-1].get("text_embeds"))
+        return Conditioning(hidden, encoded[-1].get("text_embeds"), self.context(hidden))
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        if self._embedding_cache:
-            return self._encode_cached(prompts)
+    def encode(self, *texts: Sequence[str]) -> list[Conditioning]:
+        """Embeddings of each batch of prompts, one text encoder after the other for all of them."""
+        if self._embedding_cache is None:
+            return self._encode_all(texts)
+        return self._embedding_cache.encode(texts, self._encode_all)
+
+    def _encode_all(self, texts: Sequence[Sequence[str]]) -> list[Conditioning]:
         encoders = [part for part in self.parts if part.startswith("text_encoder")]
-        ids = self.tokenise(prompts)
-        return self.join(
-            [self.run(part, input_ids=rows) for part, rows in zip(encoders, ids, strict=True)]
-        )
+        ids = [self.tokenise(prompts) for prompts in texts]
+        encoded: list[list[dict[str, torch.Tensor]]] = [[] for _ in texts]
+        for place, part in enumerate(encoders):
+            for outputs, rows in zip(encoded, ids, strict=True):
+                outputs.append(self.run(part, input_ids=rows[place]))
+            self._release()
+        return [self.join(outputs) for outputs in encoded]
 
-    def _encode_cached(self, prompts: Sequence[str]) -> Conditioning:
-        missing = list(dict.fromkeys(p for p in prompts if p not in self._embeddings))
-        size, self._embedding_cache = self._embedding_cache, 0
-        try:
-            fresh = {prompt: self.encode([prompt]) for prompt in missing}
-        finally:
-            self._embedding_cache = size
-        known = {prompt: fresh.get(prompt) or self._embeddings[prompt] for prompt in prompts}
-        for prompt, embedding in known.items():
-            self._embeddings[prompt] = embedding
-            self._embeddings.move_to_end(prompt)
-        while len(self._embeddings) > size:
-            self._embeddings.popitem(last=False)
-        rows = [known[prompt] for prompt in prompts]
-        pooled = [row.text_embeds for row in rows if row.text_embeds is not None]
-        return Conditioning(
-            torch.cat([row.hidden_states for row in rows]), torch.cat(pooled) if pooled else None
-        )
+    def condition(self, prompts: Sequence[str]) -> Conditioning:
+        """What the UNet is told of `prompts`, and of the empty prompt where guidance needs it."""
+        encodes_empty = self.recipe.guided and not self.bundle.force_zeros
+        empty = [[""] * len(prompts)] if encodes_empty else []
+        return self.with_negative(*self.encode(prompts, *empty))
 
     def with_negative(
         self, conditioning: Conditioning, empty: Conditioning | None = None
@@ -240,22 +222,31 @@ class Pipeline:
         """`conditioning` with the embeddings of the empty prompt where guidance needs them.
 
         As diffusers' pipelines have it: zeros where the checkpoint's model index says so (SDXL),
-        else the empty prompt encoded, once for each prompt (`empty`, where that is done already).
+        else the empty prompt encoded, once for each prompt: `empty`.
         """
         if not self.recipe.guided:
             return conditioning
         if self.bundle.force_zeros:
-            pooled = conditioning.text_embeds
-            zeros = None if pooled is None else torch.zeros_like(pooled)
-            empty = Conditioning(torch.zeros_like(conditioning.hidden_states), zeros)
-        elif empty is None:
-            empty = self.encode([""] * len(conditioning.hidden_states))
+            batch, pooled = len(conditioning.hidden_states), conditioning.text_embeds
+            kept = self._embedding_cache.zeros if self._embedding_cache else {}
+            if batch not in kept:
+                zeros = torch.zeros_like(conditioning.hidden_states)
+                none = None if pooled is None else torch.zeros_like(pooled)
+                kept[batch] = Conditioning(zeros, none, self.context(zeros))
+            empty = kept[batch]
         return replace(conditioning, negative=empty)
 
+    def context(self, hidden_states: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What a split UNet takes in place of `hidden_states`, by input; {} for a whole one."""
+        if CONTEXT_PART not in self.parts:
+            return {}
+        return self.run(CONTEXT_PART, encoder_hidden_states=hidden_states)
+
     def unet_inputs(self, conditioning: Conditioning) -> dict[str, torch.Tensor]:
-        """What the UNet takes besides sample and timestep, the same at every step."""
+        """What the UNet takes besides sample and timestep, the same at every step; of hidden states
+        and context a session picks what it has as input."""
         batch = len(conditioning.hidden_states)
-        inputs = {"encoder_hidden_states": conditioning.hidden_states}
+        inputs = {"encoder_hidden_states": conditioning.hidden_states, **conditioning.context}
         if conditioning.text_embeds is not None:
             inputs["text_embeds"] = conditioning.text_embeds
             # SDXL's size conditioning: original size, crop corner, target size; (height, width).
@@ -368,25 +359,30 @@ class Pipeline:
         prompts = check_prompts(prompts)
         seeds = check_seeds(seed, len(prompts))
         check_steps(self.bundle, self.recipe, steps)
-        for part in self.parts:
-            self.session(part)
-        with torch.inference_mode():
-            started = time.perf_counter_ns()
-            conditioning = self.with_negative(self.encode(prompts))
-            for part in self.parts:
-                if part.startswith("text_encoder"):
-                    self.session(part).synchronize()
-            encoded = time.perf_counter_ns()
+        self._get_ready()
+        loaded = self._loading_ns
+        with torch.inference_mode(), contextlib.ExitStack() as stack:
+            stack.callback(self._release)  # a call that fails releases too
+            started = self._clock_ns()
+            conditioning = self.condition(prompts)
+            for part in self.parts[: self.parts.index("unet")]:
+                if part in self._sessions:
+                    self._sessions[part].synchronize()
+            self._release()
+            encoded = self._clock_ns()
             latents, unet, nfe = self.denoise(conditioning, steps, seeds)
-            denoised = time.perf_counter_ns()
+            self._release()
+            denoised = self._clock_ns()
             sample = self.decode(latents)
-            decoded = time.perf_counter_ns()
+            self._release()
+            decoded = self._clock_ns()
             images = self.to_uint8(sample)
-            ended = time.perf_counter_ns()
+            ended = self._clock_ns()
+        load = (self._loading_ns - loaded) / 1e9
         text, decode = (encoded - started) / 1e9, (decoded - denoised) / 1e9
         total = (ended - started) / 1e9
         rest = total - text - decode - sum(unet)
-        timings = Timings(text, unet, decode, rest, total)
+        timings = Timings(text, unet, decode, rest, total + load, load)
         return Output(images, timings, nfe=nfe, provenance=self.backend.provenance)
 
 
@@ -408,6 +404,7 @@ def load_pipeline(
     dtype: str | None = None,
     size: tuple[int, int] | None = None,
     embedding_cache: int = 0,
+    low_memory: bool = False,
     scheduler: str | None = None,
     guidance: float | None = None,
     guidance_mode: str | None = None,
@@ -416,6 +413,7 @@ def load_pipeline(
 
     Args:
         size: width and height in pixels; None for the model's own.
+        low_memory: load each part when a call needs it, see `Pipeline.use_low_memory`.
         scheduler, guidance, guidance_mode: see `backends.recipe.make_recipe`.
 
     Raises:
@@ -424,6 +422,8 @@ def load_pipeline(
     """
     chosen = parse_backend(backend)
     chosen.probe().require(chosen.name)
+    if low_memory:
+        chosen.require_low_memory()
     bundle = find_bundle(model, weights, dtype, size)
     check_decoder(bundle, decoder)
     made = chosen.pipeline(
@@ -433,4 +433,4 @@ def load_pipeline(
         embedding_cache=embedding_cache,
         recipe=make_recipe(bundle, scheduler, guidance, guidance_mode),
     )
-    return made.prepare()
+    return (made.use_low_memory() if low_memory else made).prepare()

@@ -1,10 +1,18 @@
-"""What a pipeline call may be given: prompts and seeds."""
+"""What a pipeline call may be given: prompts and seeds; prompts as token ids."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from core.errors import PreconditionError
+
+if TYPE_CHECKING:
+    import torch
+
+TOKENS = 77
+"""Length of a CLIP prompt in tokens, start and end included."""
 
 
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:
@@ -41,3 +49,25 @@ def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
                 f"{one!r} is not a seed", "a seed is an integer from 0 to 2**63 - 1", "pass one"
             )
     return seeds
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
+    """int64 [batch, 77] of a CLIP tokenizer; longer prompts are cut, with a warning."""
+    import torch
+
+    for prompt, ids in zip(prompts, tokenizer(list(prompts))["input_ids"], strict=True):
+        if len(ids) > TOKENS:
+            warnings.warn(
+                f"the prompt {prompt[:40]!r}... has {len(ids)} tokens; CLIP reads {TOKENS}, the"
+                " rest is cut",
+                stacklevel=3,
+            )
+    cut = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=TOKENS,
+        truncation=True,
+        return_tensors="pt",
+    )
+    ids_of: torch.Tensor = cut["input_ids"].to(torch.int64)
+    return ids_of

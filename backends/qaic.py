@@ -60,6 +60,7 @@ class QaicBackend(Backend):
     summary = "Qualcomm Cloud AI 100, FP16, compiled by the vendor's SDK"
     package = "backends.cloud_ai"
     static = True
+    resident = "its programs lie in the card's memory, and take none of the host's"
     option_types = OPTIONS
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:

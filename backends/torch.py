@@ -23,6 +23,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backends.base import (
+    IN_ONE_GO,
     Artifact,
     Backend,
     Capability,
@@ -50,6 +51,8 @@ ALWAYS_FLOAT32 = ("timestep", "time_ids")
 
 class TorchSession(Session):
     """A part's wrapper module. Launches on torch's current stream and does not wait."""
+
+    cyclic = True  # transformers' first text encoder refers to itself
 
     def __init__(
         self, bundle: Bundle, part: str, module: torch.nn.Module, backend: TorchBackend
@@ -127,6 +130,10 @@ class TorchBackend(Backend):
         thread_count(self.options["threads"])  # refused before work starts
         self.device = self.options["device"]
         self.asynchronous = self.device == "cuda"
+        if self.in_one_go:
+            self.resident = IN_ONE_GO
+        elif self.compiles:
+            self.resident = "torch.compile would compile a part again in every call"
 
     # ---- options, resolved
 

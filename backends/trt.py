@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from backends.base import (
+    IN_ONE_GO,
     Artifact,
     Backend,
     BackendError,
@@ -66,6 +67,7 @@ class TrtBackend(Backend):
     summary = "TensorRT on an NVIDIA GPU, in the graph's dtypes, the image as one CUDA graph"
     device = "cuda"
     asynchronous = True
+    resident = IN_ONE_GO
     package = "backends.tensorrt"
     option_types: ClassVar[Mapping[str, Option]] = {
         "batch": Option("static", "static: a plan for each batch size; 1-4: one plan for a range"),

@@ -41,6 +41,12 @@ def calls(text: str) -> int:
     return value
 
 
+def switch_list(text: str) -> list[bool]:
+    if not set(text.split(",")) <= {"0", "1"}:
+        raise argparse.ArgumentTypeError(f"{text} is not 0, 1 or both")
+    return [word == "1" for word in text.split(",")]
+
+
 def parser() -> Parser:
     top = Parser(
         prog="python -m bench.sweep",
@@ -69,6 +75,11 @@ def parser() -> Parser:
     axes.add_argument(
         "--guidance-mode", type=word_list, metavar="batch,calls",
         help="both evaluations of a step as one batch of two, or one after the other (batch)",
+    )  # fmt: skip
+    axes.add_argument(
+        "--low-memory", type=switch_list, nargs="?", const=[True], metavar="0,1",
+        help="a call loads each part when it needs it and releases it after (without a value: 1;"
+        " default: 0)",
     )  # fmt: skip
     axes.add_argument(
         "--size", type=image_size, metavar="PIXELS|WxH",

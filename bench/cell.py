@@ -24,6 +24,7 @@ class Cell:
         guidance: its scale, 0 for none.
         guidance_mode: `none`; `batch` or `calls` (two UNet evaluations a step, as one batch or one
             after the other); `embedding` (the scale is an input of the UNet).
+        low_memory: each part is loaded when a call needs it and released after, within the call.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Cell:
     scheduler: str
     guidance: float = 0.0
     guidance_mode: str = "none"
+    low_memory: bool = False
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Self:
@@ -65,7 +67,7 @@ class Cell:
 
     @property
     def recipe_text(self) -> str:
-        """Scheduler and guidance where they are not what goes without saying; else ""."""
+        """Scheduler, guidance and memory where they are not what goes without saying; else ""."""
         known = MODELS.get(self.model.partition("+")[0])  # behind it: fused LoRA weights
         words = []
         if known is None or known.scheduler != self.scheduler:
@@ -74,6 +76,8 @@ class Cell:
             words.append(f"guidance {self.guidance:g}")
         if self.guidance_mode == "calls":
             words.append("in two calls")
+        if self.low_memory:
+            words.append("low memory")
         return " ".join(words)
 
     def __str__(self) -> str:
@@ -87,5 +91,5 @@ class Cell:
 
 
 KEY_COLUMNS = tuple(field.name for field in fields(Cell))
-LATER: dict[str, Any] = {"guidance": 0.0, "guidance_mode": "none"}
+LATER: dict[str, Any] = {"guidance": 0.0, "guidance_mode": "none", "low_memory": False}
 """Columns that rows written before they existed lack, with what those rows mean."""

@@ -145,6 +145,7 @@ COLUMNS = (
     Column("size (px)", lambda line: line.cell.size),
     Column("scheduler", lambda line: line.cell.scheduler),
     Column("guidance", lambda line: guidance(line.cell)),
+    Column("low memory", lambda line: "yes" if line.cell.low_memory else ""),
     Column("provenance", lambda line: line.provenance),
     Column("decoder", lambda line: line.cell.decoder),
     Column("batch", lambda line: line.cell.batch),
@@ -166,6 +167,7 @@ COLUMNS = (
     Column("UNet step (ms)", stage("unet_step"), 1),
     Column("decode (ms)", stage("decode"), 1),
     Column("rest (ms)", stage("rest"), 1),
+    Column("loading (ms)", stage("load"), 1),
     Column("NFE", figure("nfe"), 0),
     Column("cold call (ms)", figure("cold_ms"), 1),
     Column("compile (s)", figure("compile_s"), 2),
@@ -181,18 +183,19 @@ COLUMNS = (
 )
 ALWAYS = ("weights", "backend", "numerics", "decoder", "batch", "steps", "flags")
 """Columns of the Markdown table that stay even where they say the same in every line."""
-CONDITIONS = ("model", "device", "size (px)", "scheduler", "guidance", "provenance")
+CONDITIONS = ("model", "device", "size (px)", "scheduler", "guidance", "low memory", "provenance")
 """Said once above the table where all lines agree."""
-BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "decoder", "batch", "steps",
-         "NFE", "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)", "period (ms)",
-         "images/s", "images/J at TDP", "CV (%)", "UNet step (ms)", "decode (ms)",
-         "peak memory (MB)", "samples", "image PSNR", "captions right (%)", "own FID", "provenance",
-         "status", "flags")  # fmt: skip
+BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory", "decoder",
+         "batch", "steps", "NFE", "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)",
+         "period (ms)", "images/s", "images/J at TDP", "CV (%)", "UNet step (ms)", "decode (ms)",
+         "loading (ms)", "peak memory (MB)", "samples", "image PSNR", "captions right (%)",
+         "own FID", "provenance", "status", "flags")  # fmt: skip
 """Columns of the short table: in the terminal and in the README."""
 
 
-SINCE = ("guidance", "low (ms)", "high (ms)", "high, switching (ms)", "period (ms)",
-         "images/J at TDP", "captions right (%)", "own FID")  # fmt: skip
+SINCE = ("guidance", "low memory", "loading (ms)", "low (ms)", "high (ms)",
+         "high, switching (ms)", "period (ms)", "images/J at TDP", "captions right (%)",
+         "own FID")  # fmt: skip
 """Columns of the CSV that are left out where no cell has a value: tables that were published before
 they existed stay as they are."""
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from backends.pipeline import Output, Pipeline, Timings
+    from backends.output import Output, Timings
+    from backends.pipeline import Pipeline
 
 FEWEST_SAMPLES = 3
 """`max_time` ends a cell only once it has this many."""
@@ -81,6 +82,8 @@ class Measurement:
     """[sample][step]"""
     decode_ms: list[float] = field(default_factory=list)
     rest_ms: list[float] = field(default_factory=list)
+    load_ms: list[float] = field(default_factory=list)
+    """Loading and releasing parts within the call: zeros but for low memory."""
     stages_from: str | None = "same_call"
     """`separate`: the stages were timed in calls of their own; None: there are no stages."""
     other_cpu: float | None = None
@@ -95,14 +98,12 @@ class Measurement:
         """
         if self.stages_from != "same_call":
             return True
-        stages = zip(
-            self.samples_ms, self.text_ms, self.unet_ms, self.decode_ms, self.rest_ms, strict=True
-        )
         if not self.samples_ms:
             return True
+        others = (self.text_ms, self.decode_ms, self.rest_ms, self.load_ms)
         gaps = [
-            abs(text + sum(unet) + decode + rest - total)
-            for total, text, unet, decode, rest in stages
+            abs(sum(unet) + sum(stages) - total)
+            for total, unet, *stages in zip(self.samples_ms, self.unet_ms, *others, strict=True)
         ]
         return statistics.median(gaps) <= max(0.01 * statistics.median(self.samples_ms), 1.0)
 
@@ -215,6 +216,7 @@ def note_stages(result: Measurement, times: Timings) -> None:
     result.unet_ms.append([step * 1e3 for step in times.unet])
     result.decode_ms.append(times.decode * 1e3)
     result.rest_ms.append(times.rest * 1e3)
+    result.load_ms.append(times.load * 1e3)
 
 
 def time_stages(

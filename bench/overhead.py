@@ -45,7 +45,7 @@ def bare_call(
         ids = pipe.tokenise(prompts)
         encoded = [session(part, input_ids=i) for part, i in zip(encoders, ids, strict=True)]
         hidden = torch.cat([outputs["hidden_states"] for outputs in encoded], dim=-1)
-        inputs = {"encoder_hidden_states": hidden}
+        inputs = {"encoder_hidden_states": hidden, **pipe.context(hidden)}
         width, height = pipe.bundle.size
         if pipe.bundle.pooled:
             inputs["text_embeds"] = encoded[-1]["text_embeds"]

@@ -113,16 +113,18 @@ def make_cells(
     schedulers: Sequence[str] = (),
     guidance: float | None = None,
     guidance_modes: Sequence[str] = (),
+    low_memory: Sequence[bool] = (False,),
 ) -> list[Cell]:
     """The product of the axes, in the order in which it is measured.
 
     Args:
         schedulers, guidance, guidance_modes: what differs from the model's own recipe, see
             `backends.recipe.make_recipe`.
+        low_memory: see `Cell`.
 
     Raises:
-        PreconditionError: a decoder that the bundle does not have, or what its model was not made
-            for.
+        PreconditionError: a decoder that the bundle does not have, what its model was not made
+            for, or low memory of a backend that does not do that.
     """
     from backends.base import check_decoder
     from backends.recipe import check_steps, make_recipe
@@ -130,6 +132,9 @@ def make_cells(
 
     for decoder in decoders:
         check_decoder(bundle, decoder)
+    for candidate in candidates if any(low_memory) else ():
+        if candidate.backend is not None:
+            candidate.backend.require_low_memory()
     recipes = dict.fromkeys(
         make_recipe(bundle, scheduler, guidance, mode)
         for scheduler in schedulers or (None,)
@@ -154,11 +159,13 @@ def make_cells(
             scheduler=recipe.scheduler,
             guidance=recipe.guidance,
             guidance_mode=recipe.guidance_mode,
+            low_memory=low,
         )
         for candidate in candidates
         for batch in batches
         for decoder in decoders
         for recipe in recipes
+        for low in dict.fromkeys(low_memory)
         for count in steps
     ]
 

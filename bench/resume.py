@@ -115,6 +115,7 @@ def axis_changes(
         "scheduler": list(dict.fromkeys(cell.scheduler for cell in plan)),
         "guidance": plan[0].guidance,
         "guidance_mode": list(dict.fromkeys(cell.guidance_mode for cell in plan)),
+        "low_memory": list(dict.fromkeys(cell.low_memory for cell in plan)),
         **settings.columns(),
     }
     given = {name: getattr(args, name) for name in had}

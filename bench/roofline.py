@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bench.ceilings import Ceilings
 from core.cli import Parser, add_model_arguments, image_size, run
 from core.errors import EXIT_OK, PreconditionError
-from export.models import DEFAULT_MODEL, MODELS, PARTS
+from export.models import CONTEXT_PART, DEFAULT_MODEL, MODELS, PARTS
 
 if TYPE_CHECKING:
     from bench.cell import Cell
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 STAGES = {
-    "text": ("text_encoder", "text_encoder_2"),
+    "text": ("text_encoder", "text_encoder_2", CONTEXT_PART),
     "unet_step": ("unet",),
     "decode": ("vae_decoder", "taesd_decoder"),
 }
+SPLIT_UNET = "unet of context"
+"""In a survey's costs: what is left of the UNet for every step where CONTEXT_PART is split off."""
 
 
 @dataclass(frozen=True)
@@ -69,26 +71,46 @@ def floor(cost: Cost, ceilings: Ceilings, graph_dtype: str, precision: str) -> F
 
 
 def survey(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:
-    """What rows are judged by: this machine's ceilings, and the cost of each part at each batch."""
+    """What rows are judged by: this machine's ceilings, and the cost of each part at each batch.
+
+    `split` names the backends whose UNet is split: theirs is counted apart, in both halves.
+    """
+    from backends.base import parse_backend
     from bench.ceilings import measure
     from export.bundle import Bundle
     from export.cost import part_cost
 
     opened = Bundle.open(bundle)
+    backends = {cell.backend_text: parse_backend(cell.backend_text) for cell in cells}
+    split = sorted(text for text, one in backends.items() if CONTEXT_PART in one.parts(opened))
+    counted = {name: (part.graph, "inline") for name, part in opened.parts.items()}
+    if split:
+        unet = opened.parts["unet"].graph
+        counted |= {CONTEXT_PART: (unet, "output"), SPLIT_UNET: (unet, "input")}
     costs = {
         name: {
-            str(batch): asdict(part_cost(part.graph, batch))
+            str(batch): asdict(part_cost(graph, batch, form))
             for batch in sorted({batch_of(name, cell) for cell in cells})
         }
-        for name, part in opened.parts.items()
+        for name, (graph, form) in counted.items()
     }
-    dtypes = sorted({cell.precision for cell in cells})
-    return {"ceilings": measure(dtypes).columns(), "graph_dtype": opened.dtype, "costs": costs}
+    measured = measure(sorted({cell.precision for cell in cells})).columns()
+    return {"ceilings": measured, "graph_dtype": opened.dtype, "costs": costs, "split": split}
 
 
 def batch_of(part: str, cell: Cell) -> int:
     """Of one evaluation of a part: guidance as one batch gives the UNet two inputs an image."""
-    return 2 * cell.batch if part == "unet" and cell.guidance_mode == "batch" else cell.batch
+    doubled = part in ("unet", SPLIT_UNET) and cell.guidance_mode == "batch"
+    return 2 * cell.batch if doubled else cell.batch
+
+
+def evaluations_of(part: str, cell: Cell) -> int:
+    """Of a part in its stage: guidance asks the UNet twice as two calls, the context in any case.
+
+    The text encoders count once, though some models encode the empty prompt too: a floor.
+    """
+    asked_twice = {"unet": ("calls",), SPLIT_UNET: ("calls",), CONTEXT_PART: ("batch", "calls")}
+    return 2 if cell.guidance_mode in asked_twice.get(part, ()) else 1
 
 
 @dataclass(frozen=True)
@@ -107,14 +129,18 @@ def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
     ceilings, graph_dtype = Ceilings.of(surveyed["ceilings"]), surveyed["graph_dtype"]
     if cell.device != ceilings.device or cell.precision not in ceilings.tflops:
         return {}
-    unused = {"vae": "taesd_decoder", "taesd": "vae_decoder"}[cell.decoder]
+    split = cell.backend_text in surveyed.get("split", ())
+    unused = {{"vae": "taesd_decoder", "taesd": "vae_decoder"}[cell.decoder]}
+    if not split:
+        unused.add(CONTEXT_PART)
     found = {}
     for stage, names in STAGES.items():
-        evaluations = 2 if stage == "unet_step" and cell.guidance_mode == "calls" else 1
-        costs = evaluations * [
+        run = [SPLIT_UNET if split and part == "unet" else part for part in names]
+        costs = [
             Cost(**surveyed["costs"][part][str(batch_of(part, cell))])
-            for part in names
-            if part in surveyed["costs"] and part != unused
+            for part in run
+            if part in surveyed["costs"] and part not in unused
+            for _ in range(evaluations_of(part, cell))
         ]
         floors = [floor(cost, ceilings, graph_dtype, cell.precision) for cost in costs]
         found[stage] = Work(

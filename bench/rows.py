@@ -32,7 +32,7 @@ TEXT = ("row", "run", "status", "provenance", "model", "weights", "backend", "op
         "time_utc", "git_commit", "bundle_hash")  # fmt: skip
 WHOLE = ("schema", "round", "batch", "steps", "nfe", "warmup_calls")
 MODELLED_STAGES = ("text", "unet_step", "decode", "rest")
-TRUTH = ("process_cold", "compile_cached", "git_dirty")
+TRUTH = ("process_cold", "compile_cached", "git_dirty", "low_memory")
 
 
 def schema(header: dict[str, Any]) -> pyarrow.Schema:
@@ -54,9 +54,13 @@ def schema(header: dict[str, Any]) -> pyarrow.Schema:
         "flags": pa.list_(text),
         "artifacts": pa.map_(text, text),
         "versions": pa.map_(text, text),
-        "stages_ms": record(number, "text", "unet_first", "unet_step", "decode", "rest"),
+        "stages_ms": record(number, "text", "unet_first", "unet_step", "decode", "rest", "load"),
         "stages_samples_ms": pa.struct(
-            [("text", numbers), ("unet", pa.list_(numbers)), ("decode", numbers), ("rest", numbers)]
+            [
+                ("text", numbers),
+                ("unet", pa.list_(numbers)),
+                *((name, numbers) for name in ("decode", "rest", "load")),
+            ]
         ),
         "roofline": pa.map_(text, record(number, "tflops", "gb_per_s", "floor_ms", "fraction")),
         "modelled": pa.struct(

@@ -68,6 +68,7 @@ def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
         schedulers=args.scheduler or (),
         guidance=args.guidance,
         guidance_modes=args.guidance_mode or (),
+        low_memory=args.low_memory or [False],
     )
     from bench.environment import collect, git_state
 

@@ -141,8 +141,8 @@ def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
         return
     _, above = columns_for(lines)
     caption = [
-        f"guidance {column.text(lines[0])}"
-        if column.header == "guidance"
+        f"{column.header} {column.text(lines[0])}"
+        if column.header in ("guidance", "low memory")
         else column.text(lines[0])
         for column in above
     ]

@@ -33,7 +33,7 @@ from bench.sweep import Sweep, duration, interrupt
 from bench.trial import BASE, HEAD
 from core.cli import Parser, run
 from core.errors import EXIT_OK, PreconditionError
-from export.models import MODELS
+from export.models import CONTEXT_PART, MODELS
 
 if TYPE_CHECKING:
     from bench.plan import Estimate
@@ -223,7 +223,7 @@ def planned(args: argparse.Namespace, arguments: Sequence[str]) -> Versus:
 
 
 def gflop(side: Sweep) -> dict[str, float]:
-    """GFLOP of one call: of the text encoders, of each UNet evaluation of its images, of decoding.
+    """GFLOP of one call: of the text stage, of each UNet evaluation of its images, of decoding.
 
     Counted in the bundle's graphs, or from the architecture of one that has none, at the batch of
     the side's cells. Guidance encodes an empty prompt too, unless the model takes zeros for it.
@@ -236,13 +236,18 @@ def gflop(side: Sweep) -> dict[str, float]:
     prompts = 2 if cell.guidance_mode in MODES and not bundle.force_zeros else 1
     checkpoint = None if bundle.has_graphs else bundle.checkpoint()
     found = {"text": 0.0, "unet": 0.0, "decode": 0.0}
-    for part in stage_parts(tuple(bundle.parts), cell.decoder):
+    backend = side.candidates[cell.backend_text].backend
+    parts = tuple(bundle.parts) if backend is None else backend.parts(bundle)
+    forms = {CONTEXT_PART: "output", "unet": "input"} if CONTEXT_PART in parts else {}
+    for part in stage_parts(parts, cell.decoder):
         stage = {"unet": "unet", f"{cell.decoder}_decoder": "decode"}.get(part, "text")
         times = prompts if stage == "text" else 1
+        if part == CONTEXT_PART and cell.guidance_mode in MODES:
+            times = 2  # of zeros too
         cost = (
             part_cost_at(checkpoint, part, cell.batch, *bundle.size, bundle.dtype)
             if checkpoint
-            else part_cost(bundle.parts[part].graph, cell.batch)
+            else part_cost(bundle.source(part).graph, cell.batch, forms.get(part, "inline"))
         )
         found[stage] += times * cost.flops / 1e9
     return {stage: round(value, 3) for stage, value in found.items()}

@@ -127,6 +127,8 @@ class Worker:
             embedding_cache=0,
             recipe=Recipe(cell.scheduler, cell.guidance, cell.guidance_mode),
         )
+        if cell.low_memory:
+            self.pipe.use_low_memory()
 
     def load(self) -> dict[str, Any]:
         """Compile and load; the columns that all cells of this process share."""
@@ -245,18 +247,21 @@ def figures(measured: Measurement, batch: int, wanted: int) -> dict[str, Any]:
     if measured.single:
         flags.append("single_sample")
     later = [step for unet in measured.unet_ms for step in unet[1:]]
+    loading = measured.load_ms if any(measured.load_ms) else None  # there is none of resident parts
     medians = {
         "text": stats.median_or_none(measured.text_ms),
         "unet_first": stats.median_or_none([unet[0] for unet in measured.unet_ms]),
         "unet_step": stats.median_or_none(later),
         "decode": stats.median_or_none(measured.decode_ms),
         "rest": stats.median_or_none(measured.rest_ms),
+        "load": stats.median_or_none(loading or []),
     }
     samples = {
         "text": measured.text_ms,
         "unet": measured.unet_ms,
         "decode": measured.decode_ms,
         "rest": measured.rest_ms,
+        "load": loading,
     }
     return {
         "provenance": measured.provenance,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import AddbenchError, PreconditionError
 from core.files import build_root, read_json, sha256_file, sha256_json, write_atomic, write_json
-from export.models import PARTS, Model
+from export.models import CONTEXT_PART, PARTS, Model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -192,6 +192,10 @@ class Bundle:
     def parts(self) -> dict[str, PartInfo]:
         entries = self.manifest["parts"]
         return {name: self._part(name, entries[name]) for name in PARTS if name in entries}
+
+    def source(self, part: str) -> PartInfo:
+        """The part whose graph `part` is compiled from: itself, but for what is split off one."""
+        return self.parts["unet" if part == CONTEXT_PART else part]
 
     def _part(self, name: str, entry: dict[str, Any]) -> PartInfo:
         data = entry["data"]

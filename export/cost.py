@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import AddbenchError, PreconditionError
+from export.models import CONTEXT_PART
 
 if TYPE_CHECKING:
     import onnx
@@ -64,21 +65,28 @@ class Cost:
     operators: Mapping[str, int] = field(default_factory=dict)
 
 
-def part_cost(graph: Path, batch: int = 1) -> Cost:
+def part_cost(graph: Path, batch: int = 1, form: str = "inline") -> Cost:
     """Count the graph of a part, `<part>/model.onnx`, at `batch`; its weights are not read.
 
+    Args:
+        form: what of a UNet is counted, as `Profile.context` says it: all of it, `input` (what is
+            left for every step where the prompt's part is split off) or `output` (that part).
+
     Raises:
-        PreconditionError: there is no such graph, or it is fixed to another batch.
+        PreconditionError: there is no such graph, it is fixed to another batch, or has no such
+            form.
         AddbenchError: shape inference cannot tell the shape of a heavy operator.
     """
     import onnx
     import onnx_ir as ir
 
-    from export.lower import shapes, storage
+    from export.lower import context, shapes, storage
 
     if not graph.is_file():
         raise PreconditionError(f"there is no graph at {graph}", "it is not a file", "export it")
     model = ir.from_proto(onnx.load(str(graph), load_external_data=False))
+    if form != "inline":
+        context.split(model, form)
     fixed = model.graph.inputs[0].shape
     if fixed is None or fixed[0] != batch:
         shapes.evaluate(model, {"batch": batch})
@@ -88,7 +96,7 @@ def part_cost(graph: Path, batch: int = 1) -> Cost:
         tally.add(node)
     weights = sum(_bytes(tensor.dims, tensor.data_type) for tensor in proto.graph.initializer)
     return Cost(
-        part=graph.parent.name,
+        part=CONTEXT_PART if form == "output" else graph.parent.name,
         flops=sum(tally.flops.values()),
         weight_bytes=weights,
         activation_bytes=tally.moved,

@@ -32,6 +32,9 @@ Decoder = Literal["vae", "taesd"]
 DECODERS: tuple[Decoder, ...] = ("vae", "taesd")
 PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "taesd_decoder")
 """Every part, in the order in which a pipeline runs them."""
+CONTEXT_PART = "unet_context"
+"""Not of a bundle: what a compile may split off the UNet, see export/lower/context.py. A pipeline
+runs it behind the text encoders."""
 
 
 @dataclass(frozen=True)

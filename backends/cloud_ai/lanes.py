@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from backends.base import Session, Shapes, UnsupportedError
-from backends.pipeline import Output, Pipeline, Timings
+from backends.output import Output, Timings
+from backends.pipeline import Pipeline
 from backends.prompts import check_prompts, check_seeds
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from backends.cache import ArtifactCache
 from backends.modelled.card import estimate
 from backends.modelled.costs import bundle_costs
 from backends.ort import OrtBackend
-from backends.pipeline import Output, Pipeline, Timings
+from backends.output import Output, Timings
+from backends.pipeline import Pipeline
 from backends.prompts import check_prompts, check_seeds
 from backends.recipe import Recipe, check_steps
 from core.files import ROOT, read_json, sha256_file, sha256_json, write_json

@@ -25,6 +25,7 @@ STAGES = (
     ("unet_later", "later UNet steps", "#5E9BC6"),
     ("decode", "decoder", COLOURS[5]),
     ("rest", "rest", "#8A8A8A"),
+    ("load", "loading parts (low memory)", COLOURS[1]),
 )
 
 
@@ -101,6 +102,8 @@ def stages(lines: Sequence[Line]) -> Figure:
         left = [0.0] * len(found)
         for stage, name, colour in STAGES:
             widths = [stage_ms(line, stage) / unit_ms for line in found]
+            if stage == "load" and not any(widths):
+                continue
             places = [place + 0.03 for place in range(len(found))]
             axes.barh(places, widths, 0.46, left=left, color=colour, label=name)
             left = [start + width for start, width in zip(left, widths, strict=True)]

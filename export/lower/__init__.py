@@ -4,6 +4,8 @@ A profile says what; each pass below does one of its fields and knows nothing of
 
     shapes.py     batch="N": the named axis becomes a number
     dtypes.py     dtype="float32": arithmetic in FP32, weights stored as they were
+    context.py    context="input": the UNet without what depends on the prompt alone, which
+                  context="output" is
     vae.py        vae_divisor=128: the VAE decoder's last block within FP16's range
     norms.py      norms="decomposed": GroupNormalization and LayerNormalization in elementary ops,
                   norms="instance": as torch wrote them at opset 16; norms="layer": the first by
@@ -58,6 +60,9 @@ class Profile:
             a compiler that converts to FP16 by itself: it reads FP32 weights to find out.
         vae_divisor: what the activations of the VAE decoder's last block are divided by (1: as they
             are); see vae.py. A part without such a block is refused.
+        context: `inline` leaves cross-attention's keys and values, and whatever else the UNet makes
+            of the prompt alone, in its graph; `input` takes them as inputs `context`, `context_2`,
+            ...; `output` is the graph that gives them.
         argmax: `float32` casts what ArgMax compares, where it compares integers, for compilers that
             have it for floats only. FP32 holds every token id exactly; FP16 does not.
     """
@@ -72,6 +77,7 @@ class Profile:
     norm_statistics: Literal["float32", "as-is"] = "float32"
     constants: Literal["as-is", "fp16-range"] = "as-is"
     vae_divisor: int = 1
+    context: Literal["inline", "input", "output"] = "inline"
     argmax: Literal["as-is", "float32"] = "as-is"
 
 
@@ -97,6 +103,7 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
         argmax,
         attention,
         constants,
+        context,
         dtypes,
         multihead,
         norms,
@@ -109,11 +116,14 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
     model = storage.load(graph, profile)
     # The order matters: norms and attention read the dtypes and shapes that come before them, and
     # build opset-23 nodes that the opset conversion, the last, takes down with all others. The VAE
-    # pass knows norms by their operator; the masks of attention are constants to look at.
+    # pass knows norms by their operator; the masks of attention are constants to look at. Both
+    # halves of a UNet are cut before it, at the shapes that the export has written.
     if profile.batch is not None:
         shapes.bind(model, {"batch": profile.batch})
     if profile.dtype == "float32":
         dtypes.to_float32(model)
+    if profile.context != "inline":
+        context.split(model, profile.context)
     if profile.vae_divisor != 1:
         vae.divide(model, profile.vae_divisor)
     if profile.norms == "decomposed":

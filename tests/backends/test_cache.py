@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from backends import cache as module
 from backends.base import Shapes, parse_backend
-from backends.cache import ENTRY, ArtifactCache
+from backends.cache import ENTRY, ArtifactCache, disk_bytes
 from core.files import ROOT
 from export.bundle import Bundle
 
@@ -89,6 +91,117 @@ def test_the_cap_spares_what_was_just_used(tmp_path: Path) -> None:
     cache.get_or_make("a", "a", make())
     cache.get_or_make("b", "b", make())
     assert {entry.key for entry in cache.entries()} == {"a", "b"}
+
+
+# ---- files that several entries hold
+
+LARGE = bytes(range(256)) * (module.WORTH_SHARING // 256)
+
+
+def nodes(cache: ArtifactCache) -> dict[str, int]:
+    """Entry -> inode of its file."""
+    return {entry.key: (entry.path / "model.bin").stat().st_ino for entry in cache.entries()}
+
+
+def test_what_two_entries_hold_lies_on_disk_once(cache: ArtifactCache) -> None:
+    cache.get_or_make("a", "a", make(LARGE))
+    cache.get_or_make("b", "b", make(LARGE))
+    cache.get_or_make("c", "c", make(LARGE[::-1]))  # as long
+    cache.get_or_make("d", "d", make(b"small"))
+    cache.get_or_make("e", "e", make(b"small"))
+    found = nodes(cache)
+    assert found["a"] == found["b"]
+    assert len(set(found.values())) == 4, "only large files are looked for"
+    assert disk_bytes(cache.entries()) == 2 * len(LARGE) + 2 * len(b"small")
+    assert {entry.bytes for entry in cache.entries()} == {len(LARGE), len(b"small")}
+    assert all(cache.verify().values())
+    assert not list(cache.root.glob("*/.*"))
+
+
+def test_an_entry_outlives_the_one_it_shares_with(cache: ArtifactCache) -> None:
+    for place, key in enumerate("ab"):
+        path, _ = cache.get_or_make(key, key, make(LARGE))
+        os.utime(path / ENTRY, (1000 + place, 1000 + place))
+    # Together they take no more than one: nothing has to go.
+    assert cache.prune(1.5 * len(LARGE) / 1e9) == []
+    assert [entry.key for entry in cache.prune(0.5 * len(LARGE) / 1e9)] == ["a", "b"]
+    for key in "ab":
+        cache.get_or_make(key, key, make(LARGE))
+    os.utime(cache.root / "a" / ENTRY, (1000, 1000))
+    cache.discard(cache.root / "a", (cache.root / "a").stat().st_ino)
+    path, cached = cache.get_or_make("b", "b", make())
+    assert cached
+    assert (path / "model.bin").read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("keep_time", [False, True])
+def test_a_damaged_file_takes_no_sound_ones_place(cache: ArtifactCache, keep_time: bool) -> None:
+    path, _ = cache.get_or_make("a", "a", make(LARGE))
+    before = (path / "model.bin").stat()
+    (path / "model.bin").write_bytes(LARGE[::-1])
+    if keep_time:
+        os.utime(path / "model.bin", ns=(before.st_atime_ns, before.st_mtime_ns))
+    other, _ = cache.get_or_make("b", "b", make(LARGE))
+    assert (other / "model.bin").read_bytes() == LARGE
+    assert cache.verify() == {"a": False, "b": True}
+
+
+@pytest.mark.parametrize("fault", ["pruned", "gone", "no links", "interrupt"])
+def test_sharing_that_fails_costs_nothing(
+    cache: ArtifactCache, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other entry goes, before and after it was looked at; a disk without hard links; Ctrl-C
+    between link and rename."""
+    path, _ = cache.get_or_make("a", "a", make(LARGE))
+    link = os.link
+
+    def linking(source: Path, target: Path) -> None:
+        if fault == "gone":
+            (path / "model.bin").unlink()
+        if fault == "no links":
+            raise OSError("not supported")
+        link(source, target)
+        if fault == "interrupt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "link", linking)
+    if fault == "pruned":
+        found = cache.entries()
+        shutil.rmtree(path)
+        monkeypatch.setattr(cache, "entries", lambda: found)
+    if fault == "interrupt":
+        with pytest.raises(KeyboardInterrupt):
+            cache.get_or_make("b", "b", make(LARGE))
+        assert [entry.key for entry in cache.entries()] == ["a"]
+        assert not list(cache.root.glob(".staging-*"))
+        return
+    other, _ = cache.get_or_make("b", "b", make(LARGE))
+    assert (other / "model.bin").read_bytes() == LARGE
+    assert (other / "model.bin").stat().st_nlink == 1
+
+
+def test_weights_are_not_copied_for_another_batch_or_level(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """onnxruntime's graphs keep the batch named: one artifact; two levels fold the same weights."""
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    monkeypatch.setattr(module, "WORTH_SHARING", 1 << 10)
+    width, height = tiny_bundle.size
+    made = [
+        parse_backend(f"ort:level={level}").compile(
+            tiny_bundle, "taesd_decoder", Shapes(batch, width, height)
+        )
+        for level, batch in (("basic", 1), ("basic", 4), ("extended", 1))
+    ]
+    assert made[0].path == made[1].path
+    files = [artifact.path / "model.onnx.data" for artifact in made if artifact.path]
+    assert len({file.stat().st_ino for file in files}) == 1
+    assert files[0].stat().st_nlink == 2
+    apart = sum(entry.bytes for entry in ArtifactCache().entries())
+    saved = apart - disk_bytes(ArtifactCache().entries())
+    assert saved >= files[0].stat().st_size
+    backend = parse_backend("ort:level=extended,threads=1")
+    backend.load(tiny_bundle, made[2]).close()
 
 
 RACER = """

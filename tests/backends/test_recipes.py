@@ -28,7 +28,16 @@ from core.errors import PreconditionError
 from export.bundle import Bundle
 from export.checkpoint import ARCHITECTURES
 from export.graphless import write_graphless
-from export.models import MODELS, SCHEDULERS, SOLVERS, TINY_LCM, TINY_SD, TINY_SDXL, Model
+from export.models import (
+    CONTEXT_PART,
+    MODELS,
+    SCHEDULERS,
+    SOLVERS,
+    TINY_LCM,
+    TINY_SD,
+    TINY_SDXL,
+    Model,
+)
 
 PROMPTS = ["a small red circle", "a large blue star on a white background"]
 SEEDS = [3, 4]
@@ -209,6 +218,7 @@ def test_only_the_unet_is_compiled_for_twice_the_prompts() -> None:
         recipe = Recipe(EULER, 5.0, mode)
         assert recipe.shapes("unet", shapes).batch == unet
         assert recipe.shapes("text_encoder", shapes) == shapes
+        assert recipe.shapes(CONTEXT_PART, shapes) == shapes, "prompts and empty ones in turn"
         assert recipe.shapes("vae_decoder", shapes) == shapes
 
 

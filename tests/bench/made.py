@@ -45,6 +45,7 @@ def row(of: Cell, samples: Sequence[float], round_: int = 0, **columns: Any) -> 
             "unet_step": None,
             "decode": 1.0,
             "rest": 0.5,
+            "load": None,
         },
         "nfe": of.steps,
         "load_s": 1.0,

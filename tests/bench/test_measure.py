@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bench.measure
-from backends.pipeline import Output, Timings, load_pipeline
+from backends.output import Output, Timings
+from backends.pipeline import load_pipeline
 from bench.measure import CpuShare, PeakMemory, StopRule, inputs_of_call, measure
 from bench.overhead import bare_call, blocks, interleaved
 from bench.stats import DISTURBED_CPU

@@ -107,6 +107,37 @@ def test_guidance_costs_an_evaluation_more_at_every_step(
     assert batch["text"] == calls["text"] == one["text"]
 
 
+SPLIT = "context=split,threads=1"
+
+
+@pytest.mark.parametrize("mode", ["none", "batch", "calls"])
+def test_a_split_unet_is_judged_by_the_graphs_that_run(
+    mode: str, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "measure", lambda dtypes: PEAK)
+    whole, split = (
+        cell(backend="ort", device="cpu", steps=4, options=options, guidance_mode=mode)
+        for options in ("threads=1", SPLIT)
+    )
+    found = survey(tiny_bundle.path, [whole, split])
+    assert found["split"] == [f"ort:{SPLIT}"]
+    assert stage_work(whole, survey(tiny_bundle.path, [whole])) == stage_work(whole, found)
+    plain, halves = stage_work(whole, found), stage_work(split, found)
+    evaluations = 1 if mode == "none" else 2
+    context = halves["text"].flops - plain["text"].flops
+    assert context == evaluations * found["costs"]["unet_context"]["1"]["flops"] > 0
+    # It moves from every step to the text stage, where it is counted once a call.
+    assert halves["unet_step"].flops == plain["unet_step"].flops - context
+    assert halves["unet_step"].moved < plain["unet_step"].moved
+    assert halves["decode"] == plain["decode"]
+    floors = [call_floor_s(one, found) for one in (whole, split)]
+    assert floors[0] is not None
+    assert floors[1] is not None
+    assert floors[1] < floors[0]
+    older = {key: value for key, value in found.items() if key != "split"}
+    assert stage_work(whole, older) == plain, "headers from before it are read"
+
+
 def test_another_device_or_an_unknown_precision_has_no_floor(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,13 @@ def made(tmp_path: Path) -> Run:
         "artifacts": {"unet": "00ff"},
         "roofline": {"text": {"tflops": 1.0, "gb_per_s": 2.0, "floor_ms": 3.0, "fraction": 0.5}},
         "image_check": {"status": "ok", "psnr_db": 100, "ssim": 1.0},
-        "stages_samples_ms": {"text": [1.0], "unet": [[2.0, 3.0]], "decode": [1.0], "rest": [0.5]},
+        "stages_samples_ms": {
+            "text": [1.0],
+            "unet": [[2.0, 3.0]],
+            "decode": [1.0],
+            "rest": [0.5],
+            "load": [0.1],
+        },
         "flags": ["disturbed"],
     }
     error = {"type": "Oom", "what": "memory is full", "why": "", "next": "close something"}
