@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from hypothesis import settings
 from core.files import ROOT
 from export.__main__ import main as export_main
 from export.bundle import Bundle
+
+# A shell's background jobs ignore Ctrl-C, and so would all that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A deadline would judge the machine, not the code: first calls import libraries.
 settings.register_profile("addbench", deadline=None)
