@@ -2,7 +2,8 @@
 
 Compiling optimises the graph once, in a process of its own, and stores it with its weights in FP32
 (`prepack=1`: also as they are laid out for this CPU's kernels, to be mapped into memory).
-FP16 weights are stored as FP16 in the bundle and computed in FP32.
+FP16 weights are stored as FP16 in the bundle and computed in FP32; `precision=int8` and `storage`
+make the large ones integers (backends/quantised).
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from backends import quantised
 from backends.base import (
     Artifact,
     Backend,
@@ -47,7 +49,8 @@ LEVELS = {
     "all": "ORT_ENABLE_ALL",
 }
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
-ISA_FLAGS = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile")
+ISA_FLAGS = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile",
+             "amx_int8")  # fmt: skip
 SMALL = 64 * 2**20
 """Fixed memory of a compile or load beside the weights (bytes)."""
 
@@ -106,7 +109,7 @@ class OrtSession(Session):
 
 class OrtBackend(Backend):
     name = "ort"
-    summary = "ONNX Runtime on the CPU, FP32 arithmetic: the embedded default"
+    summary = "ONNX Runtime on the CPU, FP32 arithmetic unless told otherwise: the embedded default"
     option_types: ClassVar[Mapping[str, Option]] = {
         "threads": Option("auto", "intra-op threads (auto: physical cores)"),
         "level": Option("all", "graph optimisation level", tuple(LEVELS)),
@@ -127,6 +130,7 @@ class OrtBackend(Backend):
             " onnxruntime's defaults, as most people run it",
             ("optimised", "canonical"),
         ),
+        **quantised.OPTIONS,
     }
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
@@ -143,6 +147,7 @@ class OrtBackend(Backend):
                     "it is a session with onnxruntime's defaults, to be measured against",
                     f"drop {', '.join(others)}, or drop graph=canonical",
                 )
+        self.scheme = quantised.scheme_of(self.given, self.options, isa())
 
     def probe(self) -> Capability:
         cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
@@ -157,19 +162,34 @@ class OrtBackend(Backend):
             return Capability(
                 False, "the package onnxruntime is missing", "", "pip install -e '.[cpu]'"
             )
+        if self.scheme and self.scheme.dynamic and "x86_64" in isa() and "avx2" not in isa():
+            return Capability(
+                False, "this CPU has no fast INT8 arithmetic", "it lacks avx2",
+                "drop precision: FP32 is the default",
+            )  # fmt: skip
         return Capability(True, self.summary, version=cpu or gpu or "unknown", devices=("cpu",))
 
     def profile(self, part: str) -> Profile:
         return CPU
 
     def precision(self, bundle: Bundle) -> str:
-        return "fp32"
+        return self.options["precision"]
+
+    def storage(self, bundle: Bundle) -> str:
+        return bundle.dtype if self.scheme is None else self.scheme.storage
+
+    def remark(self, artifact: Artifact) -> str:
+        return quantised.remark(artifact)
+
+    def depends_on(self, bundle: Bundle, part: str) -> Mapping[str, str]:
+        return {} if self.scheme is None else quantised.depends_on(bundle)
 
     def fingerprint(self) -> dict[str, str]:
         return {"onnxruntime": self.probe().version, "isa": isa()}
 
     def compile_options(self) -> Mapping[str, str]:
-        return {key: self.options[key] for key in ("level", "prepack")}
+        made = {key: self.options[key] for key in ("level", "prepack")}
+        return made if self.scheme is None else made | {"scheme": str(self.scheme)}
 
     def _compile(self, bundle: Bundle, part: str, shapes: Shapes, folder: Path) -> None:
         require_disk(folder, self.disk_need(bundle, part), f"compiling {bundle.name} {part}")
@@ -178,6 +198,9 @@ class OrtBackend(Backend):
             "graph": str(bundle.parts[part].graph),
             "folder": str(folder),
             "options": self.options,
+            "bundle": str(bundle.path),
+            "part": part,
+            "scheme": asdict(self.scheme) if self.scheme else None,
         }
         run_child(
             "backends.ort",
@@ -188,17 +211,23 @@ class OrtBackend(Backend):
             advice="try ort:level=basic; `python -m export verify` checks the bundle",
         )
 
-    def _fp32_bytes(self, bundle: Bundle, part: str) -> int:
+    def _weight_bytes(self, bundle: Bundle, part: str) -> int:
+        """Of a compiled part."""
+        if self.scheme is not None:
+            return quantised.weight_bytes(bundle, part, self.scheme)
         return bundle.parts[part].weight_bytes * (2 if bundle.dtype == "fp16" else 1)
 
     def disk_need(self, bundle: Bundle, part: str) -> int:
-        """Bytes a compile writes: the FP32 weights; then both they and the kernels' layout."""
+        """Bytes a compile writes: the weights, integers twice; then the kernels' layout too."""
         copies = 3 if self.options["prepack"] == "1" else 1
-        return copies * self._fp32_bytes(bundle, part) + SMALL
+        return (copies + (self.scheme is not None)) * self._weight_bytes(bundle, part) + SMALL
 
     def memory_need(self, bundle: Bundle, part: str) -> int:
         """Peak bytes of a compile (SDXL's UNet: 12.0 GB for 10.3 GB of FP32 weights)."""
-        return int(1.2 * self._fp32_bytes(bundle, part)) + SMALL
+        need = int(1.2 * self._weight_bytes(bundle, part)) + SMALL
+        if self.scheme is None:
+            return need
+        return max(need, quantised.recording_bytes(bundle, part, self.scheme))
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         path = artifact.path
@@ -207,7 +236,7 @@ class OrtBackend(Backend):
         if path is None:
             raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
         if self.options["prepack"] == "0":  # mapped weights are the system's to drop
-            need = self._fp32_bytes(bundle, artifact.part)
+            need = sum(file.stat().st_size for file in path.iterdir())
             require_memory(need, f"loading {bundle.name} {artifact.part}")
         try:
             session = OrtSession(open_session(path / MODEL, self.options), bundle, artifact.part)
@@ -226,7 +255,7 @@ class OrtBackend(Backend):
         import onnxruntime
 
         doing = f"loading {bundle.name} {part}"
-        need = self._fp32_bytes(bundle, part)
+        need = self._weight_bytes(bundle, part)
         instead = f"drop graph=canonical, to load compiled graphs in {need / 1e9:.1f} GB"
         require_memory(int(1.3 * need) + SMALL, doing, instead)
         made = plain_options(self.options["threads"])
@@ -285,16 +314,22 @@ def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
     return made
 
 
-def optimise(graph: Path, folder: Path, options: Mapping[str, str]) -> None:
+def optimise(job: Mapping[str, Any]) -> None:
     """Child process: lower the graph, let onnxruntime optimise it, and write what it made.
 
     Packing the weights is a second step, from a mapped file: one that does both holds the weights
     twice (SDXL's UNet: 19 GB, not 12).
     """
+    folder, options = Path(job["folder"]), job["options"]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lower-") as scratch:
         lowered, plain = Path(scratch) / "lowered", Path(scratch) / "plain"
         prepack = options["prepack"] == "1"
-        lower(graph, CPU, lowered / MODEL)
+        lower(Path(job["graph"]), CPU, lowered / MODEL)
+        if job["scheme"]:
+            small = Path(scratch) / "quantised"
+            quantised.quantise(job, lowered / MODEL, small / MODEL)
+            shutil.rmtree(lowered)
+            lowered = small
         write_optimised(lowered, plain if prepack else folder, options, prepacked=False)
         shutil.rmtree(lowered)
         if prepack:
@@ -334,4 +369,4 @@ def translate(error: Exception, doing: str, library: str = "onnxruntime") -> Bac
 
 
 if __name__ == "__main__":
-    serve(lambda job: optimise(Path(job["graph"]), Path(job["folder"]), job["options"]))
+    serve(optimise)

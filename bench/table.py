@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backends.precision import INTEGERS, RANDOM_WORDS
 from bench.cell import Cell
 from bench.stats import median_or_none
 from bench.store import EMULATED, FLAGS, LATEST, MODELLED, OK, RUNS, Row, Run, open_run
@@ -263,7 +264,13 @@ def conditions(target: Run, lines: Sequence[Line]) -> list[str]:
         " uint8 images out.",
         *(["", EMULATED_WORDS] if any(EMULATED in line.provenance for line in lines) else []),
         *(["", MODELLED_WORDS] if any(MODELLED in line.provenance for line in lines) else []),
+        *(["", f"{RANDOM_WORDS}."] if any(map(says_little, lines)) else []),
     ]
+
+
+def says_little(line: Line) -> bool:
+    """Whether its image tells little of its precision."""
+    return line.cell.storage in INTEGERS and line.cell.weights == "random"
 
 
 def markdown(target: Run, rows: Sequence[Row], *, brief: bool = False) -> str:
@@ -360,6 +367,8 @@ def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
     console.print(table)
     if any(EMULATED in line.provenance for line in lines):
         print(EMULATED_WORDS)
+    if any(map(says_little, lines)):
+        print(RANDOM_WORDS)
 
 
 def narrowest(column: Column, lines: Sequence[Line]) -> int:
