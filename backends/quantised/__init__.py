@@ -48,7 +48,7 @@ BOUNDS: Mapping[SchemeName, float] = {
     "weight-int8": 0.02,
     "weight-int4": 0.15,
 }
-"""Default of `bound`. The worst layers of shapes-teacher have 0.035, 0.006 and 0.10, the median ones
+"""Default of `bound`. The worst layers of shapes-teacher have 0.035, 0.006 and 0.10, the median
 0.008, 0.003 and 0.06: what is beyond has outliers."""
 
 
@@ -110,13 +110,15 @@ def quantise(job: Mapping[str, Any], graph: Path, out: Path) -> None:
     """Child process: the lowered `graph` of a part as `out`, and the record of its layers.
 
     Args:
-        job: `bundle` and `part`; `folder` of the artifact; `scheme`, the fields of a Scheme.
+        job: `bundle` and `part`; `folder` of the artifact; `options` of the backend; `scheme`, the
+            fields of a Scheme.
     """
     from backends.quantised.recording import measure
     from export.quantize.rewrite import rewrite
 
     scheme = Scheme(**job["scheme"])
-    layers = measure(Path(job["bundle"]), job["part"], scheme, out.parent)
+    threads = job["options"]["threads"]
+    layers = measure(Path(job["bundle"]), job["part"], scheme, out.parent, threads)
     left_out = {name for name, found in layers.items() if not found["error"] <= scheme.bound}
     rewrite(graph, scheme, left_out, out)
     record = {

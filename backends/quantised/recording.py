@@ -31,8 +31,15 @@ STEPS = 4
 """Of the image, where the model may be drawn with any number: early, middle and late timesteps."""
 
 
-def measure(bundle: Path, part: str, scheme: Scheme, scratch: Path) -> dict[str, dict[str, Any]]:
-    """Name of a layer of `part` -> its operator, shape and relative error under `scheme`."""
+def measure(
+    bundle: Path, part: str, scheme: Scheme, scratch: Path, threads: str = "auto"
+) -> dict[str, dict[str, Any]]:
+    """Name of a layer of `part` -> its operator, shape and relative error under `scheme`.
+
+    Args:
+        scratch: a folder for lowered graphs, which are removed again.
+        threads: of the recording, as `ort:threads` takes it.
+    """
     from export.bundle import Bundle
 
     opened = Bundle.open(bundle)
@@ -40,7 +47,7 @@ def measure(bundle: Path, part: str, scheme: Scheme, scratch: Path) -> dict[str,
         return {}
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".record-") as folder:
-        recorder = Recorder(part, scheme, Path(folder))
+        recorder = Recorder(part, scheme, Path(folder), threads)
         decoder = part.removesuffix("_decoder") if part.endswith("_decoder") else "taesd"
         with recorder.pipeline(opened, decoder, Shapes(1, *opened.size)) as pipeline:
             draw(pipeline, part)
@@ -76,15 +83,13 @@ class Recorder(OrtBackend):
 
     keeps_artifacts = False
 
-    def __init__(self, part: str, scheme: Scheme, folder: Path) -> None:
-        super().__init__()
+    def __init__(self, part: str, scheme: Scheme, folder: Path, threads: str) -> None:
+        super().__init__({"threads": threads})
         self.part, self.measured, self.folder = part, scheme, folder
         self.layers: list[Layer] = []
         self.evaluations: list[dict[str, Sample]] = []
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
-        import onnxruntime
-
         graph = self.folder / artifact.part / MODEL
         lower(bundle.parts[artifact.part].graph, CPU, graph)
         recorded = artifact.part == self.part
@@ -94,10 +99,17 @@ class Recorder(OrtBackend):
             add_probes(model, self.layers)
             graph = self.folder / "probes" / MODEL
             storage.save(model, graph)
-        options = session_options({**self.options, "arena": "0"}, optimise=False)
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        session = onnxruntime.InferenceSession(str(graph), options, ["CPUExecutionProvider"])
+        session = open_recording(graph, self.options)
         return RecordingSession(session, bundle, artifact.part, self if recorded else None)
+
+
+def open_recording(graph: Path, options: Mapping[str, str]) -> Any:
+    """A session that runs `graph` as it is, its weights mapped."""
+    import onnxruntime
+
+    made = session_options({**options, "arena": "0"}, optimise=False)
+    made.add_session_config_entry("session.disable_prepacking", "1")
+    return onnxruntime.InferenceSession(str(graph), made, ["CPUExecutionProvider"])
 
 
 class RecordingSession(Session):

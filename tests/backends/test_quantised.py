@@ -18,9 +18,9 @@ from backends.__main__ import main as backends_main
 from backends.base import Artifact, BackendError, Shapes, UnsupportedError, parse_backend
 from backends.cache import ArtifactCache
 from backends.generate import main as generate_main
-from backends.parity import GATES, RANDOM_WORDS, gate_for, image_distance, record_name, report
+from backends.parity import GATES, gate_for, image_distance, record_name, report
 from backends.pipeline import load_pipeline
-from backends.precision import with_precision
+from backends.precision import RANDOM_WORDS, with_precision
 from backends.quantised import RECORD
 from bench.sweep import main as sweep_main
 from core.errors import PreconditionError
@@ -90,21 +90,23 @@ def test_the_record_says_what_was_left_out(tiny_bundle: Bundle) -> None:
 
 
 def test_weights_in_blocks(tiny_bundle: Bundle) -> None:
-    for text, bits in (("ort:storage=int4,block=16", 4), ("ort:storage=int8", 8)):
-        artifact = compiled(tiny_bundle, "text_encoder", text)
-        assert record(artifact)["scheme"]["bits"] == bits
-        assert operators(artifact)["MatMulNBits"] == 12
+    artifact = compiled(tiny_bundle, "text_encoder", "ort:storage=int4,block=16")
+    assert record(artifact)["scheme"]["bits"] == 4
+    assert operators(artifact)["MatMulNBits"] == 12
+    for text, storage in (("ort:storage=int4", "int4"), ("ort:storage=int8", "int8")):
         backend = parse_backend(text)
-        assert (backend.precision(tiny_bundle), backend.storage(tiny_bundle)) == (
-            "fp32", f"int{bits}"
-        )  # fmt: skip
+        assert (backend.precision(tiny_bundle), backend.storage(tiny_bundle)) == ("fp32", storage)
 
 
-@pytest.mark.parametrize(
-    "options", ["precision=int8", "precision=int8,conv=int8", "storage=int4", "storage=int8"]
-)
+SLOW = [
+    pytest.param(options, marks=pytest.mark.slow)
+    for options in ("precision=int8,conv=int8", "storage=int4", "storage=int8,block=128")
+]
+
+
+@pytest.mark.parametrize("options", ["precision=int8", *SLOW])
 def test_images_pass_the_gate(options: str, tiny_bundle: Bundle) -> None:
-    """And one drawn beside others does: they share the scales of their activations."""
+    """Beside others too, with which an image shares the scales of its activations."""
     references = tiny_bundle.references()
     assert references is not None
     with load_pipeline(str(tiny_bundle.path), f"ort:{options}", "taesd") as pipeline:
@@ -158,15 +160,15 @@ def test_a_cpu_without_avx2_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_estimates_follow_the_weights(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, small = (parse_backend(text) for text in ("ort", "ort:precision=int8,bound=1"))
+    plain, small = (parse_backend(text) for text in ("ort", "ort:precision=int8"))
     assert isinstance(plain, ort.OrtBackend)
     assert isinstance(small, ort.OrtBackend)
-    part = "text_encoder_2"
-    artifact = compiled(tiny_bundle, part, "ort:precision=int8,bound=1")
+    part = "text_encoder"
+    artifact = compiled(tiny_bundle, part, "ort:precision=int8")
     assert artifact.path is not None
     written = (artifact.path / "model.onnx.data").stat().st_size
     assert written == pytest.approx(small._weight_bytes(tiny_bundle, part), rel=0.1)
-    assert written < 0.6 * plain._weight_bytes(tiny_bundle, part)
+    assert written < 0.8 * plain._weight_bytes(tiny_bundle, part)
     monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
     for what in ("disk", "memory"):
         with monkeypatch.context() as patch:

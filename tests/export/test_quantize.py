@@ -16,6 +16,8 @@ from lowering import Arrays, model_of, normal, session
 from onnx import helper
 
 from backends.ort import isa
+from backends.quantised.recording import open_recording
+from bench.measure import PeakMemory
 from export.lower import CPU, lower, storage
 from export.quantize import Scheme, weight_bits
 from export.quantize.integers import (
@@ -25,7 +27,7 @@ from export.quantize.integers import (
     restore_blocks,
     round_activations,
 )
-from export.quantize.layers import find_layers, sizes
+from export.quantize.layers import Layer, find_layers, sizes
 from export.quantize.measure import add_probes, relative_errors, samples
 from export.quantize.rewrite import rewrite
 
@@ -62,15 +64,19 @@ class Place:
     def operators(self) -> Counter[str]:
         return operators(self.small)
 
-    def errors(self, model: onnx.ModelProto, inputs: Arrays, scheme: Scheme) -> dict[str, float]:
-        """As a compile measures them."""
-        found = storage.reopen(self.lower(model))
-        layers = find_layers(found, scheme)
-        add_probes(found, layers)
-        storage.save(found, self.probes)
-        recording = session(self.probes)
+    def record(self, inputs: Arrays, scheme: Scheme) -> tuple[list[Layer], Arrays]:
+        """The layers of the lowered graph, and what its probes give: as a compile records."""
+        model = storage.reopen(self.lowered)
+        layers = find_layers(model, scheme)
+        add_probes(model, layers)
+        storage.save(model, self.probes)
+        recording = open_recording(self.probes, {"threads": "1", "spin": "in-call"})
         names = [output.name for output in recording.get_outputs()]
-        outputs = dict(zip(names, recording.run(None, inputs), strict=True))
+        return layers, dict(zip(names, recording.run(None, inputs), strict=True))
+
+    def errors(self, model: onnx.ModelProto, inputs: Arrays, scheme: Scheme) -> dict[str, float]:
+        self.lower(model)
+        layers, outputs = self.record(inputs, scheme)
         return relative_errors(layers, [samples(outputs, layers)], scheme)
 
 
@@ -422,3 +428,37 @@ def test_sizes_are_those_of_the_weights(place: Place) -> None:
     assert (found.quantised, found.rest) == (5 * 32 * 32, 0)
     assert sizes(place.canonical, INT4).quantised == 5 * 32 * 32 * 5 // 8
     assert found.activations == 4 * 20 * 32 * 4, "the sum reads three and writes one"
+
+
+def test_one_weight_at_a_time_is_in_memory(place: Place) -> None:
+    """24 weights, 50 MB in FP16: neither rewriting nor recording holds them in FP32 (100 MB)."""
+    count, side = 24, 1024
+    one = normal(side, side, dtype=np.float16) / np.float16(32)
+    names = [f"w{number}" for number in range(count)]
+    reads = ["x", *(f"y{number}" for number in range(count - 1))]
+    nodes = [
+        helper.make_node("MatMul", [source, weight], [f"y{number}"])
+        for number, (source, weight) in enumerate(zip(reads, names, strict=True))
+    ]
+    x = normal(1, 40, side, seed=2, dtype=np.float16)
+    place.lower(model_of(nodes, {"x": x}, [f"y{count - 1}"], dict.fromkeys(names, one)))
+    inputs = {"x": x.astype(np.float32)}
+    layers, outputs = place.record(inputs, DYNAMIC)  # imports and libraries' own memory
+    memory = PeakMemory()
+    if not memory.per_cell:
+        pytest.skip("the kernel does not reset a process's peak")
+    before = resident_mb()
+    layers, outputs = place.record(inputs, DYNAMIC)
+    recorded = memory.megabytes() - before
+    errors = relative_errors(layers, [samples(outputs, layers)], DYNAMIC)
+    memory, before = PeakMemory(), resident_mb()
+    rewrite(place.lowered, DYNAMIC, {names[0]}, place.small)
+    rewritten = memory.megabytes() - before
+    assert max(errors.values()) < 0.03
+    assert recorded < 50 + 30, "the mapped file, and one weight in FP32"
+    assert rewritten < 30
+
+
+def resident_mb() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmRSS:"))
