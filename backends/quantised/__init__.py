@@ -119,12 +119,12 @@ def quantise(job: Mapping[str, Any], graph: Path, out: Path) -> None:
     scheme = Scheme(**job["scheme"])
     threads = job["options"]["threads"]
     layers = measure(Path(job["bundle"]), job["part"], scheme, out.parent, threads)
-    left_out = {name for name, found in layers.items() if not found["error"] <= scheme.bound}
-    rewrite(graph, scheme, left_out, out)
+    taken = {name for name, found in layers.items() if found["error"] <= scheme.bound}
+    rewrite(graph, scheme, taken, out)
     record = {
         "scheme": asdict(scheme),
-        "quantised": len(layers) - len(left_out),
-        "left_out": sorted(left_out),
+        "quantised": len(taken),
+        "left_out": sorted(layers.keys() - taken),
         "layers": layers,
     }
     write_json(Path(job["folder"]) / RECORD, record)

@@ -31,12 +31,12 @@ _FP32_SUMS = 1
 _END = np.iinfo(np.int64).max
 
 
-def rewrite(graph: Path, scheme: Scheme, left_out: Collection[str], out: Path) -> None:
+def rewrite(graph: Path, scheme: Scheme, names: Collection[str], out: Path) -> None:
     """Write the lowered graph at `graph` to `out`, its layers as `scheme` has them.
 
     Args:
         graph: FP32 arithmetic (`lower` with the profile CPU), weights as they were stored.
-        left_out: names of layers that stay as they are.
+        names: of the layers to quantise, of which the graph may hold a part; others stay.
         out: the `model.onnx` to write; the weights lie beside it, the integers in a file of theirs.
     """
     model = storage.reopen(graph)
@@ -46,7 +46,7 @@ def rewrite(graph: Path, scheme: Scheme, left_out: Collection[str], out: Path) -
         weights = _Weights(model, file, integers)
         shared: dict[str, tuple[ir.Value, ir.Value, ir.Value]] = {}
         for layer in find_layers(model, scheme):
-            if layer.name in left_out:
+            if layer.name not in names:
                 continue
             if not scheme.dynamic:
                 _weight_only(model, layer, scheme, weights)

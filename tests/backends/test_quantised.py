@@ -249,8 +249,12 @@ def test_a_precision_that_a_backend_lacks_is_refused(
 
 
 def test_every_command_takes_a_precision(
-    tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    tiny_bundle: Bundle,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("bench.sweep.Sweep.survey", lambda _: None)  # seconds, of no matter here
     model = ["--model", str(tiny_bundle.path)]
     sweep = [*model, "--precision", "int8", "--steps", "1", "--decoder", "taesd", "--dry-run"]
     assert sweep_main([*sweep, "--out", str(tmp_path), "--quick"]) == 0
