@@ -6,7 +6,14 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from core.cli import Parser, add_model_arguments, int_list, run, word_list
+from core.cli import (
+    Parser,
+    add_model_arguments,
+    add_precision_argument,
+    int_list,
+    run,
+    word_list,
+)
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 from export.models import DEFAULT_MODEL
 
@@ -22,6 +29,7 @@ def parser() -> Parser:
     compile_.add_argument(
         "--backend", action="append", metavar="NAME[:KEY=VALUE,...]", help="repeatable"
     )
+    add_precision_argument(compile_)
     compile_.add_argument("--batch", type=int_list, default=[1], metavar="1,4")
     compile_.add_argument("--decoder", type=word_list, default=["vae", "taesd"])
     compile_.add_argument(
@@ -48,6 +56,7 @@ def parser() -> Parser:
     parity.add_argument("--weights", default=None)
     parity.add_argument("--dtype", default=None, choices=("fp16", "fp32"))
     parity.add_argument("--backend", default="ort")
+    add_precision_argument(parity)
     parity.add_argument("--force", action="store_true", help="run it again")
     return top
 
@@ -68,8 +77,10 @@ def list_backends() -> int:
 
 def compile_parts(args: argparse.Namespace) -> int:
     from backends.base import Shapes, check_decoder, parse_backend, stage_parts
+    from backends.precision import with_precision
 
-    chosen, done = [parse_backend(text) for text in args.backend or ["ort"]], []
+    texts = [with_precision(text, args.precision) for text in args.backend or ["ort"]]
+    chosen, done = [parse_backend(text) for text in texts], []
     for backend in chosen:
         if not args.dry_run:
             backend.probe_compiler().require(backend.name)
@@ -169,15 +180,17 @@ def cache(args: argparse.Namespace) -> int:
 
 def parity(args: argparse.Namespace) -> int:
     from backends.base import parse_backend
+    from backends.precision import with_precision
 
-    backend = parse_backend(args.backend)
+    text = with_precision(args.backend, args.precision)
+    backend = parse_backend(text)
     backend.probe().require(backend.name)
     from backends.parity import check, report
     from export.bundle import find_bundle
 
     bundle = find_bundle(args.model, args.weights, args.dtype)
-    print(f"parity of {bundle.path.name}: {args.backend} against torch FP32", flush=True)
-    record = check(bundle, args.backend, args.force, say=lambda line: print(line, flush=True))
+    print(f"parity of {bundle.path.name}: {text} against torch FP32", flush=True)
+    record = check(bundle, text, args.force, say=lambda line: print(line, flush=True))
     print(report(record))
     return EXIT_OK
 

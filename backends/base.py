@@ -229,6 +229,10 @@ class Backend(ABC):
     def fingerprint(self) -> dict[str, str]:
         """What an artifact depends on beside graph, profile and options: compiler version, ISA."""
 
+    def depends_on(self, bundle: Bundle, part: str) -> Mapping[str, str]:
+        """What of the bundle an artifact depends on beside the graph and weights of its part."""
+        return {}
+
     def compile_options(self) -> Mapping[str, str]:
         """The options that change the compiled result, and so the cache key."""
         return self.options

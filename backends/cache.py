@@ -86,12 +86,13 @@ def disk_bytes(entries: Iterable[Entry]) -> int:
 
 
 @cache
-def compiler_code(module: str, package: str | None = None) -> str:
-    """Hash of our own code that decides what a compile gives: the passes, and the backend."""
+def compiler_code(module: str, *packages: str) -> str:
+    """Hash of our own code that decides what a compile gives: the passes, the backend, and packages
+    with more of it."""
     files = [
         *sorted((ROOT / "export" / "lower").glob("*.py")),
         ROOT / f"{module.replace('.', '/')}.py",
-        *(sorted((ROOT / package.replace(".", "/")).glob("*.py")) if package else ()),
+        *(f for p in packages for f in sorted((ROOT / p.replace(".", "/")).glob("*.py"))),
     ]
     return sha256_json([sha256_file(file) for file in files])
 
@@ -112,7 +113,10 @@ class ArtifactCache:
             "profile": asdict(profile),
             "options": dict(backend.compile_options()),
             "fingerprint": dict(backend.fingerprint()),
-            "code": compiler_code(type(backend).__module__, backend.package),
+            "depends_on": dict(backend.depends_on(bundle, part)),
+            "code": compiler_code(
+                type(backend).__module__, *([backend.package] if backend.package else [])
+            ),
             # A profile that keeps the batch axis named gives one artifact for all batches.
             "batch": None if profile.batch is None and not backend.static else shapes.batch,
             "size": [shapes.width, shapes.height],

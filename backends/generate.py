@@ -10,7 +10,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from core.cli import Parser, add_model_arguments, image_size, run
+from core.cli import Parser, add_model_arguments, add_precision_argument, image_size, run
 from core.errors import EXIT_OK, PreconditionError
 from export.models import DEFAULT_MODEL, SCHEDULERS
 
@@ -20,6 +20,7 @@ def parser() -> Parser:
     made.add_argument("prompt", metavar="PROMPT")
     add_model_arguments(made, DEFAULT_MODEL)
     made.add_argument("--backend", default="ort", metavar="NAME[:KEY=VALUE,...]")
+    add_precision_argument(made)
     made.add_argument("--decoder", default="taesd", help="vae or taesd")
     made.add_argument("--steps", type=int, default=None, help="default: the model's own")
     made.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="of the bundle")
@@ -44,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise PreconditionError("--steps is less than 1", "an image needs a step", "use --steps 1")
 
     from backends.base import parse_backend
+    from backends.precision import with_precision
 
+    args.backend = with_precision(args.backend, args.precision)
     backend = parse_backend(args.backend)
     backend.probe().require(backend.name)
     if args.low_memory:

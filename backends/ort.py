@@ -2,7 +2,8 @@
 
 Compiling optimises the graph once, in a process of its own, and stores it with its weights in FP32
 (`prepack=1`: also as they are laid out for this CPU's kernels, to be mapped into memory).
-FP16 weights are stored as FP16 in the bundle and computed in FP32.
+FP16 weights are stored as FP16 in the bundle and computed in FP32; `precision=int8` and `storage`
+make the large ones integers (backends/quantised).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from backends import quantised
 from backends.base import (
     Artifact,
     Backend,
@@ -49,7 +51,8 @@ LEVELS = {
     "all": "ORT_ENABLE_ALL",
 }
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
-ISA_FLAGS = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile")
+ISA_FLAGS = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile",
+             "amx_int8")  # fmt: skip
 SMALL = 64 * 2**20
 """Fixed memory of a compile or load beside the weights (bytes)."""
 
@@ -110,7 +113,7 @@ class OrtSession(Session):
 
 class OrtBackend(Backend):
     name = "ort"
-    summary = "ONNX Runtime on the CPU, FP32 arithmetic: the embedded default"
+    summary = "ONNX Runtime on the CPU, FP32 arithmetic unless told otherwise: the embedded default"
     option_types: ClassVar[Mapping[str, Option]] = {
         "threads": Option("auto", "intra-op threads (auto: physical cores)"),
         "level": Option("all", "graph optimisation level", tuple(LEVELS)),
@@ -137,6 +140,7 @@ class OrtBackend(Backend):
             " onnxruntime's defaults, as most people run it",
             ("optimised", "canonical"),
         ),
+        **quantised.OPTIONS,
     }
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
@@ -153,6 +157,7 @@ class OrtBackend(Backend):
                     "it is a session with onnxruntime's defaults, to be measured against",
                     f"drop {', '.join(others)}, or drop graph=canonical",
                 )
+        self.scheme = quantised.scheme_of(self.given, self.options, isa())
 
     def probe(self) -> Capability:
         cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
@@ -167,6 +172,11 @@ class OrtBackend(Backend):
             return Capability(
                 False, "the package onnxruntime is missing", "", "pip install -e '.[cpu]'"
             )
+        if self.scheme and self.scheme.dynamic and "x86_64" in isa() and "avx2" not in isa():
+            return Capability(
+                False, "this CPU has no fast INT8 arithmetic", "it lacks avx2",
+                "drop precision: FP32 is the default",
+            )  # fmt: skip
         return Capability(True, self.summary, version=cpu or gpu or "unknown", devices=("cpu",))
 
     def parts(self, bundle: Bundle) -> tuple[str, ...]:
@@ -184,13 +194,23 @@ class OrtBackend(Backend):
         return CPU
 
     def precision(self, bundle: Bundle) -> str:
-        return "fp32"
+        return self.options["precision"]
+
+    def storage(self, bundle: Bundle) -> str:
+        return bundle.dtype if self.scheme is None else self.scheme.storage
+
+    def remark(self, artifact: Artifact) -> str:
+        return quantised.remark(artifact)
+
+    def depends_on(self, bundle: Bundle, part: str) -> Mapping[str, str]:
+        return {} if self.scheme is None else quantised.depends_on(bundle)
 
     def fingerprint(self) -> dict[str, str]:
         return {"onnxruntime": self.probe().version, "isa": isa()}
 
     def compile_options(self) -> Mapping[str, str]:
-        return {key: self.options[key] for key in ("level", "prepack")}
+        made = {key: self.options[key] for key in ("level", "prepack")}
+        return made if self.scheme is None else made | {"scheme": str(self.scheme)}
 
     def _compile(self, bundle: Bundle, part: str, shapes: Shapes, folder: Path) -> None:
         require_disk(folder, self.disk_need(bundle, part), f"compiling {bundle.name} {part}")
@@ -200,6 +220,9 @@ class OrtBackend(Backend):
             "folder": str(folder),
             "options": self.options,
             "profile": asdict(self.profile(part)),
+            "bundle": str(bundle.path),
+            "part": part,
+            "scheme": asdict(self.scheme) if self.scheme else None,
         }
         run_child(
             "backends.ort",
@@ -210,21 +233,27 @@ class OrtBackend(Backend):
             advice="try ort:level=basic; `python -m export verify` checks the bundle",
         )
 
-    def _fp32_bytes(self, bundle: Bundle, part: str) -> int:
+    def _weight_bytes(self, bundle: Bundle, part: str) -> int:
+        """Of a compiled part."""
         from export.lower.context import weight_bytes
 
+        if self.scheme is not None:
+            return quantised.weight_bytes(bundle, part, self.scheme)
         info, form = bundle.source(part), self.profile(part).context
         stored = info.weight_bytes if form == "inline" else weight_bytes(info.graph, form)
         return stored * (2 if bundle.dtype == "fp16" else 1)
 
     def disk_need(self, bundle: Bundle, part: str) -> int:
-        """Bytes a compile writes: the FP32 weights; then both they and the kernels' layout."""
+        """Bytes a compile writes: the weights, integers twice; then the kernels' layout too."""
         copies = 3 if self.options["prepack"] == "1" else 1
-        return copies * self._fp32_bytes(bundle, part) + SMALL
+        return (copies + (self.scheme is not None)) * self._weight_bytes(bundle, part) + SMALL
 
     def memory_need(self, bundle: Bundle, part: str) -> int:
         """Peak bytes of a compile (SDXL's UNet: 12.0 GB for 10.3 GB of FP32 weights)."""
-        return int(1.2 * self._fp32_bytes(bundle, part)) + SMALL
+        need = int(1.2 * self._weight_bytes(bundle, part)) + SMALL
+        if self.scheme is None:
+            return need
+        return max(need, quantised.recording_bytes(bundle, part, self.scheme))
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         path = artifact.path
@@ -252,7 +281,7 @@ class OrtBackend(Backend):
         import onnxruntime
 
         doing = f"loading {bundle.name} {part}"
-        need = self._fp32_bytes(bundle, part)
+        need = self._weight_bytes(bundle, part)
         instead = f"drop graph=canonical, to load compiled graphs in {need / 1e9:.1f} GB"
         require_memory(int(1.3 * need) + SMALL, doing, instead)
         made = plain_options(self.options["threads"])
@@ -311,16 +340,22 @@ def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
     return made
 
 
-def optimise(graph: Path, folder: Path, profile: Profile, options: Mapping[str, str]) -> None:
+def optimise(job: Mapping[str, Any]) -> None:
     """Child process: lower the graph, let onnxruntime optimise it, and write what it made.
 
     Packing the weights is a second step, from a mapped file: one that does both holds the weights
     twice (SDXL's UNet: 19 GB, not 12).
     """
+    folder, options = Path(job["folder"]), job["options"]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lower-") as scratch:
         lowered, plain = Path(scratch) / "lowered", Path(scratch) / "plain"
         prepack = options["prepack"] == "1"
-        lower(graph, profile, lowered / MODEL)
+        lower(Path(job["graph"]), Profile(**job["profile"]), lowered / MODEL)
+        if job["scheme"]:
+            small = Path(scratch) / "quantised"
+            quantised.quantise(job, lowered / MODEL, small / MODEL)
+            shutil.rmtree(lowered)
+            lowered = small
         write_optimised(lowered, plain if prepack else folder, options, prepacked=False)
         shutil.rmtree(lowered)
         if prepack:
@@ -359,10 +394,5 @@ def translate(error: Exception, doing: str, library: str = "onnxruntime") -> Bac
     )
 
 
-def work(job: Mapping[str, Any]) -> None:
-    profile = Profile(**job["profile"])
-    optimise(Path(job["graph"]), Path(job["folder"]), profile, job["options"])
-
-
 if __name__ == "__main__":
-    serve(work)
+    serve(optimise)

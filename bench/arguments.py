@@ -9,7 +9,14 @@ from typing import Any
 
 from bench.plan import Settings
 from bench.store import LATEST, RUNS
-from core.cli import Parser, add_model_arguments, image_size, int_list, word_list
+from core.cli import (
+    Parser,
+    add_model_arguments,
+    add_precision_argument,
+    image_size,
+    int_list,
+    word_list,
+)
 from core.errors import PreconditionError
 from export.models import DEFAULT_MODEL, SCHEDULERS
 
@@ -58,6 +65,7 @@ def parser() -> Parser:
     axes.add_argument(
         "--backend", action="append", metavar="NAME[:KEY=VALUE,...]", help="repeatable (ort)"
     )
+    add_precision_argument(axes)
     axes.add_argument(
         "--device", type=word_list, action="extend", metavar="NAME|ID[,...]",
         help="repeatable, for backends that take one; a card's name is modelled, an id is here",

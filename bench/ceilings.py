@@ -16,7 +16,11 @@ GROW_UNTIL_S = 0.3
 STOP_AFTER_S = 2.0
 GPU_LARGEST = 16
 """Largest scale on a GPU: 8192 x 8192 matrices, a millisecond's work, are as fast as it gets."""
-NATIVE_FLAGS = {"bf16": ("amx_bf16", "avx512_bf16"), "fp16": ("amx_fp16",)}
+NATIVE_FLAGS = {
+    "bf16": ("amx_bf16", "avx512_bf16"),
+    "fp16": ("amx_fp16",),
+    "int8": ("avx2", "asimddp"),
+}
 """CPU flags, one of which a dtype needs: emulated it runs hundreds of times slower than FP32."""
 
 
@@ -79,6 +83,10 @@ def measure_dtype(
     """TFLOP/s by kind, on torch's default device."""
     import torch
 
+    if name == "int8":
+        # Torch has no INT8 convolution; one over its windows is a product of matrices.
+        rate = best_rate(integer_matmul, largest, stop_after_s) / 1e12
+        return {"matmul": rate, "conv": rate}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
     def matmul(scale: int) -> tuple[Callable[[], Any], float]:
@@ -99,6 +107,16 @@ def measure_dtype(
         kind: best_rate(make, most, stop_after_s) / 1e12
         for kind, make, most in (("matmul", matmul, largest), ("conv", conv, 4 * largest))
     }
+
+
+def integer_matmul(scale: int) -> tuple[Callable[[], Any], float]:
+    """int8 [n, n] x int8 [n, n] -> int32, n = 512 * scale: 2 n^3 operations."""
+    import torch
+
+    n = 512 * scale
+    left, right = (torch.randint(-63, 64, (n, n), dtype=torch.int8) for _ in range(2))
+    out = torch.empty(n, n, dtype=torch.int32)
+    return lambda: torch._int_mm(left, right, out=out), 2.0 * n**3
 
 
 def copy_rate(stop_after_s: float | None = None) -> float:

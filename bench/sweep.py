@@ -49,11 +49,13 @@ def interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
+    from backends.precision import with_precision
     from bench.cardrows import bundle_for, with_devices
     from bench.plan import default_steps, make_cells, probe
 
     settings = settings_of(args)
-    candidates = probe(with_devices(args.backend or ["ort"], args.device or ()))
+    texts = [with_precision(text, args.precision) for text in args.backend or ["ort"]]
+    candidates = probe(with_devices(texts, args.device or ()))
     bundle = bundle_for(args, candidates)
     if settings.rule.quality:
         from bench.quality import require_judge

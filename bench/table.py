@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from backends.precision import INTEGERS, RANDOM_WORDS
 from bench.cell import Cell
 from bench.columns import (
     COLUMNS,
@@ -65,6 +66,7 @@ def conditions(target: Run, lines: Sequence[Line]) -> list[str]:
         *(["", quality_words(lines)] if any(line.quality("captions") for line in lines) else []),
         *(["", EMULATED_WORDS] if any(EMULATED in line.provenance for line in lines) else []),
         *(["", MODELLED_WORDS] if any(MODELLED in line.provenance for line in lines) else []),
+        *(["", f"{RANDOM_WORDS}."] if any(map(says_little, lines)) else []),
     ]
 
 
@@ -75,6 +77,11 @@ def quality_words(lines: Sequence[Line]) -> str:
         " attribute is read back right from the cell's own pixels; own FID: over a network of this"
         " project, comparable only with itself."
     )
+
+
+def says_little(line: Line) -> bool:
+    """Whether its image tells little of its precision."""
+    return line.cell.storage in INTEGERS and line.cell.weights == "random"
 
 
 def markdown(target: Run, rows: Sequence[Row], *, brief: bool = False) -> str:
@@ -171,6 +178,8 @@ def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
     console.print(table)
     if any(EMULATED in line.provenance for line in lines):
         print(EMULATED_WORDS)
+    if any(map(says_little, lines)):
+        print(RANDOM_WORDS)
 
 
 def narrowest(column: Column, lines: Sequence[Line]) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from core.errors import EXIT_BUG, EXIT_FAILED, EXIT_INTERRUPTED, AddbenchError, PreconditionError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
 Main = Callable[[Sequence[str] | None], int]
 
 
@@ -71,6 +72,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str) -> None:
         "--weights", default=None, help="hub, random or folder: which bundle of that model"
     )
     parser.add_argument("--dtype", default=None, choices=("fp16", "fp32"), help="weights' dtype")
+
+
+def add_precision_argument(parser: argparse._ActionsContainer) -> None:
+    """`--precision NAME`: of the arithmetic, for every backend of the command."""
+    parser.add_argument(
+        "--precision", choices=PRECISIONS,
+        help="of the arithmetic, for backends that can choose (each one's own)",
+    )  # fmt: skip
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -60,6 +60,10 @@ class Edit:
         self._constants.register_initializer(value)
         return value
 
+    def append(self) -> None:
+        """Put the recorded nodes in at the graph's end; `node` stays."""
+        self._constants.extend(self._tape.nodes)
+
     def replace(self, *outputs: ir.Value) -> None:
         """Put the recorded nodes in; `outputs` take over name, shape and users of the old ones."""
         node = self.node

@@ -57,6 +57,13 @@ def load(graph: Path, profile: Profile) -> ir.Model:
     return model
 
 
+def reopen(graph: Path) -> ir.Model:
+    """Read a graph as it is, canonical or lowered, weights left on disk."""
+    model = ir.from_proto(onnx.load(str(graph), load_external_data=False))
+    ir.external_data.set_base_dir(model.graph, str(graph.parent))
+    return model
+
+
 def _read_integers(model: ir.Model) -> None:
     """Bring external integers and booleans into the model: sizes, axes, masks; never weights."""
     for value in model.graph.initializers.values():
