@@ -193,8 +193,6 @@ SHAPES_TURBO = replace(
     taesd=None,
     size=64,
     sizes=(64, 64),
-    scheduler="",
-    spacing="",
     judge="shapes",
     prompts=prompts.SHAPES,
 )
@@ -203,6 +201,7 @@ SHAPES_TEACHER = replace(
     name="shapes-teacher",
     architecture="../../models/shapes-teacher",
     folder="models/shapes-teacher",
+    scheduler="EulerDiscreteScheduler",
     steps=50,
     guidance=3.0,
     guidance_form="free",
