@@ -15,6 +15,8 @@ from distill.config import Networks
 from distill.schedule import scheduler_config
 
 LATENTS = 4
+SCALE = 8
+"""Pixels along one side of a latent."""
 POSITIONS = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -77,7 +79,7 @@ def build_unet(networks: Networks, size: int) -> Any:
     up = ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)]
     time_width = 32
     return UNet2DConditionModel(
-        sample_size=size // 8,
+        sample_size=size // SCALE,
         in_channels=LATENTS,
         out_channels=LATENTS,
         block_out_channels=networks.unet_channels,

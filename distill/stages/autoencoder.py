@@ -15,7 +15,7 @@ from torch.nn import functional
 from distill.judge import following
 from distill.latents import edge_loss, to_uint8
 from distill.loop import Trainer
-from distill.networks import LATENTS, build_vae
+from distill.networks import LATENTS, SCALE, build_vae
 from distill.shapes import draw, scenes
 
 TRIES = 4
@@ -76,7 +76,7 @@ class AutoencoderTrainer(Trainer):
             corners = torch.rand((settings.batch, TRIES, 2), generator=generator)
             places = varied_places(pictures, context.share(corners), settings.crop)
             pictures = crops(pictures, places, settings.crop)
-        side = pictures.shape[-1] // 8
+        side = pictures.shape[-1] // SCALE
         drawn = torch.randn((settings.batch, LATENTS, side, side), generator=generator)
         made, kl = self.networks["vae"](pictures, context.share(drawn))
         # L1 alone is content to leave the small objects out of the picture for a long time.

@@ -19,7 +19,7 @@ from distill.distillation import nfsd_target, rediffuse, teacher_target
 from distill.judge import following
 from distill.latents import Latents
 from distill.loop import Trainer
-from distill.networks import LATENTS, size_ids, tokenize, use_eager_attention
+from distill.networks import LATENTS, SCALE, size_ids, tokenize, use_eager_attention
 from distill.pipeline import assemble, generate
 from distill.schedule import Schedule
 from distill.shapes import scenes
@@ -125,7 +125,7 @@ class StudentTrainer(Trainer):
     def _batch(self, step: int, generator: torch.Generator) -> Batch:
         context, batch = self.context, self.settings.batch
         indices = context.indices(batch, step)
-        side = self.config.data.size // 8
+        side = self.config.data.size // SCALE
         shape = (batch, LATENTS, side, side)
         posterior = context.share(torch.randn(shape, generator=generator))
         noise = context.share(torch.randn(shape, generator=generator))

@@ -16,6 +16,7 @@ from distill.latents import Latents
 from distill.loop import Trainer
 from distill.networks import (
     LATENTS,
+    SCALE,
     TextEncoding,
     TextToImage,
     build_scheduler,
@@ -64,7 +65,7 @@ class TeacherTrainer(Trainer):
     def step(self, step: int) -> dict[str, Tensor]:
         context, batch = self.context, self.settings.batch
         generator = context.generator(self.name, step)
-        side = self.config.data.size // 8
+        side = self.config.data.size // SCALE
         shape = (batch, LATENTS, side, side)
         posterior = context.share(torch.randn(shape, generator=generator))
         noise = context.share(torch.randn(shape, generator=generator))

@@ -14,12 +14,10 @@ from torch.nn import functional
 from distill.judge import following
 from distill.latents import Latents, edge_loss, to_uint8
 from distill.loop import Trainer
-from distill.networks import LATENTS, build_tiny_vae
+from distill.networks import LATENTS, SCALE, build_tiny_vae
 from distill.shapes import draw, scenes
 from distill.stages.autoencoder import TRIES, crops, varied_places
 
-SCALE = 8
-"""Pixels along one side of a latent."""
 LATENT_NOISE = 0.05
 """Deviation of noise on the latents (whose own is 1): a denoiser's latents are never exact."""
 
