@@ -305,17 +305,21 @@ class Backend(ABC):
         embedding_cache: int = 0,
         recipe: Recipe | None = None,
     ) -> Pipeline:
-        """Prompts to images over sessions. A backend that owns the order overrides this.
+        """Prompts to images over sessions, in the backend's `pipeline_class`.
 
         Args:
             shapes: `batch` is that of the prompts; the pipeline knows which part takes twice that.
             recipe: scheduler and guidance; None for the model's own.
         """
-        from backends.pipeline import Pipeline
-
-        return Pipeline(
+        return self.pipeline_class()(
             self, bundle, decoder, shapes, embedding_cache=embedding_cache, recipe=recipe
         )
+
+    def pipeline_class(self) -> type[Pipeline]:
+        """A backend that owns the order of the parts has one of its own."""
+        from backends.pipeline import Pipeline
+
+        return Pipeline
 
     def _compile(self, bundle: Bundle, part: str, shapes: Shapes, folder: Path) -> None:
         """Write the artifact of `part` into the empty `folder` (backends that keep artifacts)."""

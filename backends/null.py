@@ -22,7 +22,6 @@ from backends.base import (
     Option,
     OutOfMemoryError,
     Session,
-    Shapes,
 )
 from backends.conditioning import Conditioning, Denoised
 from backends.output import Output
@@ -30,7 +29,6 @@ from backends.pipeline import DTYPES, Pipeline
 from export.lower import CANONICAL, Profile
 
 if TYPE_CHECKING:
-    from backends.recipe import Recipe
     from export.bundle import Bundle, Spec
 
 FAILURES = ("none", "error", "crash", "hang", "oom", "nan", "wrong")
@@ -131,18 +129,8 @@ class NullBackend(Backend):
     def fingerprint(self) -> dict[str, str]:
         return {"null": "1"}
 
-    def pipeline(
-        self,
-        bundle: Bundle,
-        decoder: str,
-        shapes: Shapes,
-        *,
-        embedding_cache: int = 0,
-        recipe: Recipe | None = None,
-    ) -> Pipeline:
-        return NullPipeline(
-            self, bundle, decoder, shapes, embedding_cache=embedding_cache, recipe=recipe
-        )
+    def pipeline_class(self) -> type[Pipeline]:
+        return NullPipeline
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         time.sleep(float(self.options["load_ms"]) / 1e3)

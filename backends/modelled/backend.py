@@ -12,7 +12,6 @@ from backends.base import (
     Capability,
     Option,
     Session,
-    Shapes,
     UnsupportedError,
 )
 from backends.devices import Device, devices
@@ -20,7 +19,7 @@ from export.lower import CANONICAL, Profile
 
 if TYPE_CHECKING:
     from backends.modelled.card import Call
-    from backends.modelled.pipeline import ModelledPipeline
+    from backends.pipeline import Pipeline
     from backends.recipe import Recipe
     from export.bundle import Bundle
 
@@ -103,20 +102,10 @@ class ModelledBackend(Backend):
     def fingerprint(self) -> dict[str, str]:
         return {"model of the card": "1"}
 
-    def pipeline(
-        self,
-        bundle: Bundle,
-        decoder: str,
-        shapes: Shapes,
-        *,
-        embedding_cache: int = 0,
-        recipe: Recipe | None = None,
-    ) -> ModelledPipeline:
+    def pipeline_class(self) -> type[Pipeline]:
         from backends.modelled.pipeline import ModelledPipeline
 
-        return ModelledPipeline(
-            self, bundle, decoder, shapes, embedding_cache=embedding_cache, recipe=recipe
-        )
+        return ModelledPipeline
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         raise BackendError(
