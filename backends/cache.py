@@ -96,7 +96,7 @@ class ArtifactCache:
             # A profile that keeps the batch axis named gives one artifact for all batches.
             "batch": None if profile.batch is None and not backend.static else shapes.batch,
             "size": [shapes.width, shapes.height],
-        }
+        } | dict(backend.quantised(bundle, part))
         return sha256_json(parts)[:24]
 
     def get_or_make(self, key: str, label: str, make: Callable[[Path], None]) -> tuple[Path, bool]:

@@ -13,7 +13,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from export.bundle import Bundle, find_bundle
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+Wrapped = TypeVar("Wrapped", bound=Session)
 TOKENS = 77
 """Length of a CLIP prompt in tokens, start and end included."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
@@ -146,6 +147,11 @@ class Pipeline:
         if part not in self._sessions:
             self._sessions[part] = self.backend.load(self.bundle, self._artifact(part))
         return self._sessions[part]
+
+    def wrap(self, part: str, around: Callable[[Session], Wrapped]) -> Wrapped:
+        """Put `around(session)` in the place of the session of `part`; returns it."""
+        made = self._sessions[part] = around(self.session(part))
+        return made
 
     def close(self) -> None:
         for session in self._sessions.values():

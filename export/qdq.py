@@ -1,0 +1,399 @@
+"""Calibrated schemes: the UNet with QuantizeLinear/DequantizeLinear around its large layers.
+
+    make_scales  canonical graph + calibration file -> scales, by nvidia-modelopt on the CPU
+    insert       canonical graph + scales -> the same graph with Q/DQ pairs, still canonical
+
+modelopt is given the graph as FP32 in plain operators, and only its scales are taken: its own
+FP16 conversion would also convert what the graph keeps in FP32 on purpose (the sinusoids of a
+timestep near 1000 are noise in FP16), and writes the weights out again. Here they stay where they
+are: a pair on the weights is folded by the compiler, which is what TensorRT does with it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core.errors import AddbenchError, PreconditionError
+from core.files import sha256_file, write_atomic
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+SCALES = "scales.safetensors"
+META = "addbench-scales"
+PACKAGE = "nvidia-modelopt"
+MODULES = ("modelopt", "onnx_graphsurgeon", "onnxslim", "lief", "onnxruntime")
+"""What modelopt's ONNX half imports on the way to a scale."""
+INSTALL = "pip install -e '.[cpu,modelopt]' (beside onnxruntime-gpu: without cpu)"
+SKIPPED = re.compile(r"conv_in|conv_out|conv_shortcut")
+"""Convolutions that stay as they are: few channels, or on the way around a block. So do the Gemms,
+which embed time and size. NVIDIA's recipe for SDXL leaves out the same layers (Model-Optimizer,
+examples/diffusers/quantization/utils.py)."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How numbers are stored between Q and DQ.
+
+    Attributes:
+        mode: modelopt's word for it.
+        precision: of the arithmetic, as rows name it.
+        dtype: of the stored numbers, as numpy and ml_dtypes name it.
+    """
+
+    name: str
+    mode: str
+    precision: str
+    dtype: str
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("qdq-fp8", "fp8", "fp8", "float8_e4m3fn"),
+        Scheme("qdq-int8", "int8", "int8", "int8"),
+    )
+}
+METHOD = "max"
+"""A tensor's range is its largest value in the samples. modelopt's conversion of scales to FP8 is
+made for no other; its default for INT8, `entropy`, clips, and doubles the error of the UNet of
+models/shapes-teacher (6.0e-2 for 3.2e-2)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Scales of one layer: a number for its input, a number per channel (`axis`) of its weight."""
+
+    activation: float
+    weight: np.ndarray[Any, Any]
+    axis: int
+
+
+def scheme_of(precision: str) -> Scheme:
+    """`fp8` -> qdq-fp8."""
+    return next(scheme for scheme in SCHEMES.values() if scheme.precision == precision)
+
+
+def modelopt_version() -> str:
+    """Version of the installed modelopt; PreconditionError with what is missing."""
+    missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
+    try:
+        found = version(PACKAGE)
+    except PackageNotFoundError:
+        missing = [PACKAGE, *(name for name in missing if name != "modelopt")]
+    if missing:
+        raise PreconditionError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing",
+            "calibrated schemes (qdq-fp8, qdq-int8) take their scales from nvidia-modelopt, which"
+            " calibrates on the CPU with onnxruntime",
+            INSTALL,
+        )
+    return found
+
+
+# ---- scales
+
+
+def make_scales(graph: Path, scheme: str, calibration: Path, folder: Path) -> None:
+    """Let modelopt calibrate the UNet at `graph`; writes `scales.safetensors` into `folder`.
+
+    Best in a process of its own: modelopt patches onnxruntime's modules.
+
+    Raises:
+        PreconditionError: modelopt or the calibration file is missing.
+        AddbenchError: modelopt failed, or quantised nothing.
+    """
+    from export.calibrate import Calibration
+
+    found = modelopt_version()
+    chosen, recorded = SCHEMES[scheme], Calibration.open(calibration)
+    # Its search for TensorRT plugins wants a GPU; ours have none. Type stubs alone crash it.
+    sys.modules.setdefault("tensorrt", None)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".modelopt-") as scratch:
+        work = Path(scratch)
+        before, tempfile.tempdir = tempfile.tempdir, scratch  # modelopt writes whole models there
+        try:
+            names = calibration_graph(graph, work / "fp32.onnx")
+            wanted = [alias for alias, (_, large) in names.items() if large]
+            quantise(work / "fp32.onnx", work / "qdq.onnx", chosen, recorded, wanted)
+            layers = harvest(work / "qdq.onnx", {a: n for a, (n, _) in names.items()})
+        finally:
+            tempfile.tempdir = before
+    if not layers:
+        raise AddbenchError(
+            f"modelopt {found} quantised no layer of {graph}",
+            f"{len(wanted)} were asked for; it leaves out what is too narrow for tensor cores",
+            "use the model as it is: precision=fp16",
+        )
+    facts = {
+        "scheme": scheme,
+        "modelopt": found,
+        "method": METHOD,
+        "graph": sha256_file(graph),
+        "calibration": recorded.hash,
+        "samples": recorded.samples,
+        "asked": len(wanted),
+    }
+    write_scales(folder / SCALES, layers, facts)
+
+
+def quantise(
+    source: Path, out: Path, scheme: Scheme, recorded: Any, wanted: list[str]
+) -> None:  # pragma: no cover - what it calls has a double in the tests
+    """modelopt's own call; the names that it is given are taken as patterns of a name's start."""
+    from modelopt.onnx.quantization import quantize
+    from onnxruntime.quantization.calibrate import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        """The recorded samples, as modelopt reads them."""
+
+        def __init__(self) -> None:
+            self.rewind()
+
+        def rewind(self) -> None:
+            self.feeds = recorded.feeds()
+
+        def get_next(self) -> Any:
+            sample = next(self.feeds, None)
+            return sample and {name: as_float(array) for name, array in sample.items()}
+
+        def get_first(self) -> Any:
+            self.rewind()
+            first = self.get_next()
+            self.rewind()
+            return first
+
+    try:
+        quantize(
+            str(source),
+            quantize_mode=scheme.mode,
+            calibration_data_reader=Reader(),
+            calibration_method=METHOD,
+            calibration_eps=["cpu"],
+            op_types_to_quantize=["Conv", "MatMul"],
+            nodes_to_quantize=wanted,
+            use_external_data_format=True,
+            output_path=str(out),
+            high_precision_dtype="fp32",
+            passes=[],
+            log_level="WARNING",
+        )
+    except Exception as error:  # whatever modelopt and onnxruntime raise
+        raise AddbenchError(
+            f"modelopt failed to calibrate {scheme.name}",
+            f"{type(error).__name__}: {error}"[:2000],
+            f"the versions that were seen to work are pinned in constraints.txt; {INSTALL}",
+        ) from error
+
+
+def as_float(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """FP16 as FP32, as the calibration graph takes it."""
+    return array.astype("float32") if array.dtype == "float16" else array
+
+
+def calibration_graph(graph: Path, out: Path) -> dict[str, tuple[str, bool]]:
+    """Write the FP32 graph of batch 1 that modelopt calibrates; its own weights lie beside it.
+
+    Every operator is one that its shape inference knows, every name as long as any other: modelopt
+    matches names by their start, and `node_linear` would take `node_linear_6` with it.
+
+    Returns:
+        Name in that graph -> name in the canonical one, and whether it is to be quantised.
+    """
+    import onnx_ir as ir
+
+    from export.lower import Profile, lower, storage
+
+    plain = Profile(
+        "calibration", opset=19, attention="matmul", norms="decomposed", dtype="float32", batch=1
+    )
+    lowered = out.parent / "lowered" / "model.onnx"
+    lower(graph, plain, lowered)
+    model = ir.load(lowered)
+    fold_casts(model.graph, storage)
+    names = {}
+    for number, node in enumerate(model.graph):
+        names[f"n{number:06d}"] = (node.name or "", is_large(node))
+        node.name = f"n{number:06d}"
+    ir.save(model, out, external_data=f"{out.name}.data")
+    return names
+
+
+def fold_casts(graph: ir.Graph, storage: Any) -> None:
+    """Each weight with a Cast to FP32 behind it becomes an FP32 weight, read when it is saved."""
+    import onnx_ir as ir
+
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Cast" else None
+        if weight is None or weight.const_value is None:
+            continue
+        wide, tensor = node.outputs[0], weight.const_value
+
+        def read(tensor: Any = tensor) -> ir.Tensor:
+            stored = isinstance(tensor, ir.ExternalTensor)
+            array = storage.mapped(tensor) if stored else tensor.numpy()
+            return ir.tensor(array.astype("float32"))
+
+        name = weight.name or ""
+        lazy = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=tensor.shape, name=name)
+        folded = ir.Value(name=name, shape=wide.shape, type=wide.type, const_value=lazy)
+        ir.convenience.replace_all_uses_with(wide, folded)
+        graph.remove(node, safe=True)
+        del graph.initializers[name]
+        graph.register_initializer(folded)
+
+
+def is_large(node: ir.Node) -> bool:
+    """Whether the schemes quantise it: a convolution or a linear layer over tokens."""
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    if node.op_type not in ("Conv", "MatMul") or weight is None or weight.const_value is None:
+        return False
+    return not SKIPPED.search(weight.name or "")
+
+
+def harvest(graph: Path, names: dict[str, str]) -> dict[str, Layer]:
+    """The scales of a graph with Q/DQ pairs: canonical node name -> its layer's."""
+    import onnx
+
+    model = onnx.load(str(graph), load_external_data=False)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    made_by = {name: node for node in model.graph.node for name in node.output}
+
+    def pair(value: str) -> tuple[np.ndarray[Any, Any], int] | None:
+        node = made_by.get(value)
+        if node is None or node.op_type != "DequantizeLinear":
+            return None
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        scale = onnx.numpy_helper.to_array(stored[node.input[1]], base_dir=str(graph.parent))
+        return scale, axis
+
+    layers = {}
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "MatMul"):
+            continue
+        activation, weight = pair(node.input[0]), pair(node.input[1])
+        if activation is not None and weight is not None:
+            scale = weight[0].reshape(-1)
+            layers[names[node.name]] = Layer(float(activation[0]), scale, weight[1])
+    return layers
+
+
+def write_scales(path: Path, layers: dict[str, Layer], facts: dict[str, Any]) -> None:
+    """One file: `<node>.activation` and `<node>.weight`, float32; the axes with the facts."""
+    import numpy as np
+    from safetensors.numpy import save
+
+    arrays = {}
+    for name, layer in layers.items():
+        arrays[f"{name}.activation"] = np.array(layer.activation, np.float32)
+        arrays[f"{name}.weight"] = np.ascontiguousarray(layer.weight, np.float32)
+    axes = {name: layer.axis for name, layer in layers.items()}
+    write_atomic(path, save(arrays, {META: json.dumps(facts | {"axes": axes})}))
+
+
+def read_scales(path: Path) -> tuple[dict[str, Layer], dict[str, Any]]:
+    """Layers by canonical node name, and what made them."""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        facts = json.loads(file.metadata()[META])
+        axes = facts.pop("axes")
+        layers = {
+            name: Layer(
+                float(file.get_tensor(f"{name}.activation")),
+                file.get_tensor(f"{name}.weight"),
+                axis,
+            )
+            for name, axis in axes.items()
+        }
+    return layers, facts
+
+
+# ---- the graph
+
+
+def insert(graph: Path, scales: Path, out: Path) -> None:
+    """Write the canonical graph at `graph` to `out` with a Q/DQ pair on both inputs of each layer
+    that `scales` has; its weights are linked beside it, as `lower` does.
+
+    Scales are in the dtype of what they scale, as TensorRT's strongly typed networks want them.
+
+    Raises:
+        PreconditionError: the scales are of another graph.
+    """
+    from export.lower import CANONICAL, storage
+
+    layers, facts = read_scales(scales)
+    if facts["graph"] != sha256_file(graph):
+        raise PreconditionError(
+            f"the scales {scales} are not of {graph}",
+            "they were made for another graph: its content differs",
+            "compile it again",
+        )
+    model = storage.load(graph, CANONICAL)
+    nodes = {node.name: node for node in model.graph}
+    dtype = SCHEMES[facts["scheme"]].dtype
+    known: dict[tuple[str, bytes], ir.Value] = {}
+    for name, layer in layers.items():
+        node = nodes[name]
+        for index, scale, axis in ((0, layer.activation, 0), (1, layer.weight, layer.axis)):
+            value = node.inputs[index]
+            if value is not None:
+                made = quantised(model.graph, node, value, scale, axis, dtype, known)
+                node.replace_input_with(index, made)
+    storage.save(model, out)
+
+
+def quantised(
+    graph: ir.Graph,
+    node: ir.Node,
+    value: ir.Value,
+    scale: float | np.ndarray[Any, Any],
+    axis: int,
+    dtype: str,
+    known: dict[tuple[str, bytes], ir.Value],
+) -> ir.Value:
+    """`value` through a pair, put before `node`; layers with one input and scale share a pair."""
+    import ml_dtypes
+    import numpy as np
+    import onnx_ir as ir
+
+    number = value.dtype.numpy() if value.dtype is not None else np.dtype("float32")
+    # FP16 would make a zero of the scale of a channel that is all but zero.
+    array = np.maximum(scale, np.finfo(number).tiny).astype(number)
+    key = (value.name or "", array.tobytes())
+    if key in known:
+        return known[key]
+    stored = np.dtype(getattr(ml_dtypes, dtype, None) or dtype)
+    name = f"{value.name}/q{len(known)}"
+    constants = []
+    for kind, content in (("scale", array), ("zero", np.zeros(array.shape, stored))):
+        tensor = ir.tensor(content, name=f"{name}/{kind}")
+        constant = ir.Value(
+            name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )  # fmt: skip
+        graph.register_initializer(constant)
+        constants.append(constant)
+    attributes = {"axis": axis} if array.ndim else {}
+    low = ir.Value(name=f"{name}/low", shape=value.shape, type=ir.TensorType(tensor.dtype))
+    high = ir.Value(name=f"{name}/high", shape=value.shape, type=value.type)
+    pair = [
+        ir.node(op, [source, *constants], attributes, outputs=[made], name=f"{made.name}/{op}")
+        for op, source, made in (
+            ("QuantizeLinear", value, low),
+            ("DequantizeLinear", low, high),
+        )
+    ]
+    graph.insert_before(node, pair)
+    known[key] = high
+    return high
