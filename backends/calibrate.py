@@ -148,7 +148,7 @@ def record(
         torch.inference_mode(),
         backend.pipeline(bundle, decoder, Shapes(1, *bundle.size), recipe=recipe) as pipeline,
     ):
-        recorder = pipeline.wrap("unet", Recorder)
+        recorder = pipeline.put("unet", Recorder(pipeline.session("unet")))
         for number, (prompt, one, file) in enumerate(zip(prompts, seeds, files, strict=True), 1):
             if file.exists():
                 say(f"  {number}/{len(prompts)} is recorded already")

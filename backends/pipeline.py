@@ -37,7 +37,7 @@ from export.bundle import Bundle, find_bundle
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Wrapped = TypeVar("Wrapped", bound=Session)
+Given = TypeVar("Given", bound=Session)
 TOKENS = 77
 """Length of a CLIP prompt in tokens, start and end included."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
@@ -148,10 +148,10 @@ class Pipeline:
             self._sessions[part] = self.backend.load(self.bundle, self._artifact(part))
         return self._sessions[part]
 
-    def wrap(self, part: str, around: Callable[[Session], Wrapped]) -> Wrapped:
-        """Put `around(session)` in the place of the session of `part`; returns it."""
-        made = self._sessions[part] = around(self.session(part))
-        return made
+    def put(self, part: str, session: Given) -> Given:
+        """Run `part` by another session from now on; returns it. Close the old one first."""
+        self._sessions[part] = session
+        return session
 
     def close(self) -> None:
         for session in self._sessions.values():

@@ -79,13 +79,13 @@ def compare(bundle: Bundle, scales: Path, origin: Origin, threads: str = "auto")
                 for prompt, seed in zip(prompts, seeds, strict=True)
             ]
 
-        recorder = pipeline.wrap("unet", Recorder)
-        expected = draw()
-        calls = recorder.calls[:: math.ceil(len(recorder.calls) / (CALLS * count))]
-        recorder.close()  # its weights are gone before the other's come
-        session = pipeline.wrap(
-            "unet", lambda _: held.enter_context(quantised_session(bundle, scales, backend.options))
-        )
+        with cpu_session(bundle, backend.options) as plain:
+            recorder = pipeline.put("unet", Recorder(plain))
+            expected = draw()
+            calls = recorder.calls[:: math.ceil(len(recorder.calls) / (CALLS * count))]
+            recorder.close()  # its weights are gone before the other's come
+        session = held.enter_context(cpu_session(bundle, backend.options, scales))
+        pipeline.put("unet", session)
         errors = [distance(session.run(inputs), outputs) for inputs, outputs in calls]
         images = [image_distance(a, b) for a, b in zip(draw(), expected, strict=True)]
     whole = (sum(e for e, _ in errors) / sum(n for _, n in errors)) ** 0.5
@@ -93,7 +93,7 @@ def compare(bundle: Bundle, scales: Path, origin: Origin, threads: str = "auto")
         "scheme": facts["scheme"],
         "layers": len(layers),
         "left": facts["asked"] - len(layers),
-        "against": "the same UNet without Q/DQ, both on onnxruntime's CPU provider in FP32",
+        "against": "the same UNet without pairs, both in FP32 on onnxruntime's CPU provider",
         "steps": origin.steps,
         "guidance": origin.guidance,
         "decoder": decoder,
@@ -119,10 +119,10 @@ def distance(got: Mapping[str, Any], expected: Mapping[str, Any]) -> tuple[float
 
 
 @contextmanager
-def quantised_session(
-    bundle: Bundle, scales: Path, options: Mapping[str, str]
+def cpu_session(
+    bundle: Bundle, options: Mapping[str, str], scales: Path | None = None
 ) -> Iterator[Session]:
-    """The UNet with the pairs of `scales`, on the CPU."""
+    """The UNet in FP32, with the pairs of `scales` or without any."""
     import onnxruntime
 
     from backends.ort import OrtSession, session_options
@@ -134,8 +134,11 @@ def quantised_session(
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".quantised-") as scratch:
         folder = Path(scratch)
-        insert(bundle.parts["unet"].graph, scales, folder / "pairs" / "model.onnx")
-        lower(folder / "pairs" / "model.onnx", CPU, folder / "model.onnx")
+        source = bundle.parts["unet"].graph
+        if scales is not None:
+            insert(source, scales, folder / "pairs" / "model.onnx")
+            source = folder / "pairs" / "model.onnx"
+        lower(source, CPU, folder / "model.onnx")
         made = session_options(options, optimise=True)
         made.add_session_config_entry("session.disable_quant_qdq", "1")  # as written, not fused
         session = onnxruntime.InferenceSession(

@@ -16,6 +16,8 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -116,9 +118,9 @@ def make_scales(graph: Path, scheme: str, calibration: Path, folder: Path) -> No
 
     found = modelopt_version()
     chosen, recorded = SCHEMES[scheme], Calibration.open(calibration)
-    # Its search for TensorRT plugins wants a GPU; ours have none. Type stubs alone crash it.
-    sys.modules.setdefault("tensorrt", None)  # type: ignore[arg-type]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".modelopt-") as scratch:
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch_folder = tempfile.TemporaryDirectory(dir=folder, prefix=".modelopt-")
+    with without("tensorrt"), scratch_folder as scratch:
         work = Path(scratch)
         before, tempfile.tempdir = tempfile.tempdir, scratch  # modelopt writes whole models there
         try:
@@ -144,6 +146,22 @@ def make_scales(graph: Path, scheme: str, calibration: Path, folder: Path) -> No
         "asked": len(wanted),
     }
     write_scales(folder / SCALES, layers, facts)
+
+
+@contextmanager
+def without(module: str) -> Iterator[None]:
+    """A block in which `module` cannot be imported.
+
+    modelopt looks in TensorRT for plugins: on a GPU, though these graphs have none, and where only
+    TensorRT's type stubs are installed it fails.
+    """
+    before = {name: found for name, found in sys.modules.items() if name == module}
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+        sys.modules.update(before)
 
 
 def quantise(
