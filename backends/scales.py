@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from backends.base import BackendError, UnsupportedError
 from backends.child import run_child, serve
 from core.errors import PreconditionError
-from core.files import ROOT, read_json, require_disk, sha256_file, sha256_json, write_json
+from core.files import read_json, require_disk, sha256_json, write_json
 from core.memory import require_memory
 from export.calibrate import Calibration, calibration_path, command
 from export.qdq import Scheme, modelopt_version, scheme_of
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 SMALL = 2**29
 """Bytes of a calibration beside the weights: torch, which modelopt imports, and onnxruntime."""
-CODE = ("export/calibrate.py", "export/qdq.py", "backends/quantised.py")
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,14 @@ class Quantisation:
     @cached_property
     def key(self) -> dict[str, str]:
         """What scales depend on beside the graph and its weights."""
+        from backends.cache import compiler_code
+
+        modules = ("export.qdq", "export.calibrate", "backends.quantised")
         return {
             "scheme": self.scheme.name,
             "calibration": self.calibration.hash,
             "modelopt": self.modelopt,
-            "scales_code": sha256_json([sha256_file(ROOT / name) for name in CODE]),
+            "scales_code": sha256_json([compiler_code(module) for module in modules]),
         }
 
 

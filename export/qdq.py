@@ -256,13 +256,14 @@ def fold_casts(graph: ir.Graph, storage: Any) -> None:
             continue
         wide, tensor = node.outputs[0], weight.const_value
 
-        def read(tensor: Any = tensor) -> ir.Tensor:
+        def read(tensor: ir.TensorProtocol = tensor) -> ir.TensorProtocol:
             stored = isinstance(tensor, ir.ExternalTensor)
             array = storage.mapped(tensor) if stored else tensor.numpy()
             return ir.tensor(array.astype("float32"))
 
         name = weight.name or ""
-        lazy = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=tensor.shape, name=name)
+        shape = ir.Shape(tensor.shape.numpy())
+        lazy = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=shape, name=name)
         folded = ir.Value(name=name, shape=wide.shape, type=wide.type, const_value=lazy)
         ir.convenience.replace_all_uses_with(wide, folded)
         graph.remove(node, safe=True)
