@@ -352,7 +352,7 @@ def others(key: str, value: str) -> str:
             continue
         if key in types and value in (types[key].choices or ()):
             known.append(f"{name}:{key}={value}")
-    return f"; {value} is what {' and '.join(known)} take" if known else ""
+    return f"; or use {' or '.join(known)}" if known else ""
 
 
 def physical_cores() -> int:

@@ -16,7 +16,8 @@ from core.errors import PreconditionError
 from core.files import read_json, require_disk, sha256_json, write_json
 from core.memory import require_memory
 from export.calibrate import Calibration, calibration_path, command
-from export.qdq import Scheme, modelopt_version, scheme_of
+from export.modelopt import modelopt_version
+from export.qdq import Scheme, scheme_of
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
@@ -42,7 +43,7 @@ class Quantisation:
         """What scales depend on beside the graph and its weights."""
         from backends.cache import compiler_code
 
-        modules = ("export.qdq", "export.calibrate", "backends.quantised")
+        modules = ("export.modelopt", "export.calibrate", "export.qdq", "backends.quantised")
         return {
             "scheme": self.scheme.name,
             "calibration": self.calibration.hash,
@@ -146,7 +147,7 @@ def disk_need(weight_bytes: int) -> int:
 def _calibrate(job: dict[str, Any]) -> None:
     """Child process."""
     from export.bundle import Bundle
-    from export.qdq import make_scales
+    from export.modelopt import make_scales
 
     bundle = Bundle.open(Path(job["bundle"]))
     graph = bundle.parts["unet"].graph

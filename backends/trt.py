@@ -194,10 +194,13 @@ class TrtBackend(Backend):
         info, version = bundle.parts[part], self.release()
         request = make_request(info, shapes, self.options, version)
         where = self.options["batch"] if request.shapes else f"batch{shapes.batch}"
+        precision = self.options["precision"]
+        quantised = part == "unet" and precision in OLDEST_FOR
+        where = f"{precision}-{where}" if quantised else where
         folder = build_root() / "trtexec" / f"{bundle.path.name}-{part}-{where}"
         timing = folder.parent / "timing.cache"
-        graph, precision = folder / GRAPH, self.options["precision"]
-        if part != "unet" or precision not in OLDEST_FOR:
+        graph = folder / GRAPH
+        if not quantised:
             return [
                 lower_command(info.graph, request.profile, graph),
                 trtexec(request, version, graph, folder / PLAN, timing),

@@ -11,7 +11,7 @@ from backends.base import Capability, UnavailableError
 from backends.nvidia import installed, torch_cuda
 from backends.tensorrt.gpu import Gpu, NoGpu, driver_problem, find_gpu
 from core.errors import PreconditionError
-from export.qdq import modelopt_version
+from export.modelopt import modelopt_version
 
 OLDEST = (10, 1)
 """Activation memory by `set_device_memory(address, size)` came with 10.1."""

@@ -177,7 +177,9 @@ def scales_command(graph: Path, scheme: str, calibration: Path, folder: Path) ->
         json.dumps(text) if index == 1 else f"Path({json.dumps(text)})"
         for index, text in enumerate((str(graph), scheme, str(calibration), str(folder)))
     )
-    code = f"from pathlib import Path; from export.qdq import make_scales; make_scales({asked})"
+    code = (
+        f"from pathlib import Path; from export.modelopt import make_scales; make_scales({asked})"
+    )
     return ["python", "-c", code]
 
 

@@ -19,11 +19,10 @@ from core.files import ROOT
 from export.__main__ import main as export_main
 from export.bundle import Bundle
 from export.calibrate import Calibration
+from export.modelopt import make_scales, modelopt_version
 from export.qdq import (
     SCALES,
     SCHEMES,
-    make_scales,
-    modelopt_version,
     read_scales,
     scheme_of,
     write_scales,
@@ -87,7 +86,7 @@ def test_the_shipped_teacher_in_8_bits(precision: str, tmp_path: Path) -> None:
     )
     assert found.samples == 2 * 4 * 2
     code = (
-        "import sys; from pathlib import Path; from export.qdq import make_scales;"
+        "import sys; from pathlib import Path; from export.modelopt import make_scales;"
         " make_scales(*map(Path, sys.argv[1:2]), sys.argv[2], *map(Path, sys.argv[3:]))"
     )
     scheme = scheme_of(precision).name

@@ -25,14 +25,12 @@ from core.files import ROOT, sha256_file
 from export.bundle import Bundle
 from export.calibrate import Origin, save
 from export.lower import CPU, Profile, lower
+from export.modelopt import calibration_graph, make_scales, modelopt_version
 from export.qdq import (
     SCALES,
     SCHEMES,
     Layer,
-    calibration_graph,
     insert,
-    make_scales,
-    modelopt_version,
     read_scales,
     scheme_of,
     write_scales,
@@ -234,6 +232,7 @@ def test_names_of_the_calibration_graph_are_no_prefix_of_another(
     assert {node.name for node in model.graph.node} == set(names)
     types = {tensor.data_type for tensor in model.graph.initializer}
     assert TensorProto.FLOAT16 not in types
+    assert {path.name for path in tmp_path.iterdir()} == {"fp32.onnx", "fp32.onnx.data"}
     large = [name for name, wanted in names.values() if wanted]
     canonical = {node.name: node for node in ir.load(tiny_bundle.parts["unet"].graph).graph}
     weights = [canonical[name].inputs[1].name or "" for name in large]
@@ -274,7 +273,7 @@ def test_what_is_missing_for_modelopt_is_named(monkeypatch: pytest.MonkeyPatch) 
     def nothing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("export.qdq.version", nothing)
+    monkeypatch.setattr("export.modelopt.version", nothing)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lief" else 1)
     with pytest.raises(PreconditionError) as caught:
         modelopt_version()
@@ -312,7 +311,7 @@ def test_the_double_gives_what_modelopt_gives(
         (tmp_path / name).mkdir()
         code = (
             f"import sys; sys.path[:0] = {[*paths, str(ROOT)]}; from pathlib import Path;"
-            f" from export.qdq import make_scales; make_scales(Path({str(info.graph)!r}),"
+            f" from export.modelopt import make_scales; make_scales(Path({str(info.graph)!r}),"
             f" {scheme!r}, Path({str(tmp_path / 'samples.safetensors')!r}),"
             f" Path({str(tmp_path / name)!r}))"
         )
