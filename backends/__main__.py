@@ -72,6 +72,8 @@ def list_backends() -> int:
         for key, option in backend.option_types.items() if backend else ():
             values = f" ({', '.join(option.choices)})" if option.choices else ""
             print(f"{'':<10} :{key}={option.default}  {option.help}{values}")
+        for line in backend.lacks() if backend else ():
+            print(f"{'':<10} {line}")
     return EXIT_OK
 
 

@@ -170,13 +170,13 @@ class Backend(ABC):
                 raise PreconditionError(
                     f"backend {self.name} has no option {key!r}",
                     f"its options: {', '.join(self.option_types) or 'none'}",
-                    f"write --backend {self.name}:key=value with one of these",
+                    f"write --backend {self.name}:key=value with one of these{others(key, value)}",
                 )
             if known.choices is not None and value not in known.choices:
                 raise PreconditionError(
                     f"{self.name}:{key}={value} is not a value of this option",
                     f"it takes: {', '.join(known.choices)}",
-                    f"write --backend {self.name}:{key}={known.choices[0]}",
+                    f"write --backend {self.name}:{key}={known.choices[0]}{others(key, value)}",
                 )
         self.given = dict(sorted(given.items()))
         """The options as the user wrote them, sorted: part of a cell's name."""
@@ -230,7 +230,8 @@ class Backend(ABC):
         """What an artifact depends on beside graph, profile and options: compiler version, ISA."""
 
     def depends_on(self, bundle: Bundle, part: str) -> Mapping[str, str]:
-        """What of the bundle an artifact depends on beside the graph and weights of its part."""
+        """What an artifact depends on beside the graph and weights of its part, where it is
+        quantised: the rest of the bundle, a scheme, its scales."""
         return {}
 
     def compile_options(self) -> Mapping[str, str]:
@@ -284,6 +285,10 @@ class Backend(ABC):
         None for backends that have none but `dry_run`, part by part.
         """
         return None
+
+    def lacks(self) -> list[str]:
+        """Values of options that cannot be used here though the backend can: why, what to do."""
+        return []
 
     def remark(self, artifact: Artifact) -> str:
         """What else is known of a compiled part, for a person; "" where nothing is."""
@@ -360,6 +365,22 @@ def parse_backend(text: str) -> Backend:
             "install what is missing, or pick another backend",
         ) from error
     return backend(options)
+
+
+def others(key: str, value: str) -> str:
+    """Which backends do take `key=value`, as the end of a sentence; "" where none does."""
+    from backends import BACKENDS
+
+    known = []
+    for name, place in BACKENDS.items():
+        module, _, cls = place.partition(":")
+        try:
+            types = getattr(importlib.import_module(module), cls).option_types
+        except (ImportError, AttributeError):  # not importable here, or made by a function
+            continue
+        if key in types and value in (types[key].choices or ()):
+            known.append(f"{name}:{key}={value}")
+    return f"; or use {' or '.join(known)}" if known else ""
 
 
 def physical_cores() -> int:

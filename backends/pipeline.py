@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ from export.models import CONTEXT_PART
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+Given = TypeVar("Given", bound=Session)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
 
 
@@ -140,6 +141,11 @@ class Pipeline:
             self._sessions[part] = self.backend.load(self.bundle, self._artifact(part))
             self._loading_ns += time.perf_counter_ns() - started
         return self._sessions[part]
+
+    def put(self, part: str, session: Given) -> Given:
+        """Run `part` by another session from now on; returns it. Close the old one first."""
+        self._sessions[part] = session
+        return session
 
     def _release(self) -> None:
         """In low memory: give back what is loaded, for the next part to be alone."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from backends.base import UnavailableError, UnsupportedError, parse_backend
 
-INTEGERS = ("int8", "int4")
+QUANTISED = ("fp8", "int8", "int4")
 """Dtypes of stored weights that are quantised."""
 RANDOM_WORDS = (
-    "integers in place of random weights: that the image is the reference's shows that the kernels"
-    " compute what they should. It says little of the precision: random numbers have none of the"
-    " outliers of trained weights, and the prompt hardly changes their image"
+    "8 or 4 bits in place of random weights: that the image is the reference's shows that the"
+    " kernels compute what they should. It says little of the precision: random numbers have none"
+    " of the outliers of trained weights, and the prompt hardly changes their image"
 )
 
 

@@ -6,10 +6,17 @@ No GPU was at hand when this was written. What ran on a CPU: every line of it ag
 of TensorRT's API, and that double against NVIDIA's type stubs; all calls against those stubs and
 against the sources of the Python bindings from 10.1 to 11.1. What did not run: TensorRT itself. So
 whether its parser takes every node, whether a capture works, and any speed are still to be seen.
+
+`precision=fp8` and `int8`: Q/DQ pairs around the UNet's large layers (export/qdq.py), what else
+there is stays FP16. The pairs are as the sources of NVIDIA's parser want them: a constant, positive
+scale in the dtype of what it scales, a zero point in that of the stored numbers. What they cost in
+accuracy is measured on the CPU (backends/scales_parity.py) and lies beside the plan.
 """
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -27,19 +34,25 @@ from backends.base import (
     Option,
     Session,
     Shapes,
+    UnsupportedError,
 )
+from backends.scales import Quantisation, calibration_file, quantisation, scales
+from backends.scales_parity import PARITY, report
 from backends.tensorrt.gpu import Gpu
 from backends.tensorrt.probe import (
     ATTENTION,
+    OLDEST_FOR,
     capability,
     library_version,
     loaded_version,
+    modelopt_problems,
     release,
     require_gpu,
 )
 from backends.tensorrt.request import (
     GRAPH,
     LOG,
+    PAIRS,
     PLAN,
     RECORD,
     lower_command,
@@ -47,11 +60,14 @@ from backends.tensorrt.request import (
     parse_batch,
     parse_gigabytes,
     profile_for,
+    scales_command,
     trtexec,
 )
 from core.files import build_root, read_json, require_disk, write_json
 from core.memory import give_memory_back, require_memory
+from export.calibrate import command as calibrate_command
 from export.lower import Profile, lower
+from export.qdq import SCALES, insert, scheme_of
 
 if TYPE_CHECKING:
     from backends.pipeline import Pipeline
@@ -88,17 +104,33 @@ class TrtBackend(Backend):
         "version_compatible": Option(
             "0", "plans for other versions of TensorRT too, not as fast", ("0", "1")
         ),
+        "precision": Option(
+            "auto",
+            "of the UNet's large layers (auto: the graph's dtype); fp8 and int8 by nvidia-modelopt"
+            " from a calibration file, not run on hardware",
+            ("auto", "fp16", "fp8", "int8"),
+        ),
+        "calibration": Option(
+            "auto", "the file (auto: where `python -m backends.calibrate` puts the bundle's)"
+        ),
     }
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
         parse_batch(self.options["batch"])  # refused before work starts
         parse_gigabytes(self.options["workspace"])
+        check_precision(self.options)
         self._cuda: CudaDevice | None = None
         self._scratch: dict[str, Scratch] = {}
 
     def probe(self) -> Capability:
-        return capability(self.summary)
+        return capability(self.summary, self.options["precision"])
+
+    def lacks(self) -> list[str]:
+        return [
+            f"precision=fp8 and int8: {problem.why}: {problem.next}"
+            for problem in modelopt_problems()
+        ]
 
     def release(self) -> tuple[int, int]:
         """(10, 14) for 10.14; the newest that is known here where TensorRT is not installed."""
@@ -112,7 +144,12 @@ class TrtBackend(Backend):
         return profile_for(self.release(), options["attention"], parse_batch(options["batch"]))
 
     def precision(self, bundle: Bundle) -> str:
-        return bundle.dtype
+        asked = self.options["precision"]
+        return bundle.dtype if asked == "auto" else asked
+
+    def storage(self, bundle: Bundle) -> str:
+        """Quantised weights are folded: a plan holds the UNet's large layers in 8 bits."""
+        return self.precision(bundle)
 
     def fingerprint(self) -> dict[str, str]:
         gpu = require_gpu()
@@ -123,7 +160,30 @@ class TrtBackend(Backend):
         }
 
     def compile_options(self) -> Mapping[str, str]:
-        return {key: value for key, value in self.options.items() if key != "graph"}
+        """Precision is in `depends_on`: parts that it does not touch share their plans."""
+        elsewhere = ("graph", "precision", "calibration")
+        return {key: value for key, value in self.options.items() if key not in elsewhere}
+
+    def depends_on(self, bundle: Bundle, part: str) -> Mapping[str, str]:
+        asked = self.quantisation(bundle)
+        return asked.key if asked and part == "unet" else {}
+
+    def quantisation(self, bundle: Bundle) -> Quantisation | None:
+        """Scheme and calibration file that the options ask for; None for the graph as it is.
+
+        Raises:
+            PreconditionError: it cannot be had for `bundle`, see `backends.scales.quantisation`.
+        """
+        precision = self.options["precision"]
+        if precision in ("auto", bundle.dtype):
+            return None
+        if precision == "fp16":
+            raise UnsupportedError(
+                f"precision=fp16 does not fit {bundle.path.name}",
+                f"a plan computes in the graph's dtypes, and they are {bundle.dtype} here",
+                f"python -m export --model {bundle.name} --dtype fp16",
+            )
+        return quantisation(bundle, precision, self.options["calibration"])
 
     # ---- building
 
@@ -136,13 +196,28 @@ class TrtBackend(Backend):
         info, version = bundle.parts[part], self.release()
         request = make_request(info, shapes, self.options, version)
         where = self.options["batch"] if request.shapes else f"batch{shapes.batch}"
+        precision = self.options["precision"]
+        quantised = part == "unet" and precision in OLDEST_FOR
+        where = f"{precision}-{where}" if quantised else where
         folder = build_root() / "trtexec" / f"{bundle.path.name}-{part}-{where}"
         timing = folder.parent / "timing.cache"
         graph = folder / GRAPH
+        if not quantised:
+            return [
+                lower_command(info.graph, request.profile, graph),
+                trtexec(request, version, graph, folder / PLAN, timing),
+                ["rm", "-f", str(graph), f"{graph}.data"],
+            ]
+        recorded, scheme = (
+            calibration_file(bundle, self.options["calibration"]),
+            scheme_of(precision),
+        )
         return [
-            lower_command(info.graph, request.profile, graph),
+            [*shlex.split(calibrate_command(bundle)), "--out", str(recorded)],
+            scales_command(info.graph, scheme.name, recorded, folder),
+            lower_command(info.graph, request.profile, graph, folder / SCALES),
             trtexec(request, version, graph, folder / PLAN, timing),
-            ["rm", "-f", str(graph), f"{graph}.data"],
+            ["rm", "-rf", str(graph), f"{graph}.data", str(folder / PAIRS)],
         ]
 
     def timing_cache(self, gpu: Gpu) -> Path:
@@ -159,9 +234,11 @@ class TrtBackend(Backend):
         # The parser's copy and the builder's; not measured.
         require_memory(2 * info.weight_bytes + SMALL, doing)
         request = make_request(info, shapes, self.options, release(version))
+        asked = self.quantisation(bundle) if part == "unet" else None
+        made = scales(bundle, asked) if asked else None
         log, started = Log(folder / LOG), time.perf_counter()
         try:
-            with lowered(bundle, part, request.profile) as graph:
+            with lowered(bundle, part, request.profile, made) as graph:
                 build(request, graph, folder / PLAN, self.timing_cache(gpu), log)
         except BackendError as error:
             kept = build_root() / "logs" / f"trt-{bundle.path.name}-{part}.log"
@@ -179,7 +256,15 @@ class TrtBackend(Backend):
             "driver_cuda": ".".join(map(str, gpu.cuda)),
             "seconds": round(time.perf_counter() - started, 3),
         }
+        if asked and made:
+            record["quantisation"] = asked.key
+            shutil.copy(made / PARITY, folder / PARITY)
         write_json(folder / RECORD, record)
+
+    def remark(self, artifact: Artifact) -> str:
+        """What the CPU made of the quantised UNet, where that is what the plan is of."""
+        record = artifact_folder(artifact) / PARITY
+        return report(read_json(record)) if record.exists() else ""
 
     # ---- running
 
@@ -203,6 +288,7 @@ class TrtBackend(Backend):
         """All stages on the device without waiting in between; by default as one CUDA graph."""
         from backends.captured import DevicePipeline
 
+        self.quantisation(bundle)  # refused before a plan is built
         whole = self.options["graph"] == "image"
         return DevicePipeline(self, bundle, decoder, shapes, capture=whole, **rest)
 
@@ -236,17 +322,44 @@ class TrtBackend(Backend):
 
 
 @contextmanager
-def lowered(bundle: Bundle, part: str, profile: Profile) -> Iterator[Path]:
+def lowered(
+    bundle: Bundle, part: str, profile: Profile, scales: Path | None = None
+) -> Iterator[Path]:
     """The graph of `part` in the form of `profile`, for as long as the block runs.
 
     The same each time, with the same names of weights: what a stripped plan is refitted from.
+
+    Args:
+        scales: folder of those that it is quantised with.
     """
     root = build_root()
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".lowered-") as folder:
-        graph = Path(folder) / GRAPH
-        lower(bundle.parts[part].graph, profile, graph)
+        graph, source = Path(folder) / GRAPH, bundle.parts[part].graph
+        if scales is not None:
+            source = Path(folder) / PAIRS / GRAPH
+            insert(bundle.parts[part].graph, scales / SCALES, source)
+        lower(source, profile, graph)
         yield graph
+
+
+def check_precision(options: Mapping[str, str]) -> None:
+    """Refuse what goes with no quantised plan, before work starts."""
+    precision = options["precision"]
+    if precision not in OLDEST_FOR:
+        return
+    if options["refit"] == "1":
+        raise UnsupportedError(
+            f"trt:refit=1 does not go with precision={precision}",
+            "TensorRT folds the quantised weights into its plan, and not one for one from the file",
+            f"drop refit, or use trt:refit=1 without precision={precision}",
+        )
+    if options["hardware"] == "ampere+" and precision == "fp8":
+        raise UnsupportedError(
+            "trt:hardware=ampere+ does not go with precision=fp8",
+            "Ampere has no FP8 arithmetic (compute capability 8.9 has it)",
+            "drop hardware, or use trt:hardware=ampere+,precision=int8",
+        )
 
 
 def artifact_folder(artifact: Artifact) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backends.precision import INTEGERS, RANDOM_WORDS
+from backends.precision import QUANTISED, RANDOM_WORDS
 from bench.cell import Cell
 from bench.columns import (
     COLUMNS,
@@ -81,7 +81,7 @@ def quality_words(lines: Sequence[Line]) -> str:
 
 def says_little(line: Line) -> bool:
     """Whether its image tells little of its precision."""
-    return line.cell.storage in INTEGERS and line.cell.weights == "random"
+    return line.cell.storage in QUANTISED and line.cell.weights == "random"
 
 
 def markdown(target: Run, rows: Sequence[Row], *, brief: bool = False) -> str:

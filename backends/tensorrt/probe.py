@@ -10,6 +10,8 @@ import importlib.util
 from backends.base import Capability, UnavailableError
 from backends.nvidia import installed, torch_cuda
 from backends.tensorrt.gpu import Gpu, NoGpu, driver_problem, find_gpu
+from core.errors import PreconditionError
+from export.modelopt import modelopt_version
 
 OLDEST = (10, 1)
 """Activation memory by `set_device_memory(address, size)` came with 10.1."""
@@ -19,6 +21,8 @@ GROUP_NORM = (10, 9)
 """The ONNX parser takes GroupNormalization as opset 21 has it (its changelog, 10.9)."""
 OLDEST_GPU = (7, 5)
 """Turing: the oldest architecture that TensorRT 11 supports."""
+OLDEST_FOR = {"fp8": (8, 9), "int8": OLDEST_GPU}
+"""Compute capability that a precision needs: Ada has the first FP8 tensor cores."""
 PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 INSTALL = (
     "pip install --extra-index-url https://pypi.nvidia.com tensorrt-cu13 (tensorrt-cu12 where torch"
@@ -43,14 +47,20 @@ def library_version() -> str | None:
     return next((text for package in PACKAGES if (text := installed(package))), "unknown")
 
 
-def capability(summary: str) -> Capability:
-    """Usable here? If not, everything that is missing, and how to get each."""
+def capability(summary: str, precision: str = "auto") -> Capability:
+    """Usable here? If not, everything that is missing, and how to get each.
+
+    Args:
+        precision: fp8 and int8 ask for more than a plan in the graph's own dtypes.
+    """
     problems: list[NoGpu] = []
     library, gpu = library_version(), find_gpu()
     if isinstance(gpu, NoGpu):
         problems.append(gpu)
     else:
-        problems += _gpu_problems(gpu)
+        problems += _gpu_problems(gpu, precision)
+    if precision in OLDEST_FOR:
+        problems += modelopt_problems()
     if library is None:
         problems.append(NoGpu("the package tensorrt is missing", INSTALL))
     elif library != "unknown" and release(library) < OLDEST:
@@ -75,14 +85,30 @@ def numbered(steps: list[str]) -> str:
     return "; ".join(f"({number}) {step}" for number, step in enumerate(steps, start=1))
 
 
-def _gpu_problems(gpu: Gpu) -> list[NoGpu]:
+def modelopt_problems() -> list[NoGpu]:
+    """What a calibrated precision lacks here beside the GPU."""
+    try:
+        modelopt_version()
+    except PreconditionError as error:
+        return [NoGpu(error.what, error.next)]
+    return []
+
+
+def _gpu_problems(gpu: Gpu, precision: str) -> list[NoGpu]:
     problems = []
+    needed = OLDEST_FOR.get(precision, OLDEST_GPU)
+    if OLDEST_GPU <= gpu.capability < needed:
+        why = (
+            f"{gpu.name} has compute capability {gpu.architecture}, and {precision.upper()} needs"
+            f" {'.'.join(map(str, needed))} (Ada, Hopper or newer)"
+        )
+        problems.append(NoGpu(why, "use trt:precision=int8, or trt without it for FP16"))
     if gpu.capability < OLDEST_GPU:
         oldest = ".".join(map(str, OLDEST_GPU))
         why = f"{gpu.name} has compute capability {gpu.architecture}, TensorRT needs {oldest}"
         problems.append(NoGpu(why, "use a GPU of the Turing generation or newer"))
-    needed = [cuda for cuda in (12, 13) if installed(f"tensorrt-cu{cuda}-libs")]
-    newest = max([*needed, torch_cuda() or 0])
+    libraries = [cuda for cuda in (12, 13) if installed(f"tensorrt-cu{cuda}-libs")]
+    newest = max([*libraries, torch_cuda() or 0])
     too_old = driver_problem(gpu, newest)
     return [*problems, too_old] if too_old else problems
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from export.bundle import PartInfo, Spec
 
 PLAN, LOG, RECORD, GRAPH = "model.plan", "build.log", "plan.json", "model.onnx"
+PAIRS = "pairs"
+"""Folder of the canonical graph with Q/DQ pairs, on its way to the lowered one."""
 
 
 @dataclass(frozen=True)
@@ -147,16 +149,36 @@ def ranges(
     }
 
 
-def lower_command(graph: Path, profile: Profile, out: Path) -> list[str]:
-    """Writes the graph in the form that `trtexec` is to read."""
+def lower_command(
+    graph: Path, profile: Profile, out: Path, scales: Path | None = None
+) -> list[str]:
+    """Writes the graph in the form that `trtexec` is to read, with the Q/DQ pairs of `scales`."""
     asked = ", ".join(
         f"{field.name}={json.dumps(value)}"
         for field in fields(profile)
         if (value := getattr(profile, field.name)) != field.default
     )
+
+    def path(of: Path) -> str:
+        return f"Path({json.dumps(str(of))})"
+
+    code = "from pathlib import Path; from export.lower import Profile, lower; "
+    if scales is not None:
+        pairs = out.parent / PAIRS / out.name
+        code += f"from export.qdq import insert; insert({path(graph)}, {path(scales)}, "
+        code += f"{path(pairs)}); "
+        graph = pairs
+    return ["python", "-c", code + f"lower({path(graph)}, Profile({asked}), {path(out)})"]
+
+
+def scales_command(graph: Path, scheme: str, calibration: Path, folder: Path) -> list[str]:
+    """Calibrates the scales that `lower_command` takes."""
+    asked = ", ".join(
+        json.dumps(text) if index == 1 else f"Path({json.dumps(text)})"
+        for index, text in enumerate((str(graph), scheme, str(calibration), str(folder)))
+    )
     code = (
-        "from pathlib import Path; from export.lower import Profile, lower; "
-        f"lower(Path({json.dumps(str(graph))}), Profile({asked}), Path({json.dumps(str(out))}))"
+        f"from pathlib import Path; from export.modelopt import make_scales; make_scales({asked})"
     )
     return ["python", "-c", code]
 

@@ -72,7 +72,9 @@ def test_mistakes_are_answered(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("module", ["backends", "backends.generate", "export", "bench.sweep"])
+@pytest.mark.parametrize(
+    "module", ["backends", "backends.generate", "backends.calibrate", "export", "bench.sweep"]
+)
 def test_help_is_quick_and_imports_nothing_heavy(module: str) -> None:
     code = (
         "import runpy, sys; sys.argv = ['x', '--help']\n"

@@ -1,0 +1,163 @@
+"""Scales of a calibrated scheme: which a backend is asked for, on what, and the cache that keeps
+them. They are made in a process of their own, and compared on the CPU in another.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends.base import BackendError, UnsupportedError
+from backends.child import run_child, serve
+from core.errors import PreconditionError
+from core.files import read_json, require_disk, sha256_json, write_json
+from core.memory import require_memory
+from export.calibrate import Calibration, calibration_path, command
+from export.modelopt import modelopt_version
+from export.qdq import Scheme, scheme_of
+
+if TYPE_CHECKING:
+    from export.bundle import Bundle
+
+SMALL = 2**29
+"""Bytes of a calibration beside the weights: torch, which modelopt imports, and onnxruntime."""
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """A scheme on the tensors of a calibration file, for one bundle.
+
+    Attributes:
+        modelopt: its version.
+    """
+
+    scheme: Scheme
+    calibration: Calibration
+    modelopt: str
+
+    @cached_property
+    def key(self) -> dict[str, str]:
+        """What scales depend on beside the graph and its weights."""
+        from backends.cache import compiler_code
+
+        modules = ("export.modelopt", "export.calibrate", "export.qdq", "backends.scales_parity")
+        return {
+            "scheme": self.scheme.name,
+            "calibration": self.calibration.hash,
+            "modelopt": self.modelopt,
+            "scales_code": sha256_json([compiler_code(module) for module in modules]),
+        }
+
+
+def calibration_file(bundle: Bundle, file: str) -> Path:
+    """The path that `file` names; `auto` is where `python -m backends.calibrate` puts it."""
+    return calibration_path(bundle) if file == "auto" else Path(file)
+
+
+def quantisation(bundle: Bundle, precision: str, file: str) -> Quantisation:
+    """What `precision` (fp8, int8) asks for of `bundle`, checked before any work.
+
+    Args:
+        file: see `calibration_file`.
+
+    Raises:
+        PreconditionError: modelopt or the calibration file is missing, or the file is damaged or
+            of another model.
+        UnsupportedError: the bundle is not FP16.
+    """
+    if bundle.dtype != "fp16":
+        raise UnsupportedError(
+            f"precision={precision} does not fit {bundle.path.name}",
+            f"what is not {precision.upper()} stays as the graph has it, and that is {bundle.dtype}"
+            " in this bundle: slower than an FP16 one without",
+            f"export it with --dtype fp16: python -m export --model {bundle.name} --dtype fp16",
+        )
+    path = calibration_file(bundle, file)
+    if bundle.weights == "random" and not path.exists():
+        raise PreconditionError(
+            f"precision={precision} on {bundle.path.name}, whose weights are random",
+            "scales follow what a trained model computes; those of random weights are good for"
+            f" timing and say nothing of an image. There is no file {path}",
+            f"use trained weights, or record it all the same: {command(bundle)}",
+        )
+    found = Calibration.open(path, command(bundle))
+    found.require(bundle)
+    return Quantisation(scheme_of(precision), found, modelopt_version())
+
+
+def scales(bundle: Bundle, asked: Quantisation) -> Path:
+    """The folder with the scales of `bundle`'s UNet and what the CPU makes of them, cached."""
+    from backends.cache import ArtifactCache
+
+    key = sha256_json({"graph": bundle.parts["unet"].hash} | asked.key)[:24]
+    label = f"{bundle.name} unet {asked.scheme.name} scales"
+    path, _ = ArtifactCache().get_or_make(key, label, lambda folder: _make(bundle, asked, folder))
+    return path
+
+
+def _make(bundle: Bundle, asked: Quantisation, folder: Path) -> None:
+    from backends.scales_parity import PARITY, report
+
+    info, name = bundle.parts["unet"], asked.scheme.name
+    doing = f"calibrating {bundle.name} unet for {name}"
+    need = memory_need(info.weight_bytes)
+    require_disk(folder, disk_need(info.weight_bytes), doing)
+    require_memory(need, doing)
+    print(f"{doing} on {asked.calibration.samples} samples", file=sys.stderr, flush=True)
+    job = {
+        "bundle": str(bundle.path),
+        "scheme": name,
+        "calibration": str(asked.calibration.path.absolute()),
+        "folder": str(folder),
+    }
+    run_child(
+        "backends.scales",
+        job,
+        folder,
+        doing=doing,
+        need_bytes=need,
+        advice="the versions that were seen to work are pinned in constraints.txt",
+    )
+    doing = f"comparing {bundle.name} unet in {name} with the UNet as it is"
+    try:
+        run_child(
+            "backends.scales_parity",
+            job,
+            folder,
+            doing=doing,
+            need_bytes=need,
+            advice="free memory",
+        )
+    except BackendError as error:  # the scales are good without it; who reads them is told
+        write_json(folder / PARITY, {"scheme": name, "skipped": f"{error.what}: {error.why}"})
+    print(report(read_json(folder / PARITY)), file=sys.stderr, flush=True)
+
+
+def memory_need(weight_bytes: int) -> int:
+    """Peak bytes of a calibration by modelopt 0.47, which holds the FP32 graph several times.
+
+    Fitted to graphs with 42 and 294 MB of FP16 weights (1.2 and 5.4 GB); SDXL's UNet: 88 GB.
+    """
+    return 17 * weight_bytes + SMALL
+
+
+def disk_need(weight_bytes: int) -> int:
+    """Bytes that it writes meanwhile, fitted to the same graphs (0.5 and 2.8 GB)."""
+    return 10 * weight_bytes + SMALL
+
+
+def _calibrate(job: dict[str, Any]) -> None:
+    """Child process."""
+    from export.bundle import Bundle
+    from export.modelopt import make_scales
+
+    bundle = Bundle.open(Path(job["bundle"]))
+    graph = bundle.parts["unet"].graph
+    make_scales(graph, job["scheme"], Path(job["calibration"]), Path(job["folder"]))
+
+
+if __name__ == "__main__":
+    serve(_calibrate)

@@ -1,0 +1,1 @@
+"""Part of a test double of nvidia-modelopt."""

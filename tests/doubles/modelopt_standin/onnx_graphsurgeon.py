@@ -1,0 +1,1 @@
+"""A test double: only that it can be found matters."""
