@@ -44,7 +44,7 @@ image: export
 	$(PY) -m backends.generate '$(PROMPT)' --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --out '$(OUT)'
 
 test: $(READY)
-	$(PY) -m pytest -m 'not slow'
+	$(PY) -m pytest -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(READY)
 	$(PY) -m pytest -m slow

@@ -54,8 +54,8 @@ def compare(bundle: Bundle, scales: Path, origin: Origin, threads: str = "auto")
     import torch
 
     from backends.calibrate import Recorder
+    from backends.gate import image_distance
     from backends.ort import OrtBackend
-    from backends.parity import image_distance
     from backends.recipe import make_recipe
     from export.qdq import read_scales
 

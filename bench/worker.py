@@ -210,7 +210,7 @@ class Worker:
 
         References are of the model's own recipe; how guidance is computed changes no image.
         """
-        from backends.parity import gate_for, image_distance
+        from backends.gate import gate_for, image_distance
         from backends.recipe import make_recipe
 
         key, own = (cell.decoder, cell.steps), make_recipe(self.bundle)

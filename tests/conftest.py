@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 from core.files import ROOT
@@ -18,6 +19,11 @@ from export.bundle import Bundle
 # A shell's background jobs ignore Ctrl-C, and so would all that the tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Tests in parallel: a core each, that their threads do not wait for one another's.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    allowed = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})
 
 # A deadline would judge the machine, not the code: first calls import libraries.
 settings.register_profile("addbench", deadline=None)
@@ -31,7 +37,7 @@ def _key(folder: Path) -> str:
              "tokenizer")  # fmt: skip
     files = [ROOT / "export" / f"{name}.py" for name in names]
     # The parity record and the reference images come from these.
-    judges = ("conditioning", "parity", "pipeline", "recipe", "torch", "watch", "ort")
+    judges = ("conditioning", "gate", "parity", "pipeline", "recipe", "torch", "watch", "ort")
     files += [ROOT / "backends" / f"{name}.py" for name in judges]
     own = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors"))
     for file in [*files, *own]:
@@ -46,7 +52,9 @@ def _kept(model: str, weights: str, folder: Path) -> Bundle:
     root = Path(os.environ.get("ADDBENCH_TEST_BUNDLES") or ROOT / "build" / "test")
     target = root / f"{model}-{weights}-fp16-{_key(folder)}"
     asked = ["--model", model, "--weights", weights, "--dtype", "fp16"]
-    assert export_main([*asked, "--out", str(target)]) == 0
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{target.name}.lock"):
+        assert export_main([*asked, "--out", str(target)]) == 0
     return Bundle.open(target)
 
 

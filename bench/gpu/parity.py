@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.parity import GATES, SEED, seeded_inputs
+from backends.gate import GATES
+from backends.parity import SEED, seeded_inputs
 from bench.gpu.checks import Job, Result
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 
 from backends.base import OutOfMemoryError, Shapes, UnsupportedError, parse_backend
 from backends.captured import DevicePipeline
-from backends.parity import image_distance
+from backends.gate import image_distance
 from backends.pipeline import Pipeline
 from backends.recipe import Recipe
 from core.errors import AddbenchError

@@ -13,7 +13,7 @@ import torch
 from backends.__main__ import main
 from backends.base import Shapes, UnsupportedError, parse_backend
 from backends.cache import ArtifactCache
-from backends.parity import image_distance
+from backends.gate import image_distance
 from backends.pipeline import Pipeline, load_pipeline
 from backends.recipe import Recipe
 from core.cli import run as shell

@@ -10,7 +10,7 @@ import torch
 
 from backends import BACKENDS
 from backends.base import BackendError, Shapes, UnavailableError, each_backend, parse_backend
-from backends.parity import gate_for, image_distance
+from backends.gate import gate_for, image_distance
 from backends.pipeline import Pipeline, load_pipeline
 from core.errors import PreconditionError
 from export.bundle import Bundle

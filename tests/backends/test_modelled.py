@@ -320,8 +320,8 @@ def test_images_are_near_the_reference_and_made_once(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second card, and the second split, take them from the cache: no session is opened."""
+    from backends.gate import gate_for, image_distance
     from backends.modelled import pipeline
-    from backends.parity import gate_for, image_distance
 
     other = secrets.randbelow(2**62)  # so no earlier run has made it
     references = tiny_bundle.references()

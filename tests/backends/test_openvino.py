@@ -20,7 +20,7 @@ from backends.base import (
 )
 from backends.cache import ArtifactCache
 from backends.child import compile_peak_mb
-from backends.parity import GATES, gate_for, image_distance
+from backends.gate import GATES, gate_for, image_distance
 from backends.pipeline import load_pipeline
 from core.errors import PreconditionError
 from export.bundle import Bundle

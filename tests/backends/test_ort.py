@@ -11,7 +11,7 @@ import pytest
 
 from backends import ort
 from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
-from backends.parity import gate_for, image_distance
+from backends.gate import gate_for, image_distance
 from backends.pipeline import load_pipeline
 from core.errors import PreconditionError
 from export.bundle import Bundle

@@ -13,14 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.parity import (
-    FP16_MAX,
-    GATES,
-    ImageDistance,
-    gate_for,
-    image_distance,
-    verdict,
-)
+from backends.gate import GATES, ImageDistance, gate_for, image_distance
+from backends.parity import FP16_MAX, verdict
 from backends.pipeline import load_pipeline
 from backends.watch import Watch
 from core.errors import AddbenchError

@@ -32,7 +32,7 @@ from backends.cache import ENTRY
 from backends.cloud_ai import probe, runtimes
 from backends.cloud_ai.compiler import FlagError
 from backends.cloud_ai.session import DeviceLostError
-from backends.parity import gate_for, image_distance
+from backends.gate import gate_for, image_distance
 from backends.pipeline import load_pipeline
 from backends.qaic import QaicBackend
 from bench.cell import Cell

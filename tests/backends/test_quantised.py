@@ -17,8 +17,9 @@ from backends import ort
 from backends.__main__ import main as backends_main
 from backends.base import Artifact, BackendError, Shapes, UnsupportedError, parse_backend
 from backends.cache import ArtifactCache
+from backends.gate import GATES, gate_for, image_distance
 from backends.generate import main as generate_main
-from backends.parity import GATES, gate_for, image_distance, record_name, report
+from backends.parity import record_name, report
 from backends.pipeline import load_pipeline
 from backends.precision import RANDOM_WORDS, with_precision
 from backends.quantised import RECORD

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from backends.base import Shapes, UnsupportedError, parse_backend
 from backends.conditioning import guidance_embedding
-from backends.parity import image_distance
+from backends.gate import image_distance
 from backends.pipeline import Pipeline
 from backends.recipe import Recipe, check_steps, make_recipe
 from core.errors import PreconditionError

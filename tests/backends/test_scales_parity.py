@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from backends.calibrate import record
+from backends.gate import GATES
 from backends.ort import OrtBackend
-from backends.parity import GATES
 from backends.scales import disk_need, memory_need
 from backends.scales_parity import compare, report
 from core.errors import PreconditionError

@@ -26,7 +26,7 @@ from backends.base import (
     UnsupportedError,
     parse_backend,
 )
-from backends.parity import gate_for, image_distance
+from backends.gate import gate_for, image_distance
 from backends.pipeline import Pipeline, load_pipeline
 from core.errors import PreconditionError
 from core.files import ROOT

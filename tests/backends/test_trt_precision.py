@@ -27,8 +27,8 @@ from backends.__main__ import main
 from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
 from backends.cache import ArtifactCache
 from backends.calibrate import record
+from backends.gate import GATES, gate_for, image_distance
 from backends.ort import OrtBackend
-from backends.parity import GATES, gate_for, image_distance
 from backends.pipeline import load_pipeline
 from backends.tensorrt import probe
 from core.cli import run as shell
