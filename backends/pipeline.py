@@ -95,8 +95,10 @@ class Pipeline:
         return sum(artifact.compile_s for artifact in self.artifacts.values())
 
     @property
-    def compile_cached(self) -> bool:
-        return all(artifact.cached for artifact in self.artifacts.values())
+    def compile_cached(self) -> bool | None:
+        """Whether all was found compiled; None where the backend keeps nothing compiled."""
+        kept = [artifact.cached for artifact in self.artifacts.values() if artifact.path]
+        return all(kept) if kept else None
 
     @property
     def load_s(self) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bench.plot import COLOURS, SHAPES, STYLE, save, scale_of
@@ -20,33 +21,40 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Point = tuple[int, float, float, float | None]
-"""Steps, median latency of one image in ms, share of captions all right, FID."""
+Point = tuple[int, float, float]
+"""Steps, median latency of one image in ms, share of captions all right."""
 
 
 def series_of(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Point]]:
-    """What is judged and ok, by everything but steps; points by steps.
+    """What is judged and ok, by everything but steps; a point per step count over all rounds.
 
     Raises:
         PreconditionError: no row was judged, or runs of several machines are mixed.
     """
-    found: dict[tuple[str, ...], list[Point]] = {}
+    judged: dict[tuple[str, ...], dict[int, list[Row]]] = {}
     for row in rows:
-        quality = row["quality"]
-        if not is_timed(row) or not quality:
+        if not is_timed(row) or not row["quality"]:
             continue
         backend = row["backend"] + (f":{row['options']}" if row["options"] else "")
         key = (row["model"], backend, row["precision"], row["decoder"])
-        latency = row["median_ms"] / row["batch"]
-        point = (row["steps"], latency, quality["all"], quality.get("fid_shapes"))
-        found.setdefault(key, []).append(point)
-    if not found:
+        judged.setdefault(key, {}).setdefault(row["steps"], []).append(row)
+    if not judged:
         raise PreconditionError(
             "no row says anything of quality",
             "the sweep was run without --quality, or no cell was ok",
             "python -m bench.sweep --quality",
         )
-    return {key: sorted(points) for key, points in found.items()}
+    return {
+        key: [
+            (
+                steps,
+                median(row["median_ms"] / row["batch"] for row in rounds),
+                median(row["quality"]["all"] for row in rounds),
+            )
+            for steps, rounds in sorted(by_steps.items())
+        ]
+        for key, by_steps in judged.items()
+    }
 
 
 def figure(rows: Sequence[Row], machine: str) -> Figure:
@@ -78,7 +86,7 @@ def figure(rows: Sequence[Row], machine: str) -> Figure:
             shares = [100 * point[2] for point in points]
             left.plot([point[1] / unit_ms for point in points], shares, label=label, **look)
             right.plot([point[0] for point in points], shares, **look)
-            for steps, latency, share, _ in points:
+            for steps, latency, share in points:
                 left.annotate(f"{steps}", (latency / unit_ms, 100 * share), xytext=(5, -11),
                               textcoords="offset points", fontsize=8, color=colour)  # fmt: skip
         frame(left, f"latency of one image ({unit})", "Against latency; numbers: steps")

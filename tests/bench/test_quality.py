@@ -73,8 +73,9 @@ def row(model: str, steps: int, latency: float, share: float | None) -> dict[str
 
 def test_the_plot_has_a_line_per_model_with_points_by_steps() -> None:
     rows = [row("turbo", 4, 80.0, 0.9), row("turbo", 1, 30.0, 0.8), row("teacher", 50, 999.0, 0.95)]
+    rows += [row("turbo", 1, latency, 0.8) for latency in (40.0, 200.0)]  # other rounds
     found = series_of(rows)
-    assert found["turbo", "ort", "fp32", "taesd"] == [(1, 15.0, 0.8, None), (4, 40.0, 0.9, None)]
+    assert found["turbo", "ort", "fp32", "taesd"] == [(1, 20.0, 0.8), (4, 40.0, 0.9)]
     drawn = figure(rows, "a machine")
     assert [len(axes.lines) for axes in drawn.axes] == [2, 2]
 
