@@ -8,8 +8,8 @@ make the large ones integers (backends/quantised).
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ from backends.base import (
 )
 from backends.child import run_child, serve
 from core.files import require_disk
-from core.memory import require_memory
+from core.memory import drop_cached, reading_ahead, require_memory
 from export.bundle import Spec
 from export.lower import CPU, Profile, lower
 from export.models import CONTEXT_PART
@@ -261,16 +261,20 @@ class OrtBackend(Backend):
             return self._load_plain(bundle, artifact.part)
         if path is None:
             raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
-        if self.options["prepack"] == "0":  # mapped weights are the system's to drop
+        weights, mapped = path / f"{MODEL}.data", self.options["prepack"] == "1"
+        if not mapped:  # mapped weights are the system's to drop
             need = sum(file.stat().st_size for file in path.glob(f"{MODEL}*"))
             require_memory(need, f"loading {bundle.name} {artifact.part}")
         try:
-            session = OrtSession(open_session(path / MODEL, self.options), bundle, artifact.part)
+            with contextlib.nullcontext() if mapped else reading_ahead(weights):
+                opened = open_session(path / MODEL, self.options)
         except Exception as error:
             raise translate(error, f"loading {artifact.part}") from error
-        if self.options["prepack"] == "1":
-            forget_unmapped(path / f"{MODEL}.data")
-        return session
+        if mapped:
+            # Those are the plain weights, read once and as large as the mapped ones: on a machine
+            # with 24 GB they push SDXL's mapped weights out, and the first images wait for disk.
+            drop_cached(weights)
+        return OrtSession(opened, bundle, artifact.part)
 
     def _load_plain(self, bundle: Bundle, part: str) -> Session:
         """A session that optimises the bundle's graph itself, each time it is made.
@@ -309,17 +313,6 @@ def open_session(model: Path, options: Mapping[str, str]) -> Any:
 
     made = session_options(options, optimise=False)
     return onnxruntime.InferenceSession(str(model), made, ["CPUExecutionProvider"])
-
-
-def forget_unmapped(file: Path) -> None:
-    """Drop from the page cache what loading read and the session does not map.
-
-    Those are the plain weights, read once and as large as the mapped ones: on a machine with
-    24 GB they push SDXL's mapped weights out, and the first images wait for the disk.
-    """
-    if file.exists():
-        with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
