@@ -62,7 +62,7 @@ def figure(rows: Sequence[Row], machine: str) -> Figure:
     from matplotlib.figure import Figure
 
     found = series_of(rows)
-    models = list(dict.fromkeys(key[0] for key in found))
+    kinds = list(dict.fromkeys(key[:2] for key in found))
     unit_ms, unit = scale_of(max(point[1] for points in found.values() for point in points))
     with style.context(STYLE):
         drawn = Figure(figsize=(9.6, 4.6 + 0.2 * len(found)))
@@ -76,7 +76,8 @@ def figure(rows: Sequence[Row], machine: str) -> Figure:
         drawn.subplots_adjust(left=0.07, right=0.98, top=1 - 1.0 / height, wspace=0.2,
                               bottom=(0.75 + 0.2 * len(found)) / height)  # fmt: skip
         for key, points in found.items():
-            colour = COLOURS[models.index(key[0]) % len(COLOURS)]
+            kind = kinds.index(key[:2])
+            colour = COLOURS[kind % len(COLOURS)]
             marker, dash = SHAPES.get(key[3], ("s", ":"))
             look: dict[str, Any] = {
                 "color": colour, "marker": marker, "linestyle": dash, "linewidth": 1.5,
@@ -87,7 +88,9 @@ def figure(rows: Sequence[Row], machine: str) -> Figure:
             left.plot([point[1] / unit_ms for point in points], shares, label=label, **look)
             right.plot([point[0] for point in points], shares, **look)
             for steps, latency, share in points:
-                left.annotate(f"{steps}", (latency / unit_ms, 100 * share), xytext=(5, -11),
+                above = kind % 2 or share < 0.1
+                left.annotate(f"{steps}", (latency / unit_ms, 100 * share),
+                              xytext=(4, 5 if above else -12),
                               textcoords="offset points", fontsize=8, color=colour)  # fmt: skip
         frame(left, f"latency of one image ({unit})", "Against latency; numbers: steps")
         frame(right, "denoising steps", "Against steps")
@@ -108,7 +111,7 @@ def frame(axes: Axes, label: str, title: str) -> None:
     axes.set_xlabel(label)
     axes.set_ylabel("captions with every attribute right (%)")
     axes.set_title(title, loc="left")
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, 105)
 
 
 def parser() -> Parser:
