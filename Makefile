@@ -16,6 +16,9 @@ PY = $(VENV)/bin/python
 READY = $(VENV)/.ready-$(EXTRA)
 TYPES = $(VENV)/.ready-types
 
+# By way of the environment: a prompt may hold quotes.
+export PROMPT
+
 .PHONY: install env-optimum export sweep image test test-slow lint compare publish publish-check
 
 install: $(READY)
@@ -41,7 +44,7 @@ sweep: export
 	$(PY) -m bench.sweep --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --steps $(STEPS) --batch $(BATCH) --decoder $(DECODER) $(SWEEP_FLAGS)
 
 image: export
-	$(PY) -m backends.generate '$(PROMPT)' --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --out '$(OUT)'
+	$(PY) -m backends.generate "$$PROMPT" --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --out '$(OUT)'
 
 test: $(READY)
 	$(PY) -m pytest -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadfile

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backends.base import Session
+from backends.base import Session, UnsupportedError
+from backends.precision import QUANTISED
 from core.cli import Parser, add_model_arguments, run
 from core.errors import EXIT_OK, PreconditionError
 from export.calibrate import Calibration, Origin, calibration_path, join, save
@@ -113,6 +114,12 @@ def record(
             " timing and say nothing of an image",
             "use trained weights (--weights hub, or a folder), or ask for it: --random-weights",
         )
+    if backend.storage(bundle) in QUANTISED or backend.parts(bundle) != tuple(bundle.parts):
+        raise UnsupportedError(
+            f"{backend.name} with these options is nothing to calibrate on",
+            "scales are of the UNet as the bundle has it, neither quantised nor split",
+            f"use --backend {backend.name}",
+        )
     if kept < 1:
         raise PreconditionError(f"--keep {kept} keeps nothing", "", f"use --keep {KEPT}")
     recipe = make_recipe(bundle, scheduler, guidance)
@@ -139,8 +146,13 @@ def record(
     if out.exists() and not force:
         known = Calibration.open(out)
         known.require(bundle)
-        same = "" if known.origin == origin else ", made another way"
-        say(f"{out} is there already ({known.samples} samples{same}); --force records it again")
+        if known.origin != origin:
+            raise PreconditionError(
+                f"{out} holds another recording",
+                "prompts, seeds, steps, guidance, backend or versions differ",
+                "replace it with --force, or name another file with --out",
+            )
+        say(f"{out} is there already ({known.samples} samples); --force records it again")
         return known
     folder = out.with_name(f".{out.name}.{origin.hash[:16]}")
     files = [folder / f"{number:05d}.safetensors" for number in range(len(prompts))]

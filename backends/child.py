@@ -6,7 +6,6 @@ environment; the module's `__main__` is `serve(work)`.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from typing import Any
 
 from backends.base import BackendError, OutOfMemoryError
 from core.files import ROOT, read_json, write_json
+from core.process import die_with_parent
 
 PEAK = "peak.json"
 HOME_PYTHON = "ADDBENCH_PYTHON"
@@ -67,7 +67,7 @@ def run_child(
     with tempfile.TemporaryFile("w+") as stderr:
         child = subprocess.run(
             [str(python), "-m", module],
-            input=json.dumps(job),
+            input=json.dumps({**job, "parent": os.getpid()}),
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -98,11 +98,13 @@ def compile_peak_mb(artifact: Path) -> float | None:
 
 def serve(work: Callable[[dict[str, Any]], None]) -> None:
     """Child process: do the job on stdin, then say on stdout what memory that took."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
+    die_with_parent()
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    job = json.loads(sys.stdin.read())
+    die_with_parent(job.pop("parent"))
     try:
-        work(json.loads(sys.stdin.read()))
+        work(job)
     except Exception as error:  # the parent shows it; a traceback would bury the reason
         raise SystemExit(f"{type(error).__name__}: {error}") from None
     print(json.dumps({"peak_bytes": peak_bytes()}), file=answer, flush=True)

@@ -25,6 +25,7 @@ from backends.precision import QUANTISED, RANDOM_WORDS
 from core.errors import AddbenchError
 from core.files import ROOT, read_json, write_json
 from core.memory import give_memory_back
+from core.process import die_with_parent
 
 if TYPE_CHECKING:
     import torch
@@ -364,10 +365,9 @@ def report(record: Mapping[str, Any]) -> str:
 
 
 def _child() -> None:
-    import ctypes
     import resource
 
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
+    die_with_parent()
     if os.getppid() == 1:
         raise SystemExit("the parent is gone")
     job = json.loads(sys.stdin.read())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,12 @@ TOKENS = 77
 
 
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
+        raise PreconditionError(
+            f"{prompts!r} is not a prompt",
+            f"it is a {type(prompts).__name__}, prompts are strings",
+            "pass a string, or a list of strings",
+        )
     listed = [prompts] if isinstance(prompts, str) else list(prompts)
     if not listed:
         raise PreconditionError("there is no prompt", "the list is empty", "pass at least one")
@@ -36,7 +43,10 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
 
 
 def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    if isinstance(seed, Sequence):
+        seeds = [_whole(one) for one in seed]
+    else:
+        seeds = [_whole(seed) + i for i in range(count)]
     if len(seeds) != count:
         raise PreconditionError(
             f"{len(seeds)} seeds do not fit {count} prompts",
@@ -44,11 +54,23 @@ def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
             "pass one seed per prompt, or a single integer",
         )
     for one in seeds:
-        if not isinstance(one, int) or not 0 <= one < 2**63:
-            raise PreconditionError(
-                f"{one!r} is not a seed", "a seed is an integer from 0 to 2**63 - 1", "pass one"
-            )
+        if not 0 <= one < 2**63:
+            raise _no_seed(one)
     return seeds
+
+
+def _whole(seed: Any) -> int:
+    """numpy's integers are seeds too."""
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise _no_seed(seed) from None
+
+
+def _no_seed(seed: Any) -> PreconditionError:
+    return PreconditionError(
+        f"{seed!r} is not a seed", "a seed is an integer from 0 to 2**63 - 1", "pass one"
+    )
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:

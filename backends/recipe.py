@@ -84,6 +84,12 @@ def make_recipe(
             "use --guidance-mode batch or --guidance-mode calls",
         )
     if model.guidance_form == "embedding":
+        if scale < 1:
+            raise UnsupportedError(
+                f"{bundle.name} was not made for guidance {scale:g}",
+                "its guidance scale is an input of the UNet, and was at least 1 in training",
+                f"use --guidance {bundle.guidance:g}, the model's own",
+            )
         recipe = Recipe(name, scale, "embedding")
     elif scale <= 1:
         recipe = Recipe(name)
@@ -130,7 +136,7 @@ def check_scheduler(bundle: Bundle, asked: str) -> str:
 def allowed_schedulers(bundle: Bundle) -> list[str]:
     """Class names, the model's own first. Fused LoRA weights may be those of LCM-LoRA."""
     names = [bundle.scheduler_name, *(SCHEDULERS[name] for name in bundle.model.schedulers)]
-    if bundle.loras:
+    if bundle.loras and bundle.model.schedulers:
         names.append(LCM)
     return list(dict.fromkeys(names))
 

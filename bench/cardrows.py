@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from bench.store import MODELLED, NUMERICS, OK
 from core.errors import AddbenchError, PreconditionError
+from core.process import run_apart
 from export.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -152,15 +153,11 @@ def ms(interval: Interval) -> dict[str, float]:
 def figures_apart(cells: Sequence[Cell], bundle: Bundle) -> dict[Cell, Result]:
     """`figures`, in a process of its own where there are graphs to count: the parent of a sweep
     stays small."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
     from bench.unbuilt import Unbuilt
 
     if isinstance(bundle, Unbuilt):
         return figures(cells, None)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(figures, cells, bundle.path).result()
+    return run_apart(figures, cells, bundle.path)
 
 
 def without_worker(

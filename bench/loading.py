@@ -10,12 +10,10 @@ Each runs in a fresh process, in turn; `cold` and `uncached` read the bundle fro
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import resource
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.cli import Parser, add_model_arguments, run
 from core.errors import EXIT_OK, PreconditionError
+from core.process import run_apart
 from export.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -94,11 +93,12 @@ WAYS = {"cold": cold, "uncached": uncached, "warm": warm, "again": again}
 
 
 def one(way: str, path: Path, part: str) -> dict[str, float]:
-    """In a fresh process: seconds, and the peak memory of the process in MB."""
+    """In a fresh process: seconds, and its peak memory in MB, or that of one it compiled in."""
     from export.bundle import Bundle
 
     seconds = WAYS[way](Bundle.open(path), part)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(one).ru_maxrss for one in whose)
     return {"seconds": round(seconds, 2), "peak_memory_mb": round(peak * 1024 / 1e6)}
 
 
@@ -133,8 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(args.rounds):
         for way, results in found.items():
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                results.append(pool.submit(one, way, bundle.path, args.part).result())
+            results.append(run_apart(one, way, bundle.path, args.part))
             print(
                 f"{way}: {results[-1]['seconds']:.1f} s, {results[-1]['peak_memory_mb']} MB",
                 flush=True,

@@ -74,8 +74,8 @@ def publish(target: Run, results: Path) -> Path:
             f"edit it out of {HEADER} or {ROWS}",
         )
     folder = results / "published" / target.name
-    write_json(folder / HEADER, target.header)
     write_atomic(folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
+    write_json(folder / HEADER, target.header)  # last: without one it is no run
     return folder
 
 

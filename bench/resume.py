@@ -41,6 +41,13 @@ def reopen(args: argparse.Namespace) -> Rest:
     from bench.environment import collect, git_state
     from export.bundle import find_bundle
 
+    given = {"--precision": args.precision, "--device": args.device, "--no-images": args.no_images}
+    for flag in (flag for flag, value in given.items() if value):
+        raise PreconditionError(
+            f"{flag} does not go with --resume",
+            "a run goes on with the backends that it began with",
+            f"drop {flag}, or start a new run",
+        )
     old = open_run(args.resume, args.out)
     if "versus" in old.header:
         raise PreconditionError(
@@ -116,6 +123,7 @@ def axis_changes(
         "guidance": plan[0].guidance,
         "guidance_mode": list(dict.fromkeys(cell.guidance_mode for cell in plan)),
         "low_memory": list(dict.fromkeys(cell.low_memory for cell in plan)),
+        "quality": 0,
         **settings.columns(),
     }
     given = {name: getattr(args, name) for name in had}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bench.ceilings import Ceilings
 from core.cli import Parser, add_model_arguments, image_size, run
 from core.errors import EXIT_OK, PreconditionError
+from core.process import run_apart
 from export.models import CONTEXT_PART, DEFAULT_MODEL, MODELS, PARTS
 
 if TYPE_CHECKING:
@@ -181,11 +182,7 @@ def of_row(
 
 def survey_apart(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:
     """`survey` in a process of its own: the parent of a sweep stays small."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(survey, bundle, cells).result()
+    return run_apart(survey, bundle, cells)
 
 
 # ---- the command

@@ -313,11 +313,15 @@ class Versus:
             cells = cells_of(side)
             if survey or any(cell not in self.history for cell in cells):
                 side.header["roofline"] = side.survey()
-            # Cold call and sample, so two calls.
-            calls_s = [self.guess(side, cell, SINGLE).seconds / 2 for cell in cells]
-            if max(calls_s) > long_call_s:
+            if max(self.call_s(side, cell) for cell in cells) > long_call_s:
                 side.settings, side.work = SINGLE, [(cell, 0) for cell in cells]
                 side.header["settings"] = SINGLE.columns()
+
+    def call_s(self, side: Sweep, cell: Cell) -> float:
+        """Seconds of a call, expected."""
+        if cell in self.history:
+            return float(self.history[cell]["median_ms"]) / 1e3
+        return self.guess(side, cell, SINGLE).seconds / 2  # cold call and sample
 
     def guess(self, side: Sweep, cell: Cell, settings: Settings) -> Estimate:
         from bench.plan import estimate

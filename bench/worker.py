@@ -16,10 +16,8 @@ stderr, which the parent sends to a log file.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -33,6 +31,7 @@ from bench.measure import Measurement, PeakMemory, StopRule, inputs_of_call, mea
 from bench.power import Gauge, source_of
 from bench.store import MODELLED, OK, now_utc
 from core.errors import AddbenchError, PreconditionError
+from core.process import die_with_parent
 
 if TYPE_CHECKING:
     from backends.base import Backend
@@ -46,12 +45,6 @@ LAST_STATUSES = ("oom", "failed", "skipped")
 """After one of these the worker ends."""
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory",
              "failed to allocate memory")  # fmt: skip
-PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def take_stdout() -> TextIO:
@@ -317,9 +310,10 @@ def main() -> int:
     die_with_parent()
     stream = take_stdout()
     text = sys.stdin.read()
-    job = json.loads(text) if text else {"parent": None}
-    if os.getppid() != job["parent"]:  # it ended before the kernel was told
+    if not text:
         return 1
+    job = json.loads(text)
+    die_with_parent(job["parent"])
     if job["protocol"] != PROTOCOL:
         print(f"protocol {job['protocol']!r} is not {PROTOCOL}", file=sys.stderr)
         return 2

@@ -311,6 +311,8 @@ def find_bundle(
                 f"drop --size, or export a bundle of that size: --size {size_text(size)}",
             )
         return bundle
+    if weights not in (None, *WEIGHTS_ORDER):  # as export names what comes from a path or an id
+        weights = "folder" if Path(weights).expanduser().is_dir() else "hub"
     for kind in WEIGHTS_ORDER if weights is None else (weights,):
         for one in DTYPES if dtype is None else (dtype,):
             for path in {bundle_path(model, kind, one, asked): 0 for asked in (size, None)}:

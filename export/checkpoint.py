@@ -260,6 +260,13 @@ def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
     reader = Reader(dtype, request.allow_pickle)
     if asked_unet is None and model.unet and (place.kind, place.id) == ("hub", model.checkpoint):
         asked_unet = find_place(model.unet, "--unet", files=True)
+    elif asked_unet is None and model.unet and place.kind != "random":
+        raise CheckpointError(
+            f"{model.name} is a UNet over the rest of {model.checkpoint}, and none was passed",
+            f"the UNet in {place.path or place.id} would be taken for it: where the two have the"
+            " same shapes, nobody would see",
+            f"pass it too: --unet {model.unet}, or a folder or file of it",
+        )
     origins = {}
     if place.kind == "random":
         root, seed = ARCHITECTURES / model.architecture, request.seed or 0
@@ -280,7 +287,11 @@ def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
         source["unet"] = asdict(used)
     loras = [reader.lora(lora) for lora in request.loras]
     if loras:
-        source["loras"] = [used.as_dict() for _, used in loras]
+        # By the name that was asked for: many repositories call their file the same.
+        source["loras"] = [
+            used.as_dict() | {"name": lora.name}
+            for lora, (_, used) in zip(request.loras, loras, strict=True)
+        ]
     for part, asked in (("vae_decoder", request.vae), ("taesd_decoder", request.taesd)):
         name = COMPONENTS[part].folder
         if asked is None and place.kind == "random":

@@ -147,7 +147,11 @@ def read_lora(file: Path, unet: Mapping[str, Any]) -> dict[str, dict[str, Entry]
         ) from error
     odd = [key for key in tensors if re.search("dora|magnitude|hada|lokr|glora", key)]
     settings = json.loads(header.get(METADATA, "{}"))
-    odd += [key for key, value in settings.items() if "rslora" in key and value]
+    odd += [
+        key
+        for key, value in settings.items()
+        if value and key.endswith(("rslora", "alpha_pattern"))
+    ]
     if odd:
         raise CheckpointError(
             f"{file.name} is not plain LoRA",

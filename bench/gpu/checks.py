@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.worker import die_with_parent
 from core.errors import AddbenchError
 from core.files import read_json, write_json
+from core.process import die_with_parent
 
 STAGES = ("sanity", "parity", "profile")
 Result = dict[str, Any]
