@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +121,13 @@ def test_embedding_cache_gives_the_same_image_without_encoding(tiny_bundle: Bund
     [
         ([], 0, 1, "no prompt"),
         (["a", 3], 0, 1, "not a prompt"),
+        (None, 0, 1, "not a prompt"),
+        (3, 0, 1, "not a prompt"),
+        (b"ab", 0, 1, "not a prompt"),
+        ({"a": 1}, 0, 1, "not a prompt"),
+        (["a"], None, 1, "not a seed"),
+        (["a"], 1.5, 1, "not a seed"),
+        (["a"], ["1"], 1, "not a seed"),
         (["\ud800"], 0, 1, "not valid text"),
         (["a", "b"], [1], 1, "1 seeds do not fit 2 prompts"),
         (["a"], [-1], 1, "not a seed"),
@@ -128,7 +136,7 @@ def test_embedding_cache_gives_the_same_image_without_encoding(tiny_bundle: Bund
     ],
 )
 def test_bad_requests_are_refused(
-    prompts: list[str], seed: int, steps: int, message: str, tiny_bundle: Bundle
+    prompts: Any, seed: Any, steps: int, message: str, tiny_bundle: Bundle
 ) -> None:
     with (
         load_pipeline(str(tiny_bundle.path), "null") as pipeline,

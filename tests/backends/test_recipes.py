@@ -191,6 +191,14 @@ def test_latent_consistency_of_sdxl(make: Make, tmp_path: Path) -> None:
     assert assert_same(bundle, diffusers.StableDiffusionXLPipeline, recipe, 2, 8.0) == 2
 
 
+def test_guidance_that_lcm_was_not_trained_with_is_refused(make: Make) -> None:
+    bundle = make(TINY_LCM)
+    assert make_recipe(bundle, guidance=1.0).guidance == 1
+    for scale in (0.0, 0.5):
+        with pytest.raises(UnsupportedError, match="not made for guidance"):
+            make_recipe(bundle, guidance=scale)
+
+
 @given(st.floats(1, 15), st.integers(2, 129))
 def test_the_guidance_embedding_is_diffusers_own(scale: float, half: int) -> None:
     theirs = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding

@@ -281,6 +281,18 @@ def test_a_spent_budget_leaves_cells_missing_and_resume_measures_them(
     ]
 
 
+@pytest.mark.parametrize(
+    "flags", [["--precision", "int8"], ["--device", "ai100-ultra"], ["--no-images"]]
+)
+def test_resume_refuses_what_it_would_not_do(
+    flags: list[str], sweep: Sweep, capsys: pytest.CaptureFixture[str], faults: Done
+) -> None:
+    assert sweep(faults.run.path.parent, "--resume", *flags) == 2
+    assert f"{flags[0]} does not go with --resume" in capsys.readouterr().err
+    assert sweep(faults.run.path.parent, "--resume", "--quality", "9") == 2
+    assert "--quality was 0 and is 9" in capsys.readouterr().err
+
+
 def test_resume_refuses_what_differs(
     sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str], faults: Done
 ) -> None:

@@ -72,6 +72,16 @@ def test_a_copy_is_the_same_bundle(tiny_bundle: Bundle, copy: Path) -> None:
     assert find_bundle(str(copy)).path == copy
 
 
+def test_weights_by_path_or_id_find_what_export_called_them(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    for kind, weights in (("folder", str(copy)), ("hub", "org/name@main")):
+        target = tmp_path / f"tiny-sdxl-{kind}-fp16"
+        target.symlink_to(copy)
+        assert find_bundle("tiny-sdxl", weights).path == target
+
+
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12, deadline=None
 )

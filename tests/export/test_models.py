@@ -172,8 +172,18 @@ def test_the_models_rule_fetches_base_and_unet(
         open_checkpoint(TINY_SDXL, str(base), loras=["org/fast"])
 
 
+def test_a_folder_s_own_unet_is_not_taken_for_the_model_s(base: Path, unet_file: Path) -> None:
+    """SDXL's UNet has the shapes of Lightning's."""
+    model = replace(TINY_SDXL, checkpoint="org/base", unet="org/fast/x_4step_unet.safetensors")
+    with pytest.raises(CheckpointError, match="a UNet over the rest of org/base") as caught:
+        open_checkpoint(model, str(base))
+    assert "--unet org/fast/x_4step_unet.safetensors" in caught.value.next
+    assert open_checkpoint(model, str(base), unet=str(unet_file)).source["unet"]["kind"] == "file"
+    assert "unet" not in open_checkpoint(model, "random").source
+
+
 def test_a_model_with_guidance_as_an_input_wants_such_a_unet(base: Path) -> None:
-    model = replace(LCM_SDXL, size=64, sizes=(32, 256))
+    model = replace(LCM_SDXL, size=64, sizes=(32, 256), unet=None)
     checkpoint = open_checkpoint(model, str(base), taesd=str(base / "taesd"))
     configs = {part: checkpoint.skeleton(part).config for part in model.parts}
     with pytest.raises(PreconditionError) as caught:
@@ -320,8 +330,29 @@ def test_lora_weights_with_peft_settings(tmp_path: Path) -> None:
         with_settings(**{"unet.lora_alpha": 8}).module("unet", torch.float32).get_parameter(name)
     )
     assert torch.allclose(after - before, deltas["unet"] * 8 / RANK, atol=1e-2)
-    with pytest.raises(CheckpointError, match="not plain LoRA"):
-        with_settings(**{"unet.use_rslora": True}).module("unet", torch.float32)
+    for odd in ({"unet.use_rslora": True}, {"unet.alpha_pattern": {"to_q": 4}}):
+        with pytest.raises(CheckpointError, match="not plain LoRA"):
+            with_settings(**odd).module("unet", torch.float32)
+    assert with_settings(**{"unet.alpha_pattern": {}}).module("unet", torch.float32)
+
+
+def test_lora_weights_of_the_hub_keep_the_name_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most repositories call their file the same."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = tmp_path / "style"
+    folder.mkdir()
+    file = folder / "pytorch_lora_weights.safetensors"
+    write_lora(file, open_checkpoint(TINY_SDXL, "random"), peft)
+    lay_out(tmp_path / "hub", "org/style", folder, "1" * 40)
+    fused = open_checkpoint(TINY_SDXL, "random", loras=["org/style:0.5"])
+    (lora,) = fused.source["loras"]
+    assert (lora["name"], lora["place"]["revision"]) == ("style@0.5", "1" * 40)
+    assert torch.equal(weights(reopen(TINY_SDXL, fused.source, "fp16")), weights(fused))
 
 
 def broken(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], file: Path) -> str:
