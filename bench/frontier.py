@@ -189,6 +189,8 @@ def from_runs(runs: Sequence[Run], backend: str | None = None) -> Chart | None:
         f"Modelled: {once_ms:,.0f} ms an image and {evaluation_ms:,.0f} ms a UNet evaluation, as"
         f" measured on {STAND_IN}"
     )
+    if most.line.cell.guidance_mode == "batch":
+        model += " (half of a batch of two)"
     return Chart(setting[0], f"{setting[1]}, {setting[2]}", model, points)
 
 

@@ -156,14 +156,20 @@ class Speedup:
         }
 
 
+def hardware_words(target: Run, side: Side) -> str:
+    """What a side ran on."""
+    environment, device = target.header["environment"], side.line.cell.device
+    words = str(hardware_of(environment, device))
+    return f"{words}, {environment['cores_allowed']} cores" if device == "cpu" else words
+
+
 def result(base: Run, head: Run) -> Speedup:
     """From the headers and rows of the two runs alone."""
     (first,), heads = sides_of(base), sides_of(head)
     said = head.header["versus"]
     pair = PAIRS.get(said["pair"])
-    hardware = f"{hardware_of(base.header['environment'], first.line.cell.device)}"
-    if first.line.cell.device == "cpu":
-        hardware += f", {base.header['environment']['cores_allowed']} cores"
+    places = [hardware_words(base, first), *(hardware_words(head, side) for side in heads)]
+    hardware = " / ".join(dict.fromkeys(places))
     figures = [
         figure
         for side in heads

@@ -63,6 +63,14 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return bundle
 
 
+def in_small(tiny: Model, name: str) -> Model:
+    """The networks of `tiny`, run as the model `name` is."""
+    like = MODELS[name]
+    fields = ("scheduler", "spacing", "prediction", "steps", "step_counts", "guidance",
+              "guidance_form", "schedulers")  # fmt: skip
+    return replace(tiny, name=f"tiny-{name}", **{field: getattr(like, field) for field in fields})
+
+
 def ours(bundle: Bundle, recipe: Recipe) -> Pipeline:
     backend = parse_backend("torch:threads=1")
     return backend.pipeline(bundle, "vae", Shapes(len(PROMPTS), *SIZE), recipe=recipe)
@@ -124,12 +132,32 @@ def test_stable_diffusion_with_every_solver(make: Make, scheduler: str) -> None:
     assert nfe == (10 if scheduler == "pndm" else 8), "PNDM runs a timestep more"
 
 
+@pytest.mark.parametrize("scheduler", ["pndm", "dpm++2m", "unipc"])
 @pytest.mark.parametrize("mode", ["batch", "calls", "none"])
-def test_guidance_modes_of_stable_diffusion(make: Make, mode: str) -> None:
+def test_guidance_modes_of_stable_diffusion(make: Make, scheduler: str, mode: str) -> None:
     scale = 0.0 if mode == "none" else 5.0
-    recipe = Recipe(SCHEDULERS["unipc"], scale, mode)
+    recipe = Recipe(SCHEDULERS[scheduler], scale, mode)
     nfe = assert_same(make(TINY_SD), diffusers.StableDiffusionPipeline, recipe, 3, scale)
-    assert nfe == (3 if mode == "none" else 6)
+    assert nfe == (3 + (scheduler == "pndm")) * (1 if mode == "none" else 2)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_sd_turbo_steps_on_trailing_timesteps(make: Make, steps: int) -> None:
+    bundle = make(in_small(TINY_SD, "sd-turbo"))
+    recipe = make_recipe(bundle)
+    assert recipe == Recipe(EULER)
+    assert assert_same(bundle, diffusers.StableDiffusionPipeline, recipe, steps, 0.0) == steps
+
+
+@pytest.mark.parametrize("scheduler", [*SOLVERS, "lcm"])
+@pytest.mark.parametrize("mode", ["batch", "none"])
+def test_sdxl_base_with_every_solver(make: Make, scheduler: str, mode: str) -> None:
+    """On leading timesteps, as it ships; LCM as it runs over fused LCM-LoRA weights."""
+    bundle = make(in_small(TINY_SDXL, "sdxl-base"))
+    assert bundle.scheduler().config.timestep_spacing == "leading"
+    scale = 0.0 if mode == "none" else 5.0
+    recipe = Recipe(SCHEDULERS[scheduler], scale, mode)
+    assert_same(bundle, diffusers.StableDiffusionXLPipeline, recipe, 4, scale)
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "dpm++2m", "euler-a"])
@@ -155,12 +183,8 @@ def test_sdxl_with_an_empty_prompt_that_is_encoded(make: Make) -> None:
 @pytest.mark.parametrize(("steps", "prediction"), [(1, "sample"), (4, "epsilon")])
 def test_lightning_steps_on_trailing_timesteps(make: Make, steps: int, prediction: str) -> None:
     """As SDXL-Lightning is run; its one-step weights predict the image, not the noise."""
-    like = MODELS["sdxl-lightning-1step" if steps == 1 else "sdxl-lightning"]
-    assert (like.prediction, like.step_counts) == (prediction, (steps,))
-    model = replace(
-        TINY_SDXL, name="tiny-lightning", scheduler=like.scheduler, spacing=like.spacing,
-        prediction=like.prediction, steps=steps, step_counts=like.step_counts,
-    )  # fmt: skip
+    model = in_small(TINY_SDXL, "sdxl-lightning-1step" if steps == 1 else "sdxl-lightning")
+    assert (model.prediction, model.step_counts) == (prediction, (steps,))
     bundle = make(model)
     assert bundle.scheduler().config.prediction_type == prediction
     recipe = make_recipe(bundle)

@@ -172,6 +172,30 @@ def test_the_models_rule_fetches_base_and_unet(
         open_checkpoint(TINY_SDXL, str(base), loras=["org/fast"])
 
 
+@pytest.mark.parametrize(
+    ("name", "cls", "spacing", "prediction"),
+    [
+        ("sdxl-turbo", "EulerAncestralDiscreteScheduler", "trailing", "epsilon"),
+        ("sd-turbo", "EulerDiscreteScheduler", "trailing", "epsilon"),
+        ("sd15", "PNDMScheduler", "leading", "epsilon"),
+        ("sdxl-base", "EulerDiscreteScheduler", "leading", "epsilon"),
+        ("sdxl-lightning", "EulerDiscreteScheduler", "trailing", "epsilon"),
+        ("sdxl-lightning-1step", "EulerDiscreteScheduler", "trailing", "sample"),
+        ("lcm-sdxl", "LCMScheduler", "leading", "epsilon"),
+    ],
+)
+def test_schedulers_are_as_published(name: str, cls: str, spacing: str, prediction: str) -> None:
+    """By the checkpoints' own configs and cards; what a config leaves out is diffusers' default."""
+    import diffusers
+
+    config = open_checkpoint(MODELS[name], "random").scheduler_config()
+    made = getattr(diffusers, cls).from_config(config).config
+    assert config["_class_name"] == cls
+    found = (made.timestep_spacing, made.prediction_type, made.steps_offset)
+    assert found == (spacing, prediction, 1)
+    assert (made.beta_schedule, made.beta_start, made.beta_end) == ("scaled_linear", 0.00085, 0.012)
+
+
 def test_a_folder_s_own_unet_is_not_taken_for_the_model_s(base: Path, unet_file: Path) -> None:
     """SDXL's UNet has the shapes of Lightning's."""
     model = replace(TINY_SDXL, checkpoint="org/base", unet="org/fast/x_4step_unet.safetensors")
