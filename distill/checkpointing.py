@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from core.errors import AddbenchError, PreconditionError
 from core.files import read_json, staged_folder, write_json
 
 STATE = "state.json"
+SHARDS = "shards"
 
 
 @dataclass(frozen=True)
 class State:
-    """`step`: iterations done; `seconds`: spent on them, over all resumes."""
+    """`step`: iterations done; `seconds`: spent on them, over all resumes; `sharded`: networks lie
+    in the checkpoint in shards."""
 
     step: int
     seconds: float
     config: str
+    sharded: bool = False
 
 
 def latest(folder: Path) -> Path | None:
@@ -34,8 +41,12 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(accelerator: Any, folder: Path, state: State) -> None:
+def save(
+    accelerator: Any, folder: Path, state: State, shards: Mapping[str, Any] | None = None
+) -> None:
     """Write a checkpoint on every process together.
+
+    `shards`: what each process writes a part of (Stateful of torch.distributed.checkpoint).
 
     Raises:
         AddbenchError: it could not be written (a full disk, say); the previous one survives.
@@ -51,6 +62,8 @@ def save(accelerator: Any, folder: Path, state: State) -> None:
                 scratch = [stack.enter_context(staged_folder(target))]
             scratch = _from_main(accelerator, scratch)
             accelerator.save_state(str(scratch[0]), safe_serialization=True)
+            if shards:
+                save_shards(dict(shards), checkpoint_id=scratch[0] / SHARDS)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 write_json(scratch[0] / STATE, asdict(state))
@@ -70,11 +83,14 @@ def save(accelerator: Any, folder: Path, state: State) -> None:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def resume(accelerator: Any, folder: Path, config: str) -> State | None:
+def resume(
+    accelerator: Any, folder: Path, config: str, shards: Mapping[str, Any] | None = None
+) -> State | None:
     """Load the newest checkpoint into what the accelerator prepared; None when there is none.
 
     Raises:
-        PreconditionError: it belongs to another configuration.
+        PreconditionError: it belongs to another configuration, or is in shards and they are not
+            asked for (or the other way round).
     """
     found = latest(folder)
     if found is None:
@@ -86,7 +102,15 @@ def resume(accelerator: Any, folder: Path, config: str) -> State | None:
             f"its hash is {state.config[:12]}, this command's is {config[:12]}",
             "run with the settings it was started with, pick another --run, or delete the folder",
         )
+    if state.sharded != bool(shards):
+        raise PreconditionError(
+            f"{found} was written {'with' if state.sharded else 'without'} --shard",
+            "whole networks and shards are kept in different files",
+            f"run {'with' if state.sharded else 'without'} --shard, or pick another --run",
+        )
     accelerator.load_state(str(found))
+    if shards:
+        load_shards(dict(shards), checkpoint_id=found / SHARDS)
     return state
 
 

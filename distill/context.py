@@ -22,12 +22,14 @@ DONE = "stage.json"
 
 @dataclass
 class Context:
-    """A run in `folder`; `base` is another run whose finished stages may be used."""
+    """A run in `folder`; `base` is another run whose finished stages may be used; `shard`: large
+    networks lie in shards over the processes."""
 
     config: Config
     folder: Path
     accelerator: Any
     base: Path | None = None
+    shard: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -13,15 +13,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from core.errors import AddbenchError, PreconditionError
 from core.files import staged_folder, write_atomic, write_json
 from core.git import revision
 from distill import checkpointing
 from distill.context import DONE, Context
+from distill.sharding import Shards, shard
 
 GRIDS = 8
 """Sample grids over a stage; one at the end of a short one."""
+SKIPS = 20
+"""Overflowing FP16 steps in a row after which the loss is called not finite: the scale of 2^16 is
+then below one."""
 AGREE_EVERY = 10
 """Steps between processes agreeing on the clock."""
 
@@ -39,6 +44,10 @@ class Trainer(ABC):
         """Those that learn, as prepared by accelerate."""
         self.optimizers: dict[str, Any] = {}
         self.averages: dict[str, Any] = {}
+        self.shards: dict[str, Shards] = {}
+        """Those networks that lie in shards over the processes."""
+        self.skipped: dict[str, int] = {}
+        """Steps in a row that FP16's loss scaler left out."""
         self.progress = 0.0
         """Share of the stage that is done, set before each step."""
 
@@ -50,18 +59,25 @@ class Trainer(ABC):
     def step(self, step: int) -> dict[str, Tensor]:
         """One iteration, optimizers included; each loss is the mean over this process's part."""
 
+    def collect(self) -> None:
+        """Gather what `write` needs of other processes. Called on all, the averages in place."""
+
     @abstractmethod
     def write(self, folder: Path) -> None:
-        """Write the finished weights. The averages stand in the networks."""
+        """Write the finished weights, on the main process. The averages are in the networks."""
 
     def grid(self) -> tuple[NDArray[np.uint8] | None, dict[str, float]]:
         """Sample pictures [n, size, size, 3], and figures of quality if there are any."""
         return None, {}
 
-    def learn(self, name: str, network: nn.Module, rate: float | None = None) -> Any:
+    def learn(
+        self, name: str, network: nn.Module, rate: float | None = None, *, sharded: bool = False
+    ) -> Any:
         """Prepare a network and its optimizer; returns the prepared network."""
         accelerator = self.context.accelerator
         network = network.to(self.context.device).train()
+        if sharded:
+            shard(network, accelerator)
         given = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             given,
@@ -70,7 +86,9 @@ class Trainer(ABC):
             weight_decay=self.settings.weight_decay,
             fused=True,
         )
-        self.networks[name], self.optimizers[name] = accelerator.prepare(network, optimizer)
+        self.networks[name], self.optimizers[name] = (
+            (network, optimizer) if sharded else accelerator.prepare(network, optimizer)
+        )
         for group in self.optimizers[name].param_groups:
             group.setdefault("initial_lr", group["lr"])
         if self.settings.ema and name != "discriminator":
@@ -78,8 +96,11 @@ class Trainer(ABC):
 
             average = EMAModel(network.parameters(), decay=self.settings.ema, use_ema_warmup=True,
                                inv_gamma=1.0, power=0.75)  # fmt: skip
-            accelerator.register_for_checkpointing(average)
+            if not sharded:
+                accelerator.register_for_checkpointing(average)
             self.averages[name] = average
+        if sharded:
+            self.shards[name] = Shards(network, optimizer, self.averages.get(name))
         return self.networks[name]
 
     def plain(self, name: str) -> Any:
@@ -90,7 +111,8 @@ class Trainer(ABC):
         """Backward and one optimizer step.
 
         Raises:
-            FloatingPointError: a gradient is not finite; the weights are left as they were.
+            FloatingPointError: a gradient is not finite, with FP16 `SKIPS` times in a row; the
+                weights are left as they were.
         """
         accelerator, optimizer = self.context.accelerator, self.optimizers[name]
         accelerator.backward(loss)
@@ -98,8 +120,13 @@ class Trainer(ABC):
             parameter for parameter in self.networks[name].parameters() if parameter.requires_grad
         ]
         norm = accelerator.clip_grad_norm_(given, self.settings.clip)
-        # With fp16 the scaler skips steps that overflow, and is meant to.
-        if accelerator.scaler is None and not math.isfinite(float(norm)):
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        finite = math.isfinite(float(norm))
+        # With FP16 the scaler leaves out a step that overflows and halves its scale; where that
+        # does not help, no scale would.
+        self.skipped[name] = 0 if finite else self.skipped.get(name, 0) + 1
+        if not finite and (accelerator.scaler is None or self.skipped[name] >= SKIPS):
             raise FloatingPointError(name)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -169,12 +196,17 @@ def run_stage(
     checkpoints = context.folder / trainer.name / "checkpoints"
     torch.manual_seed(context.seed(trainer.name, "start"))
     trainer.setup()
-    state = checkpointing.resume(accelerator, checkpoints, config)
+    state = checkpointing.resume(accelerator, checkpoints, config, trainer.shards)
     state = state or checkpointing.State(0, 0.0, config)
     total, step = trainer.settings.iterations, state.step
     clock = _Clock(accelerator, state.seconds, minutes)
     log = Log(context, trainer.name, step, total)
     saved_at = clock.seconds
+
+    def save() -> None:
+        reached = checkpointing.State(step, clock.seconds, config, bool(trainer.shards))
+        checkpointing.save(accelerator, checkpoints, reached, trainer.shards)
+
     grids_wanted = GRIDS if total >= 200 else 1
     grids = int(clock.progress(step, total) * grids_wanted)
     while clock.progress(step, total) < 1:
@@ -194,16 +226,14 @@ def run_stage(
         clock.tick(step)
         log.losses(step, clock, {name: _mean(accelerator, value) for name, value in losses.items()})
         if clock.seconds - saved_at >= checkpoint_seconds:
-            checkpointing.save(
-                accelerator, checkpoints, checkpointing.State(step, clock.seconds, config)
-            )
+            save()
             saved_at = clock.seconds
         if int(clock.progress(step, total) * grids_wanted) > grids:
             grids = int(clock.progress(step, total) * grids_wanted)
             with averaged(trainer):
                 log.grid(step, *trainer.grid())
     log.close()
-    checkpointing.save(accelerator, checkpoints, checkpointing.State(step, clock.seconds, config))
+    save()
     done = {
         "config": config,
         "steps": step,
@@ -219,6 +249,7 @@ def _finish(trainer: Trainer, done: dict[str, Any]) -> Path:
     context = trainer.context
     folder = context.folder / trainer.name
     with averaged(trainer):
+        trainer.collect()
         if context.accelerator.is_main_process:
             with staged_folder(folder / "weights") as scratch:
                 trainer.write(scratch)

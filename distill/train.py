@@ -2,7 +2,7 @@
 
 python -m distill.train --preset shapes
 python -m distill.train --preset shapes --stage student --minutes 60
-accelerate launch -m distill.train --preset sdxl --device cuda
+accelerate launch -m distill.train --preset sdxl --device cuda --shard
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: bf16 on a GPU, and on a CPU that multiplies faster in it; else fp32",
     )
+    parser.add_argument(
+        "--shard", action="store_true", help="FSDP: teacher and student in shards over processes"
+    )
     parser.add_argument("--run", help="name of the run's folder below build/distill")
     parser.add_argument("--base", help="another run whose finished stages may be used")
     parser.add_argument(
@@ -72,18 +75,40 @@ def make_accelerator(device: str, precision: str) -> Any:
         )
     if precision == "auto":
         precision = "bf16" if device == "cuda" or bf16_is_faster() else "fp32"
-    return Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
+    if device == "cpu" and precision == "fp16":
+        raise PreconditionError(
+            "FP16 training needs a GPU",
+            "torch trains in float32 or bfloat16 on a CPU",
+            "use --precision bf16, fp32 or auto, or --device cuda",
+        )
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=PRECISIONS[precision])
+    if accelerator.distributed_type == "FSDP":
+        raise PreconditionError(
+            "accelerate is configured to shard every network (--use_fsdp)",
+            "the discriminator's R1 penalty differentiates twice, which shards do not take",
+            "launch without --use_fsdp and pass --shard: it shards teacher and student",
+        )
+    return accelerator
 
 
 def make_context(
-    config: Config, run_name: str, *, device: str, precision: str, base: str | None = None
+    config: Config,
+    run_name: str,
+    *,
+    device: str,
+    precision: str,
+    base: str | None = None,
+    shard: bool = False,
 ) -> Context:
     from distill.context import Context
+    from distill.sharding import require_sharding
 
     _quiet_libraries()
     root = runs_root()
     accelerator = make_accelerator(device, precision)
-    return Context(config, root / run_name, accelerator, root / base if base else None)
+    if shard:
+        require_sharding(accelerator)
+    return Context(config, root / run_name, accelerator, root / base if base else None, shard)
 
 
 def train(
@@ -96,13 +121,16 @@ def train(
     device: str = "cpu",
     precision: str = "auto",
     base: str | None = None,
+    shard: bool = False,
     export: bool = True,
 ) -> Path:
     """Run the stages of a config that are not finished; the run's folder."""
     from distill.loop import run_stage
     from distill.stages import trainer
 
-    context = make_context(config, run_name, device=device, precision=precision, base=base)
+    context = make_context(
+        config, run_name, device=device, precision=precision, base=base, shard=shard
+    )
     accelerator, folder = context.accelerator, context.folder
     if accelerator.is_main_process:
         write_json(folder / "config.json", dataclasses.asdict(config))
@@ -110,7 +138,9 @@ def train(
         if context.finished(name):
             _say(accelerator, f"stage {name} is finished")
             continue
-        _say(accelerator, f"stage {name} on {accelerator.device}, {accelerator.mixed_precision}")
+        count = accelerator.num_processes
+        on = f"{accelerator.device}, {accelerator.mixed_precision}"
+        _say(accelerator, f"stage {name} on {on}, {count} process{'es' if count > 1 else ''}")
         run_stage(trainer(name, context), minutes, checkpoint_seconds)
         accelerator.free_memory()
     if export and accelerator.is_main_process and context.finished("student"):
@@ -165,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=arguments.device,
         precision=arguments.precision,
         base=arguments.base,
+        shard=arguments.shard,
         export=not arguments.no_export,
     )
     return 0

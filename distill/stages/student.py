@@ -23,6 +23,7 @@ from distill.networks import LATENTS, SCALE, size_ids, tokenize, use_eager_atten
 from distill.pipeline import assemble, generate
 from distill.schedule import Schedule
 from distill.shapes import scenes
+from distill.sharding import gather, shard
 
 CHECKS = 64
 PULL_EVERY = 25
@@ -72,7 +73,9 @@ class StudentTrainer(Trainer):
             student.enable_gradient_checkpointing()
         if shapes:
             use_eager_attention(student)
-        self.learn("student", student)
+        self.learn("student", student, sharded=context.shard)
+        if context.shard:
+            shard(self.checkpoint.teacher, context.accelerator)
         self.adversarial = settings.loss in ("adversarial", "both")
         self.distils = settings.loss in ("distillation", "both")
         if self.adversarial:
@@ -314,6 +317,10 @@ class StudentTrainer(Trainer):
             figures |= {f"{name}@{steps}": share for name, share in shares.items()}
         return np.concatenate(sheets), figures
 
+    def collect(self) -> None:
+        student = self.plain("student")
+        self.finished = gather(student) if self.context.shard else student
+
     def write(self, folder: Path) -> None:
-        self.plain("student").save_pretrained(folder / "unet")
+        self.finished.save_pretrained(folder / "unet")
         self.scheduler().save_pretrained(folder / "scheduler")

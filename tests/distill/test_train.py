@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -237,22 +238,80 @@ def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path) -> None:
         assert killed[step] == pytest.approx(losses, rel=1e-5), step
 
 
-def test_two_processes_have_the_losses_of_one(smoke: Path) -> None:
-    environment = {**ENVIRONMENT, "ADDBENCH_BUILD": str(smoke)}
-    stage = ["--stage", "student", "--base", "smoke", "--no-export"]
-    stage += ["--set", "student.iterations=4"]
+def launch(build: Path, *arguments: str) -> tuple[list[int], str]:
+    """Exit codes of a run on two processes, and what both said.
+
+    By the variables that a launcher sets: on a CPU `accelerate launch` starts one process only.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env={**ENVIRONMENT, **group, "ADDBENCH_BUILD": str(build),
+                            "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    return [process.returncode for process in processes], "\n".join(said)
+
+
+STUDENT = ["--stage", "student", "--base", "smoke", "--no-export", "--set", "student.iterations=4",
+           "--set", "student.ema=0.5"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(smoke: Path) -> Path:
+    """The finished student stage of one process."""
     subprocess.run(
-        command(*stage, "--run", "one"), cwd=ROOT, env=environment, check=True, capture_output=True
-    )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--main_process_port", "0", "-m"]  # fmt: skip
-    two = subprocess.run(
-        [*launch, *command(*stage, "--run", "two")[2:]],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        command(*STUDENT, "--run", "one"), cwd=ROOT, check=True, capture_output=True,
+        env={**ENVIRONMENT, "ADDBENCH_BUILD": str(smoke)},
     )  # fmt: skip
-    assert two.returncode == 0, two.stderr[-3000:]
-    alone, together = (rows(smoke, run, "student") for run in ("one", "two"))
-    assert alone.keys() == together.keys()
-    for step, losses in alone.items():
-        assert together[step] == pytest.approx(losses, rel=2e-3, abs=1e-5), step
+    return smoke / "distill" / "one" / "student"
+
+
+@pytest.mark.parametrize("way", ["whole", "sharded"])
+def test_two_processes_have_the_losses_and_weights_of_one(
+    smoke: Path, alone: Path, way: str
+) -> None:
+    shard = ["--shard"] if way == "sharded" else []
+    codes, said = launch(smoke, *STUDENT, *shard, "--run", way)
+    assert codes == [0, 0], said[-3000:]
+    assert "2 processes" in said
+    known, found = (rows(smoke, run, "student") for run in ("one", way))
+    assert known.keys() == found.keys()
+    for step, losses in known.items():
+        assert found[step] == pytest.approx(losses, rel=2e-3, abs=1e-5), step
+    name = Path("weights", "unet", "diffusion_pytorch_model.safetensors")
+    folder = smoke / "distill" / way / "student"
+    wanted, written = load_file(alone / name), load_file(folder / name)
+    assert wanted.keys() == written.keys()
+    apart = max(float((wanted[key] - written[key]).abs().max()) for key in wanted)
+    assert apart < 1e-5
+    if not shard:
+        return
+    # From the shards of the checkpoint alone the same weights are written again.
+    (folder / name).unlink()
+    (folder / "stage.json").unlink()
+    codes, said = launch(smoke, *STUDENT, "--run", way)
+    assert codes == [2, 2]
+    assert "was written with --shard" in said
+    codes, said = launch(smoke, *STUDENT, *shard, "--run", way)
+    assert codes == [0, 0], said[-3000:]
+    restored = load_file(folder / name)
+    assert all(torch.equal(restored[key], written[key]) for key in written)
+
+
+def test_one_process_has_nothing_to_shard(smoke: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(smoke))
+    with pytest.raises(PreconditionError, match="several processes"):
+        main([*FP32, *STUDENT, "--run", "single", "--shard"])
+
+
+def test_float16_on_a_cpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    with pytest.raises(PreconditionError, match="FP16 training needs a GPU"):
+        main(["--smoke", "--precision", "fp16"])
