@@ -52,7 +52,7 @@ def measure_quality(pipe: Pipeline, cell: Cell, captions: int, fid: Path | None)
         "fid_shapes": None,
     }
     if fid is not None and (fid / "fid.json").is_file():
-        found["fid_shapes"] = round(fid_shapes(made, scenes, fid, made.shape[1]), 4)
+        found["fid_shapes"] = round(fid_shapes(made, scenes, fid, made.shape[1])[0], 4)
     return found
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from core.errors import PreconditionError
 from core.files import read_json
 from distill.context import Context
-from distill.features import DinoFeatures, load_features
+from distill.features import TransformerFeatures, load_features
 from distill.networks import TextEncoding, use_eager_attention
 from distill.pipeline import PARTS, require_parts
 
@@ -91,11 +91,11 @@ def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def open_features(context: Context) -> nn.Module:
-    """The discriminator's feature network, frozen: DINOv2 of a folder, or the one trained here."""
+    """The discriminator's feature network, frozen: a transformer from a folder, or ours."""
     folder = context.config.networks.features
     network: nn.Module
     if folder:
-        network = DinoFeatures(Path(folder), context.config.data.size)
+        network = TransformerFeatures(Path(folder), context.config.data.size)
     else:
         network = load_features(context.weights("features") / "weights", "pictures")
     return network.to(context.device).eval().requires_grad_(False)

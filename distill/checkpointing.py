@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,26 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+@contextlib.contextmanager
+def writing(what: str, folder: Path, kept: str) -> Iterator[None]:
+    """Turn what libraries raise on a full or broken disk into words.
+
+    Raises:
+        AddbenchError: `what` could not be written below `folder`; `kept` says what survives.
+    """
+    try:
+        yield
+    # safetensors raises an error type of its own, torch.save a RuntimeError.
+    except Exception as error:
+        if isinstance(error, AddbenchError) or not _is_write_error(error):
+            raise
+        raise AddbenchError(
+            f"{what} could not be written",
+            f"{error}; {kept}",
+            f"free some room on the disk of {folder} and run the same command: it resumes",
+        ) from error
+
+
 def save(
     accelerator: Any, folder: Path, state: State, shards: Mapping[str, Any] | None = None
 ) -> None:
@@ -55,28 +75,19 @@ def save(
     previous = latest(folder)
     if previous is not None and previous.name == target.name:
         return
-    try:
-        with contextlib.ExitStack() as stack:
-            scratch = [target]
-            if accelerator.is_main_process:
-                scratch = [stack.enter_context(staged_folder(target))]
-            scratch = _from_main(accelerator, scratch)
-            accelerator.save_state(str(scratch[0]), safe_serialization=True)
-            if shards:
-                save_shards(dict(shards), checkpoint_id=scratch[0] / SHARDS)
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                write_json(scratch[0] / STATE, asdict(state))
-    # safetensors raises an error type of its own, torch.save a RuntimeError.
-    except Exception as error:
-        if isinstance(error, AddbenchError) or not _is_write_error(error):
-            raise
-        kept = "nothing was saved before" if previous is None else f"{previous} is intact"
-        raise AddbenchError(
-            f"the checkpoint of step {state.step} could not be written",
-            f"{error}; {kept}",
-            f"free some room on the disk of {folder} and run the same command: it resumes",
-        ) from error
+    kept = "nothing was saved before" if previous is None else f"{previous} is intact"
+    with writing(f"the checkpoint of step {state.step}", folder, kept), \
+            contextlib.ExitStack() as stack:  # fmt: skip
+        scratch = [target]
+        if accelerator.is_main_process:
+            scratch = [stack.enter_context(staged_folder(target))]
+        scratch = _from_main(accelerator, scratch)
+        accelerator.save_state(str(scratch[0]), safe_serialization=True)
+        if shards:
+            save_shards(dict(shards), checkpoint_id=scratch[0] / SHARDS)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_json(scratch[0] / STATE, asdict(state))
     if accelerator.is_main_process:
         for old in folder.glob("step-*"):
             if old.name != target.name:

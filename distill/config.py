@@ -45,7 +45,7 @@ class Networks:
         checkpoint: folder in diffusers format that gives every network (""= build small ones).
         student: folder whose UNet the student starts from ("": the teacher's UNet).
         vae: folder of another autoencoder than the checkpoint's ("": the checkpoint's).
-        features: folder of a DINOv2 in transformers format ("": the network trained here).
+        features: folder of a DINOv2, DINO or CLIP in transformers format ("": trained here).
     """
 
     checkpoint: str = ""
@@ -119,8 +119,8 @@ class Student(Stage):
         weighting: c(t) of the distillation term.
         space: where d is computed: decoded `pixel`s as in the paper, or `latent`.
         teacher_steps: denoising steps of the teacher from the re-diffused sample.
-        guidance: the teacher's classifier-free guidance scale (1: none).
-        negative: caption that NFSD takes for bad pictures.
+        guidance: the teacher's classifier-free guidance scale (1: none); NFSD has its own.
+        negative: caption of bad pictures, which NFSD wants.
         teacher_range: re-diffusion timesteps are drawn uniformly from this share of the schedule.
         pretrained: start from the teacher's UNet (else from random weights).
         conditioning: what the discriminator's heads are told.

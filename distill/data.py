@@ -66,16 +66,12 @@ class Folder:
         _require_folder(path)
         table = path / "metadata.jsonl"
         if table.exists():
-            rows = [json.loads(line) for line in table.read_text().splitlines() if line.strip()]
-            missing = [row.get("file_name", "?") for row in rows if not row.get("text")]
-            self.files = [path / row["file_name"] for row in rows if row.get("text")]
-            self.captions: Sequence[str] = [row["text"] for row in rows if row.get("text")]
+            captions = _read_table(table)
         else:
-            self.files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            texts = [file.with_suffix(".txt") for file in self.files]
-            missing = [str(text) for text in texts if not text.exists()]
-            self.captions = [text.read_text().strip() for text in texts if text.exists()]
-        _require_captions(path, len(self.files), missing)
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            captions = {file: _read_caption(file.with_suffix(".txt")) for file in files}
+        self.files, self.captions = list(captions), list(captions.values())
+        _require_captions(path, len(captions), [str(f) for f, text in captions.items() if not text])
 
     def pictures(self, indices: Sequence[int]) -> Tensor:
         return torch.stack(
@@ -110,8 +106,10 @@ class Shards:
                             pictures[key] = (shard, where, member.offset_data, member.size)
                         elif suffix in ("txt", "json") and (file := tar.extractfile(member)):
                             text = file.read().decode()
-                            texts[key] = text if suffix == "txt" else json.loads(text)["caption"]
-            except (tarfile.TarError, OSError, ValueError, KeyError) as error:
+                            texts[key] = _text(
+                                text if suffix == "txt" else json.loads(text)["caption"]
+                            )
+            except (tarfile.TarError, OSError, ValueError, KeyError, TypeError) as error:
                 raise PreconditionError(
                     f"shard {shard} cannot be read", str(error), "make it again or remove it"
                 ) from error
@@ -119,7 +117,7 @@ class Shards:
             for key, entry in pictures.items():
                 if texts.get(key):
                     self.members.append(entry)
-                    captions.append(texts[key].strip())
+                    captions.append(texts[key])
         self.captions = captions
         _require_captions(path, len(self.members) + len(missing), missing)
 
@@ -168,6 +166,53 @@ def batch_indices(length: int, batch: int, step: int, seed: int) -> list[int]:
 def _order(length: int, epoch: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(length, generator=generator)
+
+
+def _read_table(table: Path) -> dict[Path, str]:
+    """Picture and caption of each line of a metadata.jsonl; the caption may be empty.
+
+    Raises:
+        PreconditionError: a line is no such thing, or names a picture that is not there.
+    """
+    captions: dict[Path, str] = {}
+    for number, line in enumerate(table.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            file = table.parent / row["file_name"]
+            captions[file] = _text(row.get("text") or "")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PreconditionError(
+                f"line {number} of {table} cannot be read",
+                f"{type(error).__name__}: {error}",
+                'write each line as {"file_name": "picture.png", "text": "its caption"}',
+            ) from error
+        if not file.is_file():
+            raise PreconditionError(
+                f"{table} names a picture that is not there",
+                f"line {number}: {file}",
+                "put the picture there, or remove the line",
+            )
+    return captions
+
+
+def _read_caption(file: Path) -> str:
+    """The caption in a text file; empty where there is none."""
+    try:
+        return _text(file.read_text())
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise PreconditionError(
+            f"the caption {file} cannot be read", str(error), "write it as UTF-8 text"
+        ) from error
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a caption is a string, not {value!r}")
+    return value.strip()
 
 
 def _require_folder(path: Path) -> None:

@@ -30,7 +30,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int_list, default=[1, 2, 4], help="comma list")
     parser.add_argument("--guidance", type=float, default=0.0, help="0: none")
     parser.add_argument("--captions", type=int, default=600, help="a third each of 1, 2, 3 objects")
-    parser.add_argument("--fid-samples", type=int, default=None, help="default: the captions")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--scheduler", help="another diffusers class than the folder's")
@@ -50,15 +49,18 @@ def held_out(captions: int, seed: int = CAPTION_SEED) -> list[Scene]:
     return found[:captions]
 
 
-def fid_shapes(made: Pictures, items: Sequence[Scene], network_folder: Path, size: int) -> float:
-    """FID over the project's own network, against drawings of the same scenes."""
+def fid_shapes(
+    made: Pictures, items: Sequence[Scene], network_folder: Path, size: int
+) -> tuple[float, float]:
+    """FID over the project's own network, against drawings of the same scenes; standard error."""
     from distill.features import load_features
-    from distill.fidelity import features, frechet_distance
+    from distill.fidelity import features, frechet_deviation, frechet_distance
     from distill.shapes import draw
 
     network = load_features(network_folder, "fid")
     real = draw(items, seed=CAPTION_SEED, size=size)
-    return frechet_distance(features(network, made), features(network, real))
+    pair = features(network, made), features(network, real)
+    return frechet_distance(*pair), frechet_deviation(*pair)
 
 
 def evaluate(
@@ -74,7 +76,8 @@ def evaluate(
     """Figures of one model at one step count, and its pictures.
 
     `all`, an entry per attribute, `all_1` to `all_3` by number of objects (shares in [0, 1]),
-    `fid_shapes` where the folder has the network, `captions`, `seconds`.
+    `fid_shapes` and its standard error `fid_shapes_se` where the folder has the network,
+    `captions`, `seconds`.
     """
     from distill.judge import following
     from distill.pipeline import generate, open_folder
@@ -114,7 +117,8 @@ def evaluate(
         **following(made, items),
     }
     if (model / "fid" / "fid.json").exists():
-        figures["fid_shapes"] = fid_shapes(made, items, model / "fid", size)
+        distance, error = fid_shapes(made, items, model / "fid", size)
+        figures |= {"fid_shapes": distance, "fid_shapes_se": error}
         figures["fid_samples"] = len(items)
     return figures, made
 

@@ -138,33 +138,43 @@ class FidFeatures(nn.Module):
         return self.facts(self(pictures))
 
 
-class DinoFeatures(nn.Module):
-    """DINOv2 from a local transformers folder: token maps of four layers, and the CLS token.
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+TRANSFORMERS = {
+    "dinov2": ("Dinov2Model", IMAGENET),
+    "vit": ("ViTModel", IMAGENET),
+    "clip": ("CLIPVisionModel", CLIP),
+    "clip_vision_model": ("CLIPVisionModel", CLIP),
+}
+"""Class in transformers, and mean and deviation of its pictures, by a folder's model_type: DINOv2,
+DINO (the paper's DINOv1, such as facebook/dino-vits16) and CLIP."""
 
-    Pictures are resized to a multiple of the patch, 14 pixels; the paper takes 518 for 512.
+
+class TransformerFeatures(nn.Module):
+    """A vision transformer from a local transformers folder: DINOv2, DINO or CLIP.
+
+    Token maps of four layers, and the CLS token. Pictures are resized to a multiple of the patch
+    (DINOv2's is 14 pixels; the paper takes 518 for 512), and the positions interpolated.
     """
-
-    MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def __init__(self, folder: Path, size: int) -> None:
         super().__init__()
-        from transformers import AutoModel
+        import transformers
 
-        if not (folder / "config.json").exists():
-            raise PreconditionError(
-                f"{folder} is not a DINOv2 folder",
-                "it has no config.json",
-                "download facebook/dinov2-small (or another size) and pass its folder as"
-                " networks.features",
-            )
+        kind = _model_type(folder)
+        name, (mean, deviation) = TRANSFORMERS[kind]
         try:
-            self.network = AutoModel.from_pretrained(folder, local_files_only=True)
+            self.network = getattr(transformers, name).from_pretrained(
+                folder, local_files_only=True
+            )
         except (OSError, ValueError) as error:
             raise PreconditionError(
                 f"{folder} cannot be loaded as a feature network",
                 str(error),
                 "download the folder again",
             ) from error
+        # DINOv2 does so by itself.
+        self.options = {} if kind == "dinov2" else {"interpolate_pos_encoding": True}
         config = self.network.config
         self.patch = config.patch_size
         self.side = -(-size // self.patch)
@@ -173,21 +183,36 @@ class DinoFeatures(nn.Module):
         self.channels = (config.hidden_size,) * len(self.layers)
         self.sides = (self.side,) * len(self.layers)
         self.embedding = config.hidden_size
-        self.register_buffer("mean", torch.tensor(self.MEAN).view(1, 3, 1, 1))
-        self.register_buffer("deviation", torch.tensor(self.DEVIATION).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("deviation", torch.tensor(deviation).view(1, 3, 1, 1))
 
     def forward(self, pictures: Tensor) -> tuple[list[Tensor], Tensor]:
         pixels = (pictures / 2 + 0.5 - self.get_buffer("mean")) / self.get_buffer("deviation")
         pixels = functional.interpolate(
             pixels, (self.side * self.patch,) * 2, mode="bicubic", antialias=True
         )
-        out = self.network(pixel_values=pixels, output_hidden_states=True)
+        out = self.network(pixel_values=pixels, output_hidden_states=True, **self.options)
         maps = []
         for layer in self.layers:
             tokens = functional.layer_norm(out.hidden_states[layer], (self.embedding,))
             tokens = tokens[:, -(self.side**2) :].transpose(1, 2)
             maps.append(tokens.unflatten(2, (self.side, self.side)))
         return maps, out.last_hidden_state[:, 0]
+
+
+def _model_type(folder: Path) -> str:
+    from core.files import read_json
+
+    config = folder / "config.json"
+    kind = read_json(config).get("model_type") if config.exists() else None
+    if kind not in TRANSFORMERS:
+        raise PreconditionError(
+            f"{folder} is not the folder of a feature network",
+            f"its model_type is {kind!r}" if config.exists() else "it has no config.json",
+            f"pass a folder of {', '.join(sorted(TRANSFORMERS))} in transformers format as"
+            " networks.features, e.g. of facebook/dinov2-small",
+        )
+    return str(kind)
 
 
 def load_features(folder: Path, name: str) -> nn.Module:

@@ -44,6 +44,16 @@ def frechet_distance(first: Features, second: Features) -> float:
     return max(distance, 0.0)
 
 
+def frechet_deviation(first: Features, second: Features, resamples: int = 100) -> float:
+    """Standard error of `frechet_distance`: its deviation over resampled pairs (bootstrap)."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(resamples):
+        chosen = rng.integers(len(first), size=len(first))
+        found.append(frechet_distance(first[chosen], second[chosen]))
+    return float(np.std(found, ddof=1))
+
+
 def standard_scores(
     made: Pictures,
     real: Pictures,

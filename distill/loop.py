@@ -251,9 +251,11 @@ def _finish(trainer: Trainer, done: dict[str, Any]) -> Path:
     with averaged(trainer):
         trainer.collect()
         if context.accelerator.is_main_process:
-            with staged_folder(folder / "weights") as scratch:
-                trainer.write(scratch)
-            write_json(folder / DONE, done)
+            kept = "the stage's last checkpoint is intact"
+            with checkpointing.writing(f"the weights of stage {trainer.name}", folder, kept):
+                with staged_folder(folder / "weights") as scratch:
+                    trainer.write(scratch)
+                write_json(folder / DONE, done)
     context.accelerator.wait_for_everyone()
     return folder / "weights"
 

@@ -144,9 +144,11 @@ def train(
         run_stage(trainer(name, context), minutes, checkpoint_seconds)
         accelerator.free_memory()
     if export and accelerator.is_main_process and context.finished("student"):
+        from distill.checkpointing import writing
         from distill.folder import export_run
 
-        written = export_run(context)
+        with writing("the model folder", folder, "every stage's weights are intact"):
+            written = export_run(context)
         for path in written:
             _say(accelerator, f"wrote {path}")
         if len(written) == 2:  # turbo and teacher: a run from nothing

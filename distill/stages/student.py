@@ -26,6 +26,8 @@ from distill.shapes import scenes
 from distill.sharding import gather, shard
 
 CHECKS = 64
+SHOWN = 8
+"""Captions of a folder or of shards that sample pictures are drawn of."""
 PULL_EVERY = 25
 """Steps between looks at how hard each loss pulls."""
 
@@ -63,6 +65,12 @@ class StudentTrainer(Trainer):
                 f"student.teacher-steps is {settings.teacher_steps}",
                 "set it to 1, or take exp or sds weighting",
             )
+        if settings.weighting == "nfsd" and not settings.negative:
+            raise PreconditionError(
+                "NFSD weighting needs a caption of bad pictures",
+                "student.negative is empty, and without it the method's second term vanishes",
+                "set it, e.g. --set student.negative='\"blurry, low quality\"'",
+            )
         self.checkpoint = open_checkpoint(context)
         self.schedule = Schedule.from_config(self.checkpoint.scheduler_config, context.device)
         shapes = config.data.kind == "shapes"
@@ -84,7 +92,7 @@ class StudentTrainer(Trainer):
         self.fixed = {which: self._embed([text]) for which, text in
                       (("empty", ""), ("negative", settings.negative))}  # fmt: skip
         count = min(CHECKS, config.evaluate_captions)
-        self.checks = scenes(count, config.seed + 1, held_out=True)
+        self.checks = scenes(count, config.seed + 1, held_out=True) if shapes else []
 
     def _student(self) -> Any:
         folder = self.config.networks.student
@@ -288,10 +296,11 @@ class StudentTrainer(Trainer):
         return getattr(diffusers, self.settings.scheduler).from_config(config)
 
     def grid(self) -> tuple[NDArray[np.uint8] | None, dict[str, float]]:
-        """Held-out captions at one step, then at four; what the judge reads of each."""
-        if self.config.data.kind != "shapes":
-            return None, {}
+        """Pictures at one step, then at four: of held-out captions, with what the judge reads,
+        or of the first captions of a folder."""
         checkpoint = self.checkpoint
+        captions = [scene.caption for scene in self.checks]
+        captions = captions or list(self.context.source.captions[:SHOWN])
         pipeline = assemble(
             tokenizer=checkpoint.tokenizer,
             tokenizer_2=checkpoint.tokenizer_2,
@@ -305,16 +314,18 @@ class StudentTrainer(Trainer):
         for steps in (1, 4):
             pictures = generate(
                 pipeline,
-                [scene.caption for scene in self.checks],
+                captions,
                 steps=steps,
                 guidance=0.0,
-                seeds=range(len(self.checks)),
+                seeds=range(len(captions)),
                 size=self.config.data.size,
+                batch=64 if self.checks else 1,
                 autocast=self.context.accelerator.autocast(),
             )
             sheets.append(pictures[:32])
-            shares = following(pictures, self.checks)
-            figures |= {f"{name}@{steps}": share for name, share in shares.items()}
+            if self.checks:
+                shares = following(pictures, self.checks)
+                figures |= {f"{name}@{steps}": share for name, share in shares.items()}
         return np.concatenate(sheets), figures
 
     def collect(self) -> None:

@@ -54,7 +54,31 @@ def test_a_missing_caption_is_named(folder: Path) -> None:
     (folder / "b.txt").unlink()
     with pytest.raises(PreconditionError, match="1 of 2 pictures") as caught:
         open_source(Data(kind="folder", path=str(folder), size=16))
-    assert "b.txt" in caught.value.why
+    assert "b.png" in caught.value.why
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_caption_is_a_missing_one(folder: Path, text: str) -> None:
+    (folder / "b.txt").write_text(text)
+    with pytest.raises(PreconditionError, match="1 of 2 pictures"):
+        open_source(Data(kind="folder", path=str(folder), size=16))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"file_name": "a.png", "te', "line 2"),
+        ('{"text": "no picture"}', "line 2"),
+        ('{"file_name": "a.png", "text": 7}', "line 2"),
+        ('["a.png", "red"]', "line 2"),
+        ('{"file_name": "gone.png", "text": "gone"}', "not there"),
+        ('{"file_name": "a.png", "text": " "}', "1 of 2 pictures"),
+    ],
+)
+def test_a_wrong_line_of_a_table_is_named(folder: Path, line: str, said: str) -> None:
+    (folder / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "green"}\n' + line)
+    with pytest.raises(PreconditionError, match=said):
+        open_source(Data(kind="folder", path=str(folder), size=16))
 
 
 def test_a_damaged_picture_is_named(folder: Path) -> None:

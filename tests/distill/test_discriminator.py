@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 
+from core.errors import PreconditionError
 from distill.discriminator import Condition, Discriminator
-from distill.features import DinoFeatures, FidFeatures, PictureFeatures
+from distill.features import FidFeatures, PictureFeatures, TransformerFeatures
 from distill.losses import hinge_discriminator, hinge_generator, r1_penalty
 
 CHANNELS, SIDES = (16, 24), (16, 4)
@@ -142,20 +146,32 @@ def test_fid_network_is_another_architecture() -> None:
     assert "GroupNorm" in others - kinds
 
 
-def test_dino_from_a_local_folder(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from transformers import Dinov2Config, Dinov2Model
-
-    from core.errors import PreconditionError
-
-    config = Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=70)
-    Dinov2Model(config).save_pretrained(tmp_path / "dino")
-    network = DinoFeatures(tmp_path / "dino", 64)
+@pytest.mark.parametrize(
+    ("kind", "patch", "side"), [("Dinov2", 14, 5), ("ViT", 16, 4), ("CLIPVision", 16, 4)]
+)
+def test_features_from_a_local_folder(tmp_path: Path, kind: str, patch: int, side: int) -> None:
+    """Of another size than the network's own: the positions are interpolated."""
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=2,
+        image_size=7 * patch, patch_size=patch,
+    )  # fmt: skip
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "network")
+    network = TransformerFeatures(tmp_path / "network", 64).eval()
     pictures = torch.rand(2, 3, 64, 64, requires_grad=True)
     found, embedding = network(pictures)
-    assert [tuple(x.shape) for x in found] == [(2, 32, 5, 5)] * 4
+    assert [tuple(x.shape) for x in found] == [(2, 32, side, side)] * 4
     assert embedding.shape == (2, 32)
-    found[0].sum().backward()
+    # A plain sum of a normalised map is constant.
+    found[0].square().mul(torch.rand(32, 1, 1)).sum().backward()
     assert pictures.grad is not None
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(PreconditionError, match="not a DINOv2 folder"):
-        DinoFeatures(tmp_path / "empty", 64)
+    assert float(pictures.grad.abs().max()) > 0
+
+
+def test_a_folder_of_another_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PreconditionError, match="not the folder of a feature network") as caught:
+        TransformerFeatures(tmp_path, 64)
+    assert caught.value.why == "it has no config.json"
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(PreconditionError, match="not the folder of a feature network") as caught:
+        TransformerFeatures(tmp_path, 64)
+    assert "'bert'" in caught.value.why

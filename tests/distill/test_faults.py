@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from core.errors import AddbenchError, PreconditionError
@@ -103,7 +104,6 @@ def test_a_folder_without_state_is_no_checkpoint(tmp_path: Path) -> None:
 @pytest.fixture
 def large(smoke: Path, tmp_path: Path) -> list[str]:
     """The command line of a run over a checkpoint folder: epsilon, DINOv2, pictures in a folder."""
-    from PIL import Image
     from transformers import Dinov2Config, Dinov2Model
 
     source = smoke / "distill" / "smoke" / "smoke-teacher"
@@ -138,6 +138,45 @@ def test_the_same_command_distils_a_checkpoint_folder(
     student = tmp_path / "build" / "distill" / "sdxl" / "sdxl-student"
     assert (student / "unet" / "diffusion_pytorch_model.safetensors").exists()
     assert (student / "training.json").exists()
+    # Eight pictures, of one step and of four, of the folder's own captions (it has four).
+    (sheet,) = (student.parent / "samples").glob("student-*.png")
+    with Image.open(sheet) as picture:
+        assert picture.size == (8 * 64, 64)
+
+
+def test_nfsd_without_a_caption_of_bad_pictures_is_refused(
+    smoke: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(smoke))
+    run = ["--run", "nfsd", "--base", "smoke", "--stage", "student"]
+    with pytest.raises(PreconditionError, match="needs a caption of bad pictures"):
+        main([*FP32, *run, "--set", "student.weighting=nfsd"])
+
+
+def test_a_disk_that_fills_at_the_end_keeps_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_disk: Path
+) -> None:
+    """The weights do not fit beside the stage's checkpoint; with room the same command ends."""
+    from distill.stages.fid import FidTrainer
+
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    room = tmp_path / "distill" / "smoke" / "fid"
+    real = FidTrainer.write
+
+    def on_a_small_disk(self: FidTrainer, folder: Path) -> None:
+        (small_disk / "filler").write_bytes(b"0" * 2**21)
+        real(self, small_disk)
+        (small_disk / "more").write_bytes(b"0" * 2**21)
+
+    monkeypatch.setattr(FidTrainer, "write", on_a_small_disk)
+    with pytest.raises(AddbenchError, match="the weights of stage fid could not be written") as got:
+        main([*FP32, "--stage", "fid"])
+    assert "checkpoint is intact" in got.value.why
+    assert checkpointing.latest(room / "checkpoints") is not None
+    assert not (room / "stage.json").exists()
+    monkeypatch.setattr(FidTrainer, "write", real)
+    assert main([*FP32, "--stage", "fid"]) == 0
+    assert (room / "weights" / "fid.safetensors").exists()
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder_2", "tokenizer", "scheduler", "vae"])

@@ -168,7 +168,7 @@ def test_wrong_usage(arguments: list[str]) -> None:
 VARIANTS = (
     ["student.loss=adversarial", "student.conditioning=none"],
     ["student.loss=distillation", "student.space=latent", "student.weighting=sds"],
-    ["student.weighting=nfsd", "student.conditioning=image"],
+    ["student.weighting=nfsd", "student.negative=ugly", "student.conditioning=image"],
     ["student.teacher-steps=2", "student.text=pooled", "student.mismatch=0.5"],
     ["student.pretrained=false", "student.terminal=0.5", "student.headstart=1"],
 )
