@@ -43,12 +43,14 @@ class Networks:
 
     Attributes:
         checkpoint: folder in diffusers format that gives every network (""= build small ones).
-        student: folder whose UNet the student starts from ("": the teacher's UNet).
+        teacher: folder of another model that teaches, of another family too ("": the checkpoint).
+        student: folder whose UNet the student starts from ("": the checkpoint's UNet).
         vae: folder of another autoencoder than the checkpoint's ("": the checkpoint's).
         features: folder of a DINOv2, DINO or CLIP in transformers format ("": trained here).
     """
 
     checkpoint: str = ""
+    teacher: str = ""
     student: str = ""
     vae: str = ""
     features: str = ""

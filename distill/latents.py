@@ -44,6 +44,11 @@ class Latents:
         mean, deviation = moments.chunk(2, 1)
         return ((mean + deviation * noise) - self.shift) * self.scale
 
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Latents of any pictures in [-1, 1], the posterior's mean."""
+        mean, _ = self._moments(pictures).chunk(2, 1)
+        return (mean - self.shift) * self.scale
+
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures about in [-1, 1], [batch, 3, size, size]; gradients pass through."""
         with self.context.accelerator.autocast():

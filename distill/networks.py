@@ -170,17 +170,30 @@ def bf16_is_faster() -> bool:
 
 
 class TextEncoding(nn.Module):
-    """Both text encoders as SDXL reads them.
+    """The text encoders as the pipelines read them.
 
-    ids of each tokenizer, int64 [batch, 77] -> context [batch, 77, both widths] of penultimate
-    hidden states, pooled [batch, width] of the second.
+    ids of each tokenizer, int64 [batch, 77] -> context [batch, 77, width], pooled [batch, width].
+    SDXL: penultimate hidden states of both, joined, and the second's projection. Stable Diffusion
+    (no second): the last hidden state, and that of the end of text.
     """
 
-    def __init__(self, first: Any, second: Any) -> None:
+    def __init__(self, first: Any, second: Any = None) -> None:
         super().__init__()
         self.first, self.second = first, second
 
-    def forward(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def pooled_width(self) -> int:
+        width: int = (
+            self.first.config.hidden_size
+            if self.second is None
+            else self.second.config.projection_dim
+        )
+        return width
+
+    def forward(self, ids: Tensor, ids_2: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.second is None:
+            only = self.first(ids)
+            return only.last_hidden_state, only.pooler_output
         one = self.first(ids, output_hidden_states=True).hidden_states[-2]
         two = self.second(ids_2, output_hidden_states=True)
         return torch.cat([one, two.hidden_states[-2]], -1), two.text_embeds

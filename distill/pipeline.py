@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +20,37 @@ PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "
 
 def assemble(
     *,
-    tokenizer: Any,
-    tokenizer_2: Any,
+    tokenizers: Sequence[Any],
     text: TextEncoding,
     unet: nn.Module,
     vae: Any,
     scheduler: Any,
 ) -> Any:
-    """A StableDiffusionXLPipeline of these networks, without copies."""
-    from diffusers import StableDiffusionXLPipeline
+    """A diffusers pipeline of these networks, without copies: SDXL's, or with one text encoder
+    Stable Diffusion's."""
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    pipeline = StableDiffusionXLPipeline(
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2,
-        text_encoder=text.first,
-        text_encoder_2=text.second,
-        unet=unet,
-        vae=vae,
-        scheduler=scheduler,
-        # The networks saw the empty caption, not zeros in its place.
-        force_zeros_for_empty_prompt=False,
-        add_watermarker=False,
-    )
+    parts: dict[str, Any] = {
+        "tokenizer": tokenizers[0],
+        "text_encoder": text.first,
+        "unet": unet,
+        "vae": vae,
+        "scheduler": scheduler,
+    }
+    pipeline: Any
+    if text.second is None:
+        pipeline = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    else:
+        pipeline = StableDiffusionXLPipeline(
+            **parts,
+            tokenizer_2=tokenizers[1],
+            text_encoder_2=text.second,
+            # The networks saw the empty caption, not zeros in its place.
+            force_zeros_for_empty_prompt=False,
+            add_watermarker=False,
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -96,7 +105,7 @@ def generate(
     seeds: Sequence[int],
     size: int,
     batch: int = 64,
-    autocast: contextlib.AbstractContextManager[Any] | None = None,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> NDArray[np.uint8]:
     """Pictures uint8 [n, size, size, 3]; each has a generator of its own, so batches do not matter.
 
@@ -104,7 +113,7 @@ def generate(
     """
     found = []
     for start in range(0, len(captions), batch):
-        with autocast or contextlib.nullcontext():
+        with autocast():
             pictures = pipeline(
                 prompt=list(captions[start : start + batch]),
                 num_inference_steps=steps,

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from core.errors import PreconditionError
 from distill import losses
-from distill.checkpoint import load_unet, open_checkpoint, open_features
+from distill.checkpoint import Embedded, load_unet, open_checkpoint, open_features
 from distill.discriminator import Condition, Discriminator
 from distill.distillation import nfsd_target, rediffuse, teacher_target
 from distill.judge import following
-from distill.latents import Latents
 from distill.loop import Trainer
-from distill.networks import LATENTS, SCALE, size_ids, tokenize, use_eager_attention
+from distill.networks import LATENTS, SCALE, use_eager_attention
 from distill.pipeline import assemble, generate
-from distill.schedule import Schedule
 from distill.shapes import scenes
 from distill.sharding import gather, shard
 
@@ -34,14 +32,12 @@ PULL_EVERY = 25
 
 @dataclass(frozen=True)
 class Batch:
-    """Real latents and pictures, the student's input, and the captions' embeddings."""
+    """Real latents and pictures, the student's input, and its captions."""
 
     clean: Tensor
     noisy: Tensor
     s: Tensor
-    context: Tensor
-    pooled: Tensor
-    mask: Tensor
+    told: Embedded
     indices: list[int]
 
 
@@ -71,10 +67,18 @@ class StudentTrainer(Trainer):
                 "student.negative is empty, and without it the method's second term vanishes",
                 "set it, e.g. --set student.negative='\"blurry, low quality\"'",
             )
-        self.checkpoint = open_checkpoint(context)
-        self.schedule = Schedule.from_config(self.checkpoint.scheduler_config, context.device)
+        if config.networks.teacher and settings.space == "latent":
+            raise PreconditionError(
+                "a teacher of another family meets the student in pixels only",
+                "student.space is latent, and each has latents of its own",
+                "set student.space to pixel, or leave networks.teacher empty",
+            )
+        self.checkpoint = self.teacher = open_checkpoint(context)
+        if config.networks.teacher:
+            self.checkpoint.unet = None  # the student is loaded anew, and somebody else teaches
+            self.teacher = open_checkpoint(context, "teacher")
+        self.schedule, self.latents = self.checkpoint.schedule, self.checkpoint.latents
         shapes = config.data.kind == "shapes"
-        self.latents = Latents(context, self.checkpoint.vae, cache=shapes)
         self.timesteps = torch.tensor(settings.timesteps)
         student = self._student()
         if settings.gradient_checkpointing:
@@ -83,13 +87,13 @@ class StudentTrainer(Trainer):
             use_eager_attention(student)
         self.learn("student", student, sharded=context.shard)
         if context.shard:
-            shard(self.checkpoint.teacher, context.accelerator)
+            shard(self.teacher.unet, context.accelerator)
         self.adversarial = settings.loss in ("adversarial", "both")
         self.distils = settings.loss in ("distillation", "both")
         if self.adversarial:
             self.features: Any = open_features(context)
             self.learn("discriminator", self._discriminator(), settings.discriminator_rate)
-        self.fixed = {which: self._embed([text]) for which, text in
+        self.fixed = {which: self.teacher.embed([text]) for which, text in
                       (("empty", ""), ("negative", settings.negative))}  # fmt: skip
         count = min(CHECKS, config.evaluate_captions)
         self.checks = scenes(count, config.seed + 1, held_out=True) if shapes else []
@@ -105,10 +109,9 @@ class StudentTrainer(Trainer):
     def _discriminator(self) -> Discriminator:
         kind = self.settings.conditioning
         text = self.settings.text if kind in ("text", "both") else None
-        config = self.checkpoint.text.second.config
         widths = {
-            "tokens": self.checkpoint.teacher.config.cross_attention_dim,
-            "pooled": config.projection_dim,
+            "tokens": self.plain("student").config.cross_attention_dim,
+            "pooled": self.checkpoint.text.pooled_width,
         }
         torch.manual_seed(self.context.seed(self.name, "heads"))
         return Discriminator(
@@ -119,19 +122,6 @@ class StudentTrainer(Trainer):
             text_dim=widths.get(text or "", 0),
             image_dim=self.features.embedding if kind in ("image", "both") else 0,
         )
-
-    @torch.no_grad()
-    def _embed(self, captions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Context [n, 77, width], pooled [n, width], mask [n, 77] of a caption's own tokens."""
-        checkpoint, device = self.checkpoint, self.context.device
-        ids = tokenize(checkpoint.tokenizer, captions).to(device)
-        ids_2 = tokenize(checkpoint.tokenizer_2, captions).to(device)
-        with self.context.accelerator.autocast():
-            context, pooled = checkpoint.text(ids, ids_2)
-        if checkpoint.zeros_for_empty and captions == [""]:
-            context, pooled = torch.zeros_like(context), torch.zeros_like(pooled)
-        ends = (ids == checkpoint.tokenizer.eos_token_id).int()
-        return context.float(), pooled.float(), ends.cumsum(1) - ends == 0
 
     def _batch(self, step: int, generator: torch.Generator) -> Batch:
         context, batch = self.context, self.settings.batch
@@ -149,25 +139,16 @@ class StudentTrainer(Trainer):
             s = torch.where(last, self.timesteps[-1], others)
         s = context.share(s)
         clean = self.latents.encode(indices, posterior)
-        embedded = self._embed([context.source.captions[i] for i in indices])
-        noisy = self.schedule.add_noise(clean, noise, s)
-        return Batch(clean, noisy, s, *embedded, indices)
-
-    def _unet(self, unet: Any, noisy: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
-        ids = size_ids(len(noisy), self.config.data.size, self.context.device)
-        with self.context.accelerator.autocast():
-            output: Tensor = unet(
-                noisy, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}
-            ).sample
-        return output.float()
+        told = self.checkpoint.embed([context.source.captions[i] for i in indices])
+        return Batch(clean, self.schedule.add_noise(clean, noise, s), s, told, indices)
 
     def step(self, step: int) -> dict[str, Tensor]:
         generator = self.context.generator(self.name, step)
         batch = self._batch(step, generator)
         head_start = self.adversarial and step < self.settings.headstart
         with torch.set_grad_enabled(not head_start):
-            output = self._unet(
-                self.networks["student"], batch.noisy, batch.s, batch.context, batch.pooled
+            output = self.checkpoint.predict(
+                self.networks["student"], batch.noisy, batch.s, batch.told
             )
             sample = self.schedule.denoised(output, batch.noisy, batch.s)
             in_pixels = self.adversarial or self.settings.space == "pixel"
@@ -209,11 +190,11 @@ class StudentTrainer(Trainer):
         maps, embedding = self._features(pictures)
         # At the last timestep the student saw nothing of the picture and cannot match it.
         seen = (batch.s != self.timesteps[-1]).float()[:, None]
-        length = int(batch.mask.sum(1).max())
+        length = int(batch.told.mask.sum(1).max())
         told = Condition(
-            tokens=batch.context[:, :length],
-            mask=batch.mask[:, :length],
-            pooled=batch.pooled,
+            tokens=batch.told.context[:, :length],
+            mask=batch.told.mask[:, :length],
+            pooled=batch.told.pooled,
             image=embedding * seen,
         )
         return told, maps
@@ -221,19 +202,19 @@ class StudentTrainer(Trainer):
     def _distillation(
         self, sample: Tensor, fake: Tensor, batch: Batch, generator: torch.Generator
     ) -> Tensor:
-        settings, schedule = self.settings, self.schedule
+        settings, teacher, told = self.settings, self.teacher, batch.told
+        schedule = teacher.schedule
+        if teacher is not self.checkpoint:
+            sample = teacher.latents.encode_pictures(fake)
+            told = teacher.embed([self.context.source.captions[i] for i in batch.indices])
         low, high = (round(share * len(schedule)) for share in settings.teacher_range)
         t = self.context.share(torch.randint(low, high, (settings.batch,), generator=generator))
         drawn = torch.randn((settings.batch, *sample.shape[1:]), generator=generator)
         noisy = rediffuse(sample, self.context.share(drawn), schedule, t)
 
         def predict(noisy: Tensor, t: Tensor, which: str) -> Tensor:
-            context, pooled = batch.context, batch.pooled
-            if which != "given":
-                context, pooled = (
-                    value.expand(len(noisy), *value.shape[1:]) for value in self.fixed[which][:2]
-                )
-            return self._unet(self.checkpoint.teacher, noisy, t, context, pooled)
+            asked = told if which == "given" else self.fixed[which].expand(len(noisy))
+            return teacher.predict(teacher.unet, noisy, t, asked)
 
         if settings.weighting == "nfsd":
             target = nfsd_target(predict, sample, noisy, schedule, t)
@@ -250,7 +231,7 @@ class StudentTrainer(Trainer):
         if settings.space == "latent":
             return losses.distillation_loss(sample, target, c, settings.reduction)
         with torch.no_grad():
-            wanted = self.latents.decode(target)
+            wanted = teacher.latents.decode(target)
         return losses.distillation_loss(fake, wanted, c, settings.reduction)
 
     def _discriminate(
@@ -302,8 +283,7 @@ class StudentTrainer(Trainer):
         captions = [scene.caption for scene in self.checks]
         captions = captions or list(self.context.source.captions[:SHOWN])
         pipeline = assemble(
-            tokenizer=checkpoint.tokenizer,
-            tokenizer_2=checkpoint.tokenizer_2,
+            tokenizers=checkpoint.tokenizers,
             text=checkpoint.text,
             unet=self.plain("student"),
             vae=self.latents.vae,
@@ -320,7 +300,7 @@ class StudentTrainer(Trainer):
                 seeds=range(len(captions)),
                 size=self.config.data.size,
                 batch=64 if self.checks else 1,
-                autocast=self.context.accelerator.autocast(),
+                autocast=self.context.accelerator.autocast,
             )
             sheets.append(pictures[:32])
             if self.checks:

@@ -88,8 +88,7 @@ class TeacherTrainer(Trainer):
     def pipeline(self) -> Any:
         model = self.plain("teacher")
         return assemble(
-            tokenizer=self.tokenizer,
-            tokenizer_2=self.tokenizer,
+            tokenizers=[self.tokenizer, self.tokenizer],
             text=model.text,
             unet=model.unet,
             vae=self.latents.vae,
@@ -107,7 +106,7 @@ class TeacherTrainer(Trainer):
             guidance=self.settings.guidance,
             seeds=range(len(self.checks)),
             size=self.config.data.size,
-            autocast=self.context.accelerator.autocast(),
+            autocast=self.context.accelerator.autocast,
         )
         return pictures, following(pictures, self.checks)
 

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from core.errors import AddbenchError, PreconditionError
-from core.files import read_json, write_json
 from distill import checkpointing
 from distill.context import Context
 from distill.train import main, make_accelerator
@@ -101,49 +99,6 @@ def test_a_folder_without_state_is_no_checkpoint(tmp_path: Path) -> None:
     assert checkpointing.latest(tmp_path) is None
 
 
-@pytest.fixture
-def large(smoke: Path, tmp_path: Path) -> list[str]:
-    """The command line of a run over a checkpoint folder: epsilon, DINOv2, pictures in a folder."""
-    from transformers import Dinov2Config, Dinov2Model
-
-    source = smoke / "distill" / "smoke" / "smoke-teacher"
-    shutil.copytree(source, tmp_path / "checkpoint")
-    config = tmp_path / "checkpoint" / "scheduler" / "scheduler_config.json"
-    changed = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
-    write_json(config, read_json(config) | changed)
-    dino = Dinov2Config(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=70)
-    Dinov2Model(dino).save_pretrained(tmp_path / "dino")
-    (tmp_path / "pictures").mkdir()
-    for index in range(4):
-        Image.new("RGB", (80, 70), (index * 60, 0, 0)).save(tmp_path / "pictures" / f"{index}.png")
-        (tmp_path / "pictures" / f"{index}.txt").write_text("a red picture")
-    changes = {
-        "data.kind": "folder",
-        "data.path": str(tmp_path / "pictures"),
-        "data.size": "64",
-        "networks.checkpoint": str(tmp_path / "checkpoint"),
-        "networks.vae": str(tmp_path / "checkpoint" / "vae"),
-        "networks.features": str(tmp_path / "dino"),
-        "student.iterations": "2",
-        "student.batch": "2",
-    }
-    return ["--preset", "sdxl", *(x for k, v in changes.items() for x in ("--set", f"{k}={v}"))]
-
-
-def test_the_same_command_distils_a_checkpoint_folder(
-    large: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
-    assert main([*large, "--precision", "bf16"]) == 0
-    student = tmp_path / "build" / "distill" / "sdxl" / "sdxl-student"
-    assert (student / "unet" / "diffusion_pytorch_model.safetensors").exists()
-    assert (student / "training.json").exists()
-    # Eight pictures, of one step and of four, of the folder's own captions (it has four).
-    (sheet,) = (student.parent / "samples").glob("student-*.png")
-    with Image.open(sheet) as picture:
-        assert picture.size == (8 * 64, 64)
-
-
 def test_nfsd_without_a_caption_of_bad_pictures_is_refused(
     smoke: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,23 +132,3 @@ def test_a_disk_that_fills_at_the_end_keeps_the_checkpoint(
     monkeypatch.setattr(FidTrainer, "write", real)
     assert main([*FP32, "--stage", "fid"]) == 0
     assert (room / "weights" / "fid.safetensors").exists()
-
-
-@pytest.mark.parametrize("part", ["unet", "text_encoder_2", "tokenizer", "scheduler", "vae"])
-def test_a_checkpoint_that_lacks_a_part_is_refused(
-    large: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
-    shutil.rmtree(tmp_path / "checkpoint" / part)
-    with pytest.raises(PreconditionError, match=f"lacks {part}"):
-        main([*large, "--precision", "fp32"])
-
-
-def test_a_truncated_part_is_refused(
-    large: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
-    file = tmp_path / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(PreconditionError, match="cannot be loaded"):
-        main([*large, "--precision", "fp32"])
