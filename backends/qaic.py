@@ -95,7 +95,12 @@ class QaicBackend(Backend):
             return "ultra"
         # A SKU that is none of these: by its cores, as far as they tell.
         by_cores = "standard" if there.cores_total == CORES["standard"] else "ultra"
-        return SKUS.get(there.sku, by_cores)
+        return SKUS.get(there.sku.lower(), by_cores)
+
+    def hardware(self) -> str:
+        from backends.cloud_ai.power import hardware
+
+        return hardware(self.found, self.devices)
 
     @property
     def runtime(self) -> str:

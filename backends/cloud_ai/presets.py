@@ -16,9 +16,9 @@ PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "taesd_decoder
 BATCHES = (1, 2, 4)
 CORES = {"ultra": 16, "pro": 16, "standard": 14}
 """AI cores of one SoC, by card."""
-SKUS = {"PCIe Ultra": "ultra", "PCIe Pro": "pro", "PCIe": "standard"}
-"""What `Sku Type` says -> card. The strings are the open runtime's; which card each one means is
-our reading of them."""
+SKUS = {"pcie ultra": "ultra", "pcie pro": "pro", "pcie": "standard"}
+"""What `Sku Type` says, in lower case -> card. The open runtime prints `PCIe Ultra`, an SDK of 2025
+was seen to print `Pcie Ultra`; which card each one means is our reading of them."""
 SPLITS = ("pipelines", "batch", "parts")
 """How a call is spread over several devices, see lanes.py."""
 VAE_DIVISOR = 128
