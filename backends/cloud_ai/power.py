@@ -2,11 +2,12 @@
 
 `power1_input` below a device's hwmon folder is, in the words of the open runtime's header, the
 "instantaneous average board power" in microwatt, 0 where it could not be read; `power1_max` is its
-limit. An Ultra has a sensor on each of its four SoCs. A public record of one shows 48 W of board
-power and a board limit of 150 W on an idle device, beside 11 W and a limit of 31 W of the SoC. So a
-limit says whose a reading is: at the card's own TDP it is the board's, and the four say the same
-thing; at anything less it may be a SoC's share, and then the card's power is unknown. Readings of
-one board are never added up. Nothing here has been run on a card.
+limit. An Ultra has a sensor on each of its four SoCs. A public record of one (SERVER_SETUP.md in
+Nouman945/efficient-transformers) has 48 W of board power and a board limit of 150 W on an idle
+device, beside 11 W and a limit of 31 W of the SoC. So a limit says whose a reading is: at the
+card's own TDP it is the board's, and the four say the same thing; at anything less it may be an
+SoC's share, and then the card's power is unknown. Readings of one board are never added up.
+Nothing here has been run on a card.
 """
 
 from __future__ import annotations

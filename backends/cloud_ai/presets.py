@@ -7,7 +7,7 @@ has not been tried on a card: it is a place to start from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from backends.base import UnsupportedError
@@ -21,6 +21,8 @@ SKUS = {"pcie ultra": "ultra", "pcie pro": "pro", "pcie": "standard"}
 was seen to print `Pcie Ultra`; which card each one means is our reading of them."""
 SPLITS = ("pipelines", "batch", "parts")
 """How a call is spread over several devices, see lanes.py."""
+RECIPE_OF = ("sdxl-turbo", (512, 512))
+"""Model and size (width, height) of the public recipe."""
 VAE_DIVISOR = 128
 """The recipe's, for a VAE that does not fit FP16."""
 DEVIATIONS = (
@@ -85,3 +87,11 @@ def preset(card: str, part: str, batch: int) -> Preset:
     return Preset(
         CORES[card], mos, ols, memory, block, "public recipe" if public else "derived", note
     )
+
+
+def preset_for(found: Preset, model: str, size: tuple[int, int]) -> Preset:
+    """`found`, which no longer follows the recipe for another model or size than the recipe's."""
+    if (model, size) == RECIPE_OF:
+        return found
+    note = f"{found.note}; the recipe is for SDXL-Turbo at 512 px"
+    return replace(found, follows="derived", note=note)
