@@ -206,6 +206,12 @@ def test_ids_are_read() -> None:
     assert parse_devices("2+4-5") == (2, 4, 5)
 
 
+def test_a_name_that_no_card_has_is_answered_with_those_that_there_are() -> None:
+    with pytest.raises(PreconditionError) as error:
+        parse_backend("qaic:device=ai100-ultra2")
+    assert "ai100-standard, ai100-pro, ai100-ultra" in error.value.why
+
+
 def test_a_modelled_cards_name_is_no_id() -> None:
     with pytest.raises(PreconditionError, match="name of a modelled card"):
         QaicBackend({"device": "ai100-ultra"})
