@@ -204,6 +204,11 @@ class Backend(ABC):
         CONTEXT_PART where it splits the UNet."""
         return tuple(bundle.parts)
 
+    def hardware(self) -> str:
+        """What `device` is: a name of devices.csv, or what it calls itself; "" where the machine's
+        own record says so (CPU, NVIDIA GPU)."""
+        return ""
+
     def require_low_memory(self) -> None:
         """Refuse to load parts on demand where `resident` says why they stay."""
         if self.resident:

@@ -22,11 +22,12 @@ from backends.base import (
     Session,
     Shapes,
     UnsupportedError,
+    stage_parts,
 )
 from backends.cloud_ai import qpc
 from backends.cloud_ai.compiler import QPC, RECORD, compile_graph, half_buffers, io_list
 from backends.cloud_ai.options import OPTIONS, parse_devices, parse_number
-from backends.cloud_ai.presets import CORES, SKUS, VAE_DIVISOR, Preset, preset
+from backends.cloud_ai.presets import CORES, SKUS, VAE_DIVISOR, Preset, preset, preset_for
 from backends.cloud_ai.probe import Findings, capability, compiler_capability, look
 from backends.cloud_ai.spec import DIALECTS, CompileSpec
 from backends.modelled.backend import modelled
@@ -95,7 +96,12 @@ class QaicBackend(Backend):
             return "ultra"
         # A SKU that is none of these: by its cores, as far as they tell.
         by_cores = "standard" if there.cores_total == CORES["standard"] else "ultra"
-        return SKUS.get(there.sku, by_cores)
+        return SKUS.get(there.sku.lower(), by_cores)
+
+    def hardware(self) -> str:
+        from backends.cloud_ai.power import hardware
+
+        return hardware(self.found, self.devices)
 
     @property
     def runtime(self) -> str:
@@ -223,7 +229,11 @@ class QaicBackend(Backend):
                 "part": part,
                 "batch": batch,
                 "size": [shapes.width, shapes.height],
-                "preset": asdict(self.preset(part, batch)),
+                "preset": asdict(
+                    preset_for(
+                        self.preset(part, batch), bundle.model.name, (shapes.width, shapes.height)
+                    )
+                ),
                 "profile": asdict(self.form(part, batch)),
                 **self.fingerprint(),
             }
@@ -313,7 +323,15 @@ class QaicBackend(Backend):
         recipe: Recipe | None = None,
     ) -> Pipeline:
         from backends.cloud_ai.lanes import LanesPipeline
+        from backends.recipe import make_recipe
 
+        recipe = recipe or make_recipe(bundle)
+        each = replace(shapes, batch=1) if self.options["split"] == "pipelines" else shapes
+        for part in stage_parts(tuple(bundle.parts), decoder):
+            # Before the compiler, which may take an hour.
+            cores = self.preset(part, recipe.shapes(part, each).batch).cores
+            for device in self.devices:
+                self._require_cores(part, cores, device)
         return LanesPipeline(
             self,
             bundle,

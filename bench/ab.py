@@ -238,9 +238,9 @@ class Duel:
         self, out: Path, cells: Sequence[Cell], arguments: Sequence[str], stack: ExitStack
     ) -> None:
         """A run folder for each side, like those of a sweep; the head's is the latest."""
-        from bench.environment import collect
+        from bench.environment import collect, with_hardware
 
-        environment = collect()
+        environment = with_hardware(collect(), self.candidates.values())
         for side, bundle in zip(self.pair, self.bundles, strict=True):
             header = {
                 "command": ["python", "-m", "bench.ab", *shown(arguments)],

@@ -27,6 +27,7 @@ from bench.cardwords import (
     decoder_words,
     fit_words,
     joule_span,
+    other_reading,
     span,
 )
 from bench.columns import Column
@@ -198,7 +199,11 @@ class Section:
 
 def sections(found: Sequence[Option], args: argparse.Namespace) -> list[Section]:
     from backends.modelled.card import ASSUMPTIONS
+    from backends.modelled.costs import known_costs
+    from export.models import find_model
 
+    own = find_model(args.model).size
+    unet = known_costs(args.model, args.size or (own, own))["unet"]
     what = f"{args.model}, FP16, a call of {args.batch} image{'s' * (args.batch != 1)}"
     claimed = CLAIMED if CLAIMED in args.device else args.device[-1]
     ours = [one for one in found if one.device.name == claimed]
@@ -216,7 +221,7 @@ def sections(found: Sequence[Option], args: argparse.Namespace) -> list[Section]
             CARD_COLUMNS,
             best(found),
         ),
-        Section("How far the fit is off", fit_words()),
+        Section("How far the fit is off", [*fit_words(), *other_reading(ours, unet)]),
         Section("What is assumed", [*ASSUMPTIONS, resident_words(found, args)]),
     ]
 
@@ -250,7 +255,7 @@ def show(found: Sequence[Section]) -> None:
 def report(found: Sequence[Option], args: argparse.Namespace) -> dict[str, Any]:
     """As JSON."""
     from backends.modelled.card import ASSUMPTIONS
-    from backends.modelled.fit import fits
+    from backends.modelled.fit import fits, unhidden
 
     def columns(one: Fit) -> Mapping[str, Any]:
         from backends.modelled.fit import factor
@@ -275,6 +280,7 @@ def report(found: Sequence[Option], args: argparse.Namespace) -> dict[str, Any]:
         "target_ms": args.target,
         "options": [one.columns(args.target) for one in found],
         "fits": [columns(one) for one in fits().values()],
+        "matmul_efficiency_if_no_row_waits": unhidden(),
         "assumptions": list(ASSUMPTIONS),
     }
 

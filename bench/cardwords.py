@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from backends.modelled.card import Interval
     from backends.modelled.fit import Fit
     from bench.cards import Option
+    from export.cost import Cost
 
 FITS, SPARE, BEYOND, IMPOSSIBLE = "fits", "time to spare", "beyond the range", "impossible"
 PHRASES = {
@@ -117,6 +119,39 @@ def fit_words() -> list[str]:
         f" {errors.max():.1f} times what the model says",
         "a check of what is assumed of the DDR: rows whose weights do not fit on the chip read up"
         f" to {streaming:.0%} of its bandwidth, if they read them once an inference",
+    ]
+
+
+def other_reading(ours: Sequence[Option], unet: Cost) -> list[str]:
+    """What pipelines would take if the rows of one inference at a time wait for no weights.
+
+    Args:
+        ours: of one card.
+        unet: one evaluation at batch 1.
+    """
+    from backends.modelled.fit import DDR, fits, unhidden
+
+    pipelines = [one for one in ours if one.split == "pipelines"]
+    if not pipelines:
+        return []
+    device, batch = pipelines[0].device, pipelines[0].batch
+    peak = device.fp16_tflops_dense * 1e12 / device.socs
+    share, conv = unhidden(), fits()["conv", DDR[len(DDR) // 2]].efficiency
+    of_conv = unet.by_kind["conv"]
+    step_s = (unet.flops - of_conv) / (share * peak) + of_conv / (conv * peak)
+    periods = []
+    for one in pipelines:
+        modelled_s = one.found.stages["unet_step"].mid / math.ceil(batch / device.socs)
+        longer_s = one.steps * (step_s - modelled_s) * batch / device.socs
+        period = 1e3 * (one.found.period.mid + longer_s)
+        periods.append(f"{period:.0f} ms ({named(one.steps)} {one.decoder})")
+    return [
+        "what these rows cannot settle: at one inference at a time, weights and FLOPs grow together"
+        " from row to row. The model reads them as waiting for weights (and ALBERT, whose layers"
+        f" share theirs, as reading them in every layer). If they compute at {share:.0%} of the"
+        " peak instead, at 128 tokens, and a UNet with its 256 to 1024 tokens did no better, a step"
+        f" would take {1e3 * step_s:.0f} ms on {device.name}, and pipelines would have periods of"
+        f" {', '.join(periods)}: no interval holds this reading"
     ]
 
 

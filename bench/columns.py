@@ -125,6 +125,12 @@ def captions_right(line: Line) -> float | None:
     return None if share is None else share * 100
 
 
+def images_per_joule(line: Line) -> float | None:
+    """Where power was measured."""
+    energy = None if line.provenance == MODELLED else line.median("energy_j")
+    return line.cell.batch / energy if energy else None
+
+
 def images_per_joule_at_tdp(line: Line) -> float | None:
     """Of a modelled card only: at its power limit over the period."""
     energy = line.median("energy_j") if line.provenance == MODELLED else None
@@ -156,6 +162,7 @@ COLUMNS = (
     Column("high, switching (ms)", switching_high, 1),
     Column("period (ms)", figure("period_ms"), 1),
     Column("images/s", figure("images_per_s"), 3),
+    Column("images/J", images_per_joule, 3),
     Column("images/J at TDP", images_per_joule_at_tdp, 3),
     Column("min (ms)", figure("min_ms"), 1),
     Column("max (ms)", figure("max_ms"), 1),
@@ -187,15 +194,15 @@ CONDITIONS = ("model", "device", "size (px)", "scheduler", "guidance", "low memo
 """Said once above the table where all lines agree."""
 BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory", "decoder",
          "batch", "steps", "NFE", "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)",
-         "period (ms)", "images/s", "images/J at TDP", "CV (%)", "UNet step (ms)", "decode (ms)",
-         "loading (ms)", "peak memory (MB)", "samples", "image PSNR", "captions right (%)",
-         "own FID", "provenance", "status", "flags")  # fmt: skip
+         "period (ms)", "images/s", "images/J", "images/J at TDP", "CV (%)", "UNet step (ms)",
+         "decode (ms)", "loading (ms)", "peak memory (MB)", "samples", "image PSNR",
+         "captions right (%)", "own FID", "provenance", "status", "flags")  # fmt: skip
 """Columns of the short table: in the terminal and in the README."""
 
 
 SINCE = ("guidance", "low memory", "loading (ms)", "low (ms)", "high (ms)",
-         "high, switching (ms)", "period (ms)", "images/J at TDP", "captions right (%)",
-         "own FID")  # fmt: skip
+         "high, switching (ms)", "period (ms)", "images/J", "images/J at TDP",
+         "captions right (%)", "own FID")  # fmt: skip
 """Columns of the CSV that are left out where no cell has a value: tables that were published before
 they existed stay as they are."""
 

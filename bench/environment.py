@@ -6,12 +6,16 @@ import hashlib
 import importlib
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.power import accelerators
 from core.git import git
+
+if TYPE_CHECKING:
+    from bench.plan import Candidate
 
 PACKAGES = (
     "torch",
@@ -91,6 +95,16 @@ def collect() -> dict[str, Any]:
         "load_avg": load_average(),
         "swap_used_gb": round(psutil.swap_memory().used / 1e9, 1) if psutil else None,
     }
+
+
+def with_hardware(environment: dict[str, Any], candidates: Iterable[Candidate]) -> dict[str, Any]:
+    """`environment`, whose `accelerators` also name the devices that only their backend knows."""
+    named = {
+        each.backend.device: name
+        for each in candidates
+        if each.backend is not None and each.found.usable and (name := each.backend.hardware())
+    }
+    return {**environment, "accelerators": {**environment["accelerators"], **named}}
 
 
 def package(name: str) -> Any:

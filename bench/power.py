@@ -1,11 +1,13 @@
 """Energy, clocks, temperature, memory and neighbours of what a cell runs on.
 
 A GPU is asked through NVML (nvidia-ml-py), a CPU's packages through RAPL, where the kernel lets
-this user read it. Whatever cannot be had is None, never zero.
+this user read it, a Cloud AI 100 through the sensors of its kernel driver (not run on one yet).
+Whatever cannot be had is None, never zero.
 
 A gauge is read between samples, outside of the timed region, five times a second at most. Energy is
 the difference of a counter between the first reading and the last, over the samples in between; it
-holds the moments between samples too, and for a GPU the card alone, without its host.
+holds the moments between samples too, and for a GPU or a card the card alone, without its host. A
+card that has no counter is asked for its power while it works, and the counter is made of that.
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ import ctypes
 import os
 import statistics
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from backends.cloud_ai.power import Board
 
 LOOK_S = 0.2
 SHORTEST_S = 1.0
@@ -27,6 +34,8 @@ THROTTLED_BELOW = 0.75
 """Of the highest clock that the GPU can be set to."""
 DISTURBED_ABOVE = 0.05
 POWERCAP = Path("/sys/class/powercap")
+GAP_S = 1.0
+"""Longest time between two readings of a power sensor that its energy is made of."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,73 @@ class Rapl:
         return None
 
 
+class Sensors:
+    """Cards that tell their power and no energy: this is its integral, by the trapezoidal rule.
+
+    They are read by a thread, since between samples they rest. It ends with this object.
+
+    Args:
+        boards: what is read; their power adds up.
+        look_s: between two readings; None: only `look` reads.
+    """
+
+    accelerator = True
+    clock_limit_mhz: float | None = None
+
+    def __init__(
+        self,
+        boards: Sequence[Board],
+        look_s: float | None = LOOK_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.boards, self.clock = boards, clock
+        self.turn = threading.Lock()
+        self.joules: float | None = 0.0
+        self.last: tuple[float, float] | None = None
+        """(when, watts) of the latest reading."""
+        if look_s is not None:
+            keep = (weakref.ref(self), look_s)
+            threading.Thread(target=keep_looking, args=keep, name="power", daemon=True).start()
+
+    def look(self) -> None:
+        """Read all boards; a moment in which one is silent is bridged, if it is short."""
+        with self.turn:
+            now, told = self.clock(), [board.watts() for board in self.boards]
+            watts = [value for value in told if value is not None]
+            if len(watts) < len(self.boards):
+                return
+            if self.last is not None:
+                gap = now - self.last[0]
+                lost = self.joules is None or gap > GAP_S
+                self.joules = (
+                    None if lost else (self.joules or 0.0) + gap * (self.last[1] + sum(watts)) / 2
+                )
+            self.last = now, sum(watts)
+
+    def read(self) -> Reading:
+        self.look()
+        hottest = [each for board in self.boards if (each := board.temperature_c()) is not None]
+        known = self.last is not None and self.clock() - self.last[0] <= GAP_S
+        return Reading(
+            joules=self.joules if known else None,
+            temperature_c=max(hottest, default=None),
+            power_w=self.last[1] if known and self.last else None,
+        )
+
+    def others(self) -> None:
+        """Nobody says who else uses the cards. A cell begins or is over: the counter restarts."""
+        with self.turn:
+            self.joules, self.last = 0.0, None
+
+
+def keep_looking(source: weakref.ref[Sensors], look_s: float) -> None:
+    """Read as long as anything else holds `source`."""
+    while (alive := source()) is not None:
+        alive.look()
+        del alive
+        time.sleep(look_s)
+
+
 def readable(file: Path) -> bool:
     try:
         file.read_text()
@@ -236,10 +312,22 @@ def source_of(device: str) -> Source | None:
     """What can be read of a row's device; None where nothing can. Never raises."""
     if device.partition(":")[0] == "cuda":
         return nvml_source()
+    if device.startswith("qaic:"):
+        return card_source(device.removeprefix("qaic:"))
     if device == "cpu":
         rapl = Rapl()
         return rapl if rapl.zones else None
     return None
+
+
+def card_source(ids: str) -> Sensors | None:
+    """None where a device has no sensor, or it is not sure whose power that tells."""
+    from backends.cloud_ai.options import parse_devices
+    from backends.cloud_ai.power import boards
+    from backends.cloud_ai.probe import look
+
+    found = boards(look(), parse_devices(ids))
+    return Sensors(found) if found and all(board.whole for board in found) else None
 
 
 def nvml_source() -> Nvml | None:

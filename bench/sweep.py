@@ -72,7 +72,7 @@ def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
         guidance_modes=args.guidance_mode or (),
         low_memory=args.low_memory or [False],
     )
-    from bench.environment import collect, git_state
+    from bench.environment import collect, git_state, with_hardware
 
     header = {
         "command": ["python", "-m", "bench.sweep", *shown(arguments)],
@@ -88,7 +88,7 @@ def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
             }
             for candidate in candidates
         },
-        "environment": collect(),
+        "environment": with_hardware(collect(), candidates),
         **git_state(),
         "plan": [cell.columns() for cell in cells],
     }

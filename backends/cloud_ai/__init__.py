@@ -2,6 +2,7 @@
 
     options.py    what a person may set
     probe.py      what this host has: SDK, compiler and its version, cards, permissions, runtimes
+    power.py      what a card draws, and which card it is
     presets.py    compiler settings for each card, part and batch, and where they come from
     spec.py       a compile as data, and its exact argument list in either compiler's dialect
     compiler.py   runs the compiler; keeps its output; explains its failures

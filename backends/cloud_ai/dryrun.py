@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from backends.base import check_decoder, stage_parts
 from backends.cloud_ai import qpc
 from backends.cloud_ai.compiler import half_buffers, io_list
-from backends.cloud_ai.presets import DEVIATIONS, PARTS, Preset
+from backends.cloud_ai.presets import DEVIATIONS, PARTS, Preset, preset_for
 from backends.cloud_ai.script import script
 from backends.cloud_ai.spec import DIALECTS, CompileSpec
 from core.errors import PreconditionError
@@ -94,7 +94,7 @@ def write(
     bundle = bundle_or_none(model, weights, dtype)
     name = bundle.path.name if bundle else model
     folder = build_root() / "cloud-ai-100" / f"{name}-{backend.card}"
-    jobs = make_jobs(backend, bundle, decoders, batches)
+    jobs = make_jobs(backend, model, bundle, decoders, batches)
     for stale in ("onnx", "buffers"):
         shutil.rmtree(folder / stale, ignore_errors=True)
     for job in jobs:
@@ -103,7 +103,10 @@ def write(
     if bundle is not None:
         write_graphs(backend, bundle, jobs, folder)
     export = f"python -m export --model {model} --dtype fp32"
-    text = script(name, backend.card, [(job.name, job.spec) for job in jobs], export, ITERATIONS)
+    missing = ("this dry run was made without a bundle", f"{export}, then the dry run again")
+    if bundle is not None:
+        missing = ("the dry run wrote it", "copy the whole folder again")
+    text = script(name, backend.card, [(job.name, job.spec) for job in jobs], missing, ITERATIONS)
     write_atomic(folder / SCRIPT, text)
     os.chmod(folder / SCRIPT, 0o755)
     record = {
@@ -151,9 +154,15 @@ def bundle_or_none(model: str, weights: str | None, dtype: str | None) -> Bundle
 
 
 def make_jobs(
-    backend: QaicBackend, bundle: Bundle | None, decoders: Sequence[str], batches: Sequence[int]
+    backend: QaicBackend,
+    model: str,
+    bundle: Bundle | None,
+    decoders: Sequence[str],
+    batches: Sequence[int],
 ) -> list[Job]:
     parts = tuple(bundle.parts) if bundle else PARTS
+    entry = bundle.model if bundle else MODELS[model]
+    size = bundle.size if bundle else (entry.size, entry.size)
     for decoder in decoders:
         if bundle is not None:
             check_decoder(bundle, decoder)
@@ -178,7 +187,8 @@ def make_jobs(
                     "io_list": Path("buffers") / f"{name}.yaml" if own.io_list else None,
                 }
             )
-            jobs.append(Job(name, part, batch, spec, backend.preset(part, batch), buffers))
+            chosen = preset_for(backend.preset(part, batch), entry.name, size)
+            jobs.append(Job(name, part, batch, spec, chosen, buffers))
     return jobs
 
 

@@ -55,14 +55,16 @@ def parse_devices(text: str) -> tuple[int, ...]:
             "this option takes ids of real devices, and neither stands in for the other",
             f"python -m bench.sweep --backend qaic --device {text} models it; qaic:device=0 runs",
         )
+    cards = [card.name for card in known_devices().values() if card.name.startswith("ai100-")]
     found: list[int] = []
     for piece in text.split("+"):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", piece)
         if match is None:
             raise PreconditionError(
                 f"qaic:device={text} is no list of devices",
-                "ids are whole numbers, as `qaic-util -q` lists them after QID",
-                "use device=0, device=0-3 or device=0+2",
+                "ids are whole numbers, as `qaic-util -q` lists them after QID; the names of"
+                f" modelled cards are {', '.join(cards)}",
+                "use device=0, device=0-3 or device=0+2, or one of these names",
             )
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     if not found or len(set(found)) < len(found):

@@ -7,7 +7,7 @@ has not been tried on a card: it is a place to start from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from backends.base import UnsupportedError
@@ -16,11 +16,13 @@ PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "taesd_decoder
 BATCHES = (1, 2, 4)
 CORES = {"ultra": 16, "pro": 16, "standard": 14}
 """AI cores of one SoC, by card."""
-SKUS = {"PCIe Ultra": "ultra", "PCIe Pro": "pro", "PCIe": "standard"}
-"""What `Sku Type` says -> card. The strings are the open runtime's; which card each one means is
-our reading of them."""
+SKUS = {"pcie ultra": "ultra", "pcie pro": "pro", "pcie": "standard"}
+"""What `Sku Type` says, in lower case -> card. The open runtime prints `PCIe Ultra`, an SDK of 2025
+was seen to print `Pcie Ultra`; which card each one means is our reading of them."""
 SPLITS = ("pipelines", "batch", "parts")
 """How a call is spread over several devices, see lanes.py."""
+RECIPE_OF = ("sdxl-turbo", (512, 512))
+"""Model and size (width, height) of the public recipe."""
 VAE_DIVISOR = 128
 """The recipe's, for a VAE that does not fit FP16."""
 DEVIATIONS = (
@@ -85,3 +87,11 @@ def preset(card: str, part: str, batch: int) -> Preset:
     return Preset(
         CORES[card], mos, ols, memory, block, "public recipe" if public else "derived", note
     )
+
+
+def preset_for(found: Preset, model: str, size: tuple[int, int]) -> Preset:
+    """`found`, which no longer follows the recipe for another model or size than the recipe's."""
+    if (model, size) == RECIPE_OF:
+        return found
+    note = f"{found.note}; the recipe is for SDXL-Turbo at 512 px"
+    return replace(found, follows="derived", note=note)

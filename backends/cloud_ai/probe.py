@@ -23,6 +23,7 @@ DEFAULT_ROOT = Path("/opt/qti-aic")
 ROOT_VARIABLE = "QAIC_SDK_ROOT"
 PCI_IDS = {("0x17cb", "0xa100"): "AIC100", ("0x17cb", "0xa080"): "AIC080"}
 PCI_FILES = ("vendor", "device")
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 GROUP = "qaic"
 UTIL_TIMEOUT_S = 30
 READY = "Ready"
@@ -36,7 +37,12 @@ MODELLED = (
 
 @dataclass(frozen=True)
 class Card:
-    """One device as `qaic-util -q` lists it: an SoC; an Ultra shows as four. None: not said."""
+    """One device as `qaic-util -q` lists it: an SoC; an Ultra shows as four. None: not said.
+
+    Attributes:
+        board: serial number of the card; for telling cards apart, never for a file.
+        power_w, tdp_w: of the board, by its name; `backends.cloud_ai.power` says how sure that is.
+    """
 
     id: int
     status: str
@@ -93,7 +99,7 @@ def sdk_root() -> Path:
 def look(
     dialect: str = "auto",
     nodes: Path = Path("/dev/accel"),
-    pci: Path = Path("/sys/bus/pci/devices"),
+    pci: Path = PCI_DEVICES,
 ) -> Findings:
     """Look around once. `dialect` other than `auto` insists on one compiler program."""
     sdk = find_sdk(sdk_root(), dialect)
@@ -180,7 +186,8 @@ def parse_util(text: str) -> tuple[Card, ...]:
                 board=fields.get("board serial", ""),
                 pci=fields.get("pci address", ""),
                 power_w=number(fields.get("board power(watts)")),
-                tdp_w=number(fields.get("tdp cap(watts)")),
+                # Newer SDKs list the SoC's beside the board's, and so name both.
+                tdp_w=number(fields.get("board tdp cap(watts)", fields.get("tdp cap(watts)"))),
             )
         )
     return tuple(cards)

@@ -1,4 +1,4 @@
-"""The shell script of a dry run. It needs bash, coreutils and the SDK, and nothing of ours."""
+"""The shell script of a dry run. It needs the SDK, bash, awk, sed and coreutils; none of ours."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ HEAD = """\
 #   ./cloud-ai-100.sh           all three
 #
 # {variable} (default {root}) is the SDK. DEVICES (default 0; "0 1 2 3" for an Ultra) are
-# ids of `qaic-util -q`: with several, each part also runs on all of them side by side.
+# ids of `qaic-util -q`: with several, each part also runs on all of them side by side. ITERATIONS
+# (default {iterations}) are inferences of a part. manifest.json lists the files that this leaves.
 # Send back logs/ and manifest.json: docs/cloud-ai-100.md says how.
 set -euo pipefail
 cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")"
@@ -27,6 +28,7 @@ cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")"
 sdk=${{{variable}:-{root}}}
 read -r -a devices <<< "${{DEVICES:-0}}"
 iterations=${{ITERATIONS:-{iterations}}}
+cores={cores} # of the largest program
 mkdir -p qpc logs
 
 fail() {{ # what, why, next
@@ -49,7 +51,7 @@ check_compiler() {{
   fi
   # Where both are there, the SDK's version decides.
   version=$(sed -n 's/.*<base_version>\\(.*\\)<\\/base_version>.*/\\1/p' "$sdk/versions/apps.xml" \\
-    2>/dev/null || true)
+    2>/dev/null | head -n 1 || true)
   case $version in
     1.[0-9] | 1.1[0-9] | 1.2[01] | 1.[0-9].* | 1.1[0-9].* | 1.2[01].*)
       if [ -x "$sdk/{old_program}" ]; then
@@ -61,12 +63,22 @@ check_compiler() {{
   echo "compiler: ${{compiler[*]}} (SDK ${{version:-version unknown}})"
 }}
 
-check_graph() {{ # file
-  [ -f "$1" ] || fail "$1 is missing" "this dry run was made without a bundle" \\
-    {export}
+check_graph() {{ # name
+  local file
+  for file in "onnx/$1/model.onnx"{buffers}; do
+    [ -f "$file" ] || fail "$file is missing" {missing}
+  done
+}}
+
+device_says() {{ # device, field
+  awk -v id="$1" -v name="$2:" '
+    $1 == "QID" {{ ours = $2 == id }}
+    ours && index($0, name) {{ sub(/^[^:]*:[ \\t]*/, ""); sub(/[ \\t]+$/, ""); print; exit }}
+  ' logs/qaic-util.txt
 }}
 
 check_devices() {{
+  local device status free
   [ -x "$sdk/exec/qaic-runner" ] || fail "there is no exec/qaic-runner below $sdk" \\
     "it comes with the Platform SDK" "install it where the card is"
   [ -x "$sdk/tools/qaic-util" ] || fail "there is no tools/qaic-util below $sdk" \\
@@ -74,30 +86,51 @@ check_devices() {{
   "$sdk/tools/qaic-util" -q > logs/qaic-util.txt 2>&1 || fail "qaic-util -q failed" \\
     "$(tail -n 3 logs/qaic-util.txt)" "sudo usermod -aG {group} \\$USER, then log in again"
   for device in "${{devices[@]}}"; do
-    grep -A1 -E "^QID $device( |\\$)" logs/qaic-util.txt | grep -q 'Status: *Ready' ||
-      fail "device $device is not ready" "logs/qaic-util.txt has what there is" \\
-        "set DEVICES to ids that are Ready"
+    status=$(device_says "$device" Status)
+    [ "$status" = Ready ] || fail "device $device is not ready: ${{status:-it is not there}}" \\
+      "logs/qaic-util.txt has what there is" "set DEVICES to ids that are Ready"
+    free=$(device_says "$device" 'Nsp Free')
+    if [[ $free =~ ^[0-9]+$ ]] && [ "$free" -lt "$cores" ]; then
+      fail "device $device has too few free cores" \\
+        "the programs need $cores, $free of $(device_says "$device" 'Nsp Total') are free" \\
+        "end what holds the others, set DEVICES, or make the dry run again with qaic:cores=$free"
+    fi
   done
   grep -E 'QID|Status:|Nsp (Total|Free):|Sku Type:' logs/qaic-util.txt
 }}
 
 check_qpc() {{ # name
-  local magic
-  magic=$(od -A n -t x4 -N 4 --endian=little "qpc/$1/{qpc}" 2>/dev/null | tr -d ' ') || true
-  [ "$magic" = {magic} ] || fail "qpc/$1/{qpc} is not a QPC" "it starts with ${{magic:-nothing}}" \\
-    "delete qpc/$1 and compile again" 4
+  local start
+  start=$(od -A n -t x1 -N 5 "qpc/$1/{qpc}" 2>/dev/null | tr -d ' ') || true
+  [ "${{start:0:8}}" = {magic} ] || fail "qpc/$1/{qpc} is not a QPC" \\
+    "it starts with ${{start:-nothing}}" "delete qpc/$1 and compile again" 4
+  [ "${{start:8}}" = {major} ] || fail "qpc/$1/{qpc} is a QPC of another version" \\
+    "its format is 0x${{start:8}}, the runtime reads 0x{major}" \\
+    "compile it with the Apps SDK of the same version as the Platform SDK" 4
+}}
+
+made_from() {{ # name, arguments: whatever a program depends on
+  local name=$1
+  shift
+  printf '%s\\n' "SDK ${{version:-version unknown}}" "${{compiler[@]:1}}" "$@"
+  sha256sum < "${{compiler[0]}}"
+  sha256sum -- "onnx/$name"/*{hashed}
 }}
 
 compile_part() {{ # name, arguments
   local name=$1 code=0
   shift
-  check_graph "onnx/$name/model.onnx"
+  check_graph "$name"
+  made_from "$name" "$@" > "logs/made-from-$name.txt"
   if [ -f "qpc/$name/{qpc}" ]; then
     check_qpc "$name"
-    echo "$name: there already"
-    return
+    if cmp -s "logs/made-from-$name.txt" "qpc/$name.made-from"; then
+      echo "$name: there already"
+      return
+    fi
+    echo "$name: there, but made from another graph, other arguments or by another compiler"
   fi
-  rm -rf -- "qpc/$name"
+  rm -rf -- "qpc/$name" "qpc/$name.made-from"
   echo "$name: compiling"
   "${{compiler[@]}}" "$@" ${{ending[@]+"${{ending[@]}}"}} "-aic-binary-dir=qpc/$name" \\
     > "logs/compile-$name.log" 2>&1 || code=$?
@@ -107,6 +140,7 @@ compile_part() {{ # name, arguments
       "all of it is in logs/compile-$name.log" 4
   fi
   check_qpc "$name"
+  cp -- "logs/made-from-$name.txt" "qpc/$name.made-from"
 }}
 
 run_part() {{ # name, device, label
@@ -121,7 +155,7 @@ run_part() {{ # name, device, label
 """
 TAIL = """\
 run_all() {
-  local name device pid
+  local name device pid failed=0
   for name in "${names[@]}"; do
     check_qpc "$name"
     run_part "$name" "${devices[0]}" "device${devices[0]}"
@@ -132,15 +166,16 @@ run_all() {
       pids+=("$!")
     done
     for pid in "${pids[@]}"; do
-      wait "$pid"
+      wait "$pid" || failed=4
     done
+    [ "$failed" -eq 0 ] || exit "$failed"
   done
 }
 
 case ${1:-all} in
   check)
     check_compiler
-    for name in "${names[@]}"; do check_graph "onnx/$name/model.onnx"; done
+    for name in "${names[@]}"; do check_graph "$name"; done
     check_devices
     ;;
   compile)
@@ -166,18 +201,20 @@ def script(
     name: str,
     card: str,
     programs: Sequence[tuple[str, CompileSpec]],
-    export: str,
+    missing: tuple[str, str],
     iterations: int,
 ) -> str:
     """The whole script. Paths are relative to its folder.
 
     Args:
         programs: name and spec of each.
-        export: the command that makes the bundle, for the message that a graph is missing.
+        missing: why a graph may be missing, and what to do then.
     """
     new, old = DIALECTS["qaic-compile"], DIALECTS["qaic-exec"]
     common = {"variable": ROOT_VARIABLE, "root": DEFAULT_ROOT}
-    head = HEAD.format(name=name, card=card, iterations=iterations, **common)
+    cores = max(spec.cores for _, spec in programs)
+    head = HEAD.format(name=name, card=card, iterations=iterations, cores=cores, **common)
+    listed = any(spec.io_list for _, spec in programs)
     checks = CHECKS.format(
         new_program=new.program,
         new_target=shlex.join(new.target),
@@ -185,10 +222,13 @@ def script(
         old_program=old.program,
         old_target=shlex.join(old.target),
         old_ending=shlex.join(old.ending),
-        export=shlex.quote(f"{export}, then the dry run again"),
+        missing=shlex.join(missing),
+        buffers=' "buffers/$1.yaml"' if listed else "",
+        hashed=' "buffers/$name.yaml"' if listed else "",
         group=GROUP,
         qpc=qpc.FILE,
-        magic=f"{qpc.MAGIC:08x}",
+        magic=qpc.MAGIC.to_bytes(4, "little").hex(),
+        major=f"{qpc.MAJOR:02x}",
         **common,
     )
     names = f"names=({' '.join(shlex.quote(each) for each, _ in programs)})\n\n"

@@ -38,11 +38,14 @@ ASSUMPTIONS = (
     " every evaluation of a part",
     "activations: anything between all kept on the chip and all read and written once through DDR",
     f"host: {1e3 * HOST_S[0]:.0f} to {1e3 * HOST_S[1]:.0f} ms an image for tokens, noise, scheduler"
-    " and uint8 (SDXL-Turbo took our CPU 3 to 11 ms in eleven of twelve published cells)",
+    " and uint8 (of the published rows of SDXL-Turbo on our CPU, nine in ten or more took as much"
+    " outside of the parts)",
     "program switching: none, all parts resident; `switching` figures add"
     f" {1e3 * SWITCH_S[0]:.0f} to {1e3 * SWITCH_S[1]:.0f} ms to each turn of a pipeline on an SoC,"
     " what one published study saw on full SDXL",
-    "an SoC reaches the same share of its own peak as the Standard card of the published results",
+    "an SoC reaches the same share of its own peak as the Standard card of the published results,"
+    " and an operator costs as much time beside, whatever the clock and the power that each may"
+    " draw (a Standard card has 75 W; a public record of an Ultra shows a limit of 31 W an SoC)",
 )
 """What the model takes for granted: no source for this card gives it."""
 

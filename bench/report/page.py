@@ -197,8 +197,8 @@ def column_says(column: Column, lines: Sequence[Line]) -> bool:
 
 
 FIRST = ("backend", "decoder", "batch", "steps", "median (ms)", "low (ms)", "high (ms)",
-         "high, switching (ms)", "period (ms)", "images/s", "images/J at TDP", "change", "verdict",
-         "numerics", "weights")  # fmt: skip
+         "high, switching (ms)", "period (ms)", "images/s", "images/J", "images/J at TDP", "change",
+         "verdict", "numerics", "weights")  # fmt: skip
 """What a phone shows before one scrolls sideways."""
 
 

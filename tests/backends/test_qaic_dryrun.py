@@ -14,7 +14,7 @@ from backends.__main__ import main
 from backends.base import PreconditionError
 from backends.cloud_ai import probe
 from export.bundle import Bundle
-from tests.doubles.cloud_ai_sdk_standin import NEW, OLD, make_sdk, set_state
+from tests.doubles.cloud_ai_sdk_standin import NEW, OLD, ULTRA, make_sdk, set_state
 
 PARTS = ("text_encoder", "text_encoder_2", "unet", "taesd_decoder")
 
@@ -107,10 +107,22 @@ def test_the_script_compiles_and_times_every_part_on_the_stand_in(
 
     again = sh(script, "compile", sdk)
     assert again.stdout.count("there already") == len(PARTS)
+    # What is there counts only for what it was made from: arguments, graph, buffers, compiler.
+    text = script.read_text()
+    script.write_text(text.replace("-mos=2", "-mos=1"))
+    other = sh(script, "compile", sdk)
+    assert other.stdout.count("there already") == len(PARTS) - 2
+    assert other.stdout.count("made from another graph, other arguments") == 2
+    script.write_text(text)
+    with (moved / "buffers" / "text_encoder-batch1.yaml").open("a") as file:
+        file.write("\n")
+    assert sh(script, "compile", sdk).stdout.count("there already") == len(PARTS) - 3
     (moved / "qpc" / "unet-batch1" / "programqpc.bin").write_bytes(b"not a program")
     damaged = sh(script, "compile", sdk)
     assert damaged.returncode == 4
     assert "is not a QPC" in damaged.stderr
+    (moved / "qpc" / "unet-batch1" / "programqpc.bin").write_bytes(bytes.fromhex("7ccda1000301"))
+    assert "is a QPC of another version" in sh(script, "run", sdk).stderr
 
     shutil.rmtree(moved / "qpc" / "unet-batch1")
     newer = make_sdk(empty / "newer", NEW)
@@ -123,7 +135,20 @@ def test_the_script_compiles_and_times_every_part_on_the_stand_in(
     assert refused.returncode == 4
     assert "Unknown command line argument '-ols=1'" in refused.stderr
     assert "exit code 1" in refused.stderr
-    assert sh(script, "run", sdk, DEVICES="9").returncode == 2
+    away = sh(script, "run", sdk, DEVICES="9")
+    assert away.returncode == 2
+    assert "device 9 is not ready: it is not there" in away.stderr
+    set_state(sdk, {"cards": [{"id": 1, **ULTRA}, {"id": 10, **ULTRA, "free": 2}]})
+    busy = sh(script, "run", sdk, DEVICES="1 10")
+    assert busy.returncode == 2
+    assert "device 10 has too few free cores" in busy.stderr
+    assert "need 16, 2 of 16 are free" in busy.stderr
+    assert "qaic:cores=2" in busy.stderr
+    (moved / "buffers" / "unet-batch1.yaml").unlink()
+    torn = sh(script, "compile", sdk)
+    assert torn.returncode == 2
+    assert "buffers/unet-batch1.yaml is missing" in torn.stderr
+    assert "copy the whole folder again" in torn.stderr
     set_state(sdk, {"util_fails": True})
     closed = sh(script, "run", sdk)
     assert closed.returncode == 2

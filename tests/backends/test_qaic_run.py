@@ -216,7 +216,8 @@ def test_the_command_says_presets_and_estimates(
     assert main([*words, "--decoder", "taesd"]) == 0
     said = capsys.readouterr().out
     assert said.count("compiler-estimate: ") == 4
-    assert "preset: public recipe (self-attention in blocks of 256 queries)" in said
+    of_another = "self-attention in blocks of 256 queries; the recipe is for SDXL-Turbo at 512 px"
+    assert f"preset: derived ({of_another})" in said
 
 
 def test_what_the_compiler_said_is_kept_beside_the_program(sdk: Path, tiny_bundle: Bundle) -> None:
@@ -340,6 +341,15 @@ def test_too_few_cores_are_noticed_before_loading(
     assert "cores=" in error.value.next
     with load(tiny_bundle, "cores=2") as session:
         assert session.inputs
+
+
+def test_a_busy_device_is_noticed_before_anything_is_compiled(
+    sdk: Path, tiny_bundle: Bundle
+) -> None:
+    busy = {"id": 1, **ULTRA, "free": 12}
+    set_state(sdk, {"cards": [{"id": 0, **ULTRA}, busy], "compiler_dies": True})
+    with pytest.raises(PreconditionError, match="device 1 has too few free cores"):
+        load_pipeline(str(tiny_bundle.path), "qaic:device=0-1,block=64", "taesd")
 
 
 def test_a_standard_card_takes_its_own_presets(sdk: Path, tiny_bundle: Bundle) -> None:

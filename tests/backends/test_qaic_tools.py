@@ -15,7 +15,7 @@ from backends.base import PreconditionError, UnsupportedError, parse_backend
 from backends.cloud_ai import figures, probe, qpc
 from backends.cloud_ai.compiler import FlagError, failure, unknown_flag
 from backends.cloud_ai.options import parse_devices
-from backends.cloud_ai.presets import BATCHES, CORES, PARTS, preset
+from backends.cloud_ai.presets import BATCHES, CORES, PARTS, preset, preset_for
 from backends.cloud_ai.spec import DIALECTS, CompileSpec
 from backends.qaic import QaicBackend
 from core.files import ROOT
@@ -73,6 +73,27 @@ def test_the_query_is_read_line_by_line_and_what_is_not_said_is_unknown() -> Non
     assert (error.id, error.status, error.cores_total, error.sku) == (12, "Error", None, "")
     assert (odd.id, odd.cores_total, odd.power_w) == (13, None, None)
     assert probe.parse_util("no devices found") == ()
+    newer = QUERY.replace("TDP Cap", "Board TDP Cap") + "\tSOC TDP Cap(Watts):31.00\n"
+    assert probe.parse_util(newer)[0].tdp_w == 150.0, "newer SDKs name the board's and the SoC's"
+
+
+@pytest.mark.parametrize(
+    ("sku", "cores", "card"),
+    [
+        ("PCIe Ultra", 16, "ultra"),
+        ("Pcie Ultra", 16, "ultra"),
+        ("PCIe Pro", 16, "pro"),
+        ("PCIe", 14, "standard"),
+        ("M.2", 14, "standard"),
+        ("M.2", 16, "ultra"),
+    ],
+)
+def test_presets_go_by_the_sku_however_it_is_spelt(
+    sku: str, cores: int, card: str, nothing: Path
+) -> None:
+    state = {"cards": [{"id": 0, **ULTRA, "sku": sku, "total": cores, "free": cores}]}
+    make_sdk(nothing / "sdk", state=state)
+    assert QaicBackend().card == card
 
 
 @pytest.mark.parametrize(
@@ -185,6 +206,12 @@ def test_ids_are_read() -> None:
     assert parse_devices("2+4-5") == (2, 4, 5)
 
 
+def test_a_name_that_no_card_has_is_answered_with_those_that_there_are() -> None:
+    with pytest.raises(PreconditionError) as error:
+        parse_backend("qaic:device=ai100-ultra2")
+    assert "ai100-standard, ai100-pro, ai100-ultra" in error.value.why
+
+
 def test_a_modelled_cards_name_is_no_id() -> None:
     with pytest.raises(PreconditionError, match="name of a modelled card"):
         QaicBackend({"device": "ai100-ultra"})
@@ -250,6 +277,12 @@ def test_the_ultras_unet_is_compiled_as_the_public_recipe_has_it() -> None:
         "-aic-num-cores=16", "-compile-only", "-m=unet.onnx", "-mos=2", "-ols=1",
         "-aic-binary-dir=qpc",
     }  # fmt: skip
+    assert preset_for(chosen, "sdxl-turbo", (512, 512)) == chosen
+    for model, side in (("sdxl-turbo", 1024), ("sd-turbo", 512)):
+        other = preset_for(chosen, model, (side, side))
+        assert other.follows == "derived"
+        assert "SDXL-Turbo at 512 px" in other.note
+        assert other.block == chosen.block
     assert preset("standard", "unet", 1).follows == "derived"
     assert preset("ultra", "taesd_decoder", 1).follows == "derived"
 

@@ -276,6 +276,9 @@ def test_the_command_answers_for_the_claim(capsys: pytest.CaptureFixture[str]) -
     assert {(each["kind"], each["ddr"]) for each in said["fits"]} == {
         (kind, ddr) for kind in ("matmul", "conv") for ddr in (0.6, 0.75, 0.9)
     }
+    assert (
+        0 < said["matmul_efficiency_if_no_row_waits"] < min(e["efficiency"] for e in said["fits"])
+    )
     assert all(each["held_out_p90"] > each["held_out_median"] > 1 for each in said["fits"])
 
 
@@ -285,7 +288,7 @@ def test_the_command_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None
         text = capsys.readouterr().out
         assert text.count("modelled, not measured") == 3
         for words in ("families held out", "programs are switched", "fine detail", "at TDP",
-                      "of the DDR's bandwidth", *NAMES):  # fmt: skip
+                      "of the DDR's bandwidth", "no interval holds this", *NAMES):  # fmt: skip
             assert words in text, words
 
 

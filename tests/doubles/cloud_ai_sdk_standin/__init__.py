@@ -64,6 +64,29 @@ def make_sdk(
     return root
 
 
+def make_sensors(
+    root: Path, pci: Path, watts: float, limit_w: float | None = None
+) -> dict[int, Path]:
+    """What a kernel driver shows below `pci` of the devices of the stand-in at `root`.
+
+    Args:
+        limit_w: of each sensor; None: it has no such file.
+
+    Returns:
+        The sensors' folders by device.
+    """
+    found = {}
+    for number, card in enumerate(json.loads((root / STATE).read_text())["cards"]):
+        folder = pci / f"0000:{card['id']:02x}:00.0" / "hwmon" / f"hwmon{7 + number}"
+        folder.mkdir(parents=True)
+        (folder / "power1_input").write_text(f"{round(1e6 * watts)}\n")
+        (folder / "temp2_input").write_text(f"{40000 + 1000 * number}\n")
+        if limit_w is not None:
+            (folder / "power1_max").write_text(f"{round(1e6 * limit_w)}\n")
+        found[card["id"]] = folder
+    return found
+
+
 def python_modules(root: Path) -> Path:
     """Where the module `qaic` is, as if it were installed: a folder for sys.path."""
     return root / "site"

@@ -19,6 +19,9 @@ def util(state: dict) -> int:
         if card["status"] == "Ready":
             print(f"\tNsp Total:{card['total']}\n\tNsp Free:{card['free']}")
             print(f"\tBoard serial:{card['board']}\n\tSku Type:{card['sku']}")
+            if "watts" in card:
+                print(f"\tBoard power(Watts):{card['watts']:.2f}")
+                print("\tBoard TDP Cap(Watts):150.00\n\tSOC TDP Cap(Watts):31.00")
     return 0
 
 
