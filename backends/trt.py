@@ -100,6 +100,7 @@ class TrtBackend(Backend):
             "one CUDA graph for the whole image, one for each part, or none",
             ("image", "part", "none"),
         ),
+        "streams": Option("1", "text encoders beside each other, on two streams", ("0", "1")),
         "attention": Option(
             "auto",
             "form in the graph (auto: the operator from TensorRT 10.14 on)",
@@ -167,7 +168,7 @@ class TrtBackend(Backend):
 
     def compile_options(self) -> Mapping[str, str]:
         """Precision is in `depends_on`: parts that it does not touch share their plans."""
-        elsewhere = ("graph", "precision", "calibration")
+        elsewhere = ("graph", "streams", "precision", "calibration")
         return {key: value for key, value in self.options.items() if key not in elsewhere}
 
     def depends_on(self, bundle: Bundle, part: str) -> Mapping[str, str]:
@@ -310,8 +311,15 @@ class TrtBackend(Backend):
         from backends.captured import DevicePipeline
 
         self.quantisation(bundle)  # refused before a plan is built
-        whole = self.options["graph"] == "image"
-        return DevicePipeline(self, bundle, decoder, shapes, capture=whole, **rest)
+        return DevicePipeline(
+            self,
+            bundle,
+            decoder,
+            shapes,
+            capture=self.options["graph"] == "image",
+            parallel_text=self.options["streams"] == "1",
+            **rest,
+        )
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         from backends.tensorrt.device import CudaDevice, Scratch

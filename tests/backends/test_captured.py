@@ -6,6 +6,7 @@ torch in FP32 on the CPU, random weights drawn there: the same arithmetic as on 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -194,6 +195,48 @@ def test_a_replay_reads_new_prompts_and_seeds(
         captured("a star", steps=1)
         assert captured._slots[1, 1].graph is not first  # type: ignore[attr-defined]
         assert captured._slots[1, 2].graph is first  # type: ignore[attr-defined]
+
+
+def test_text_encoders_run_on_two_streams_that_wait_for_each_other(
+    cuda: type[cuda_graph_double.GraphDouble], drawn: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    on: list[Any] = [cuda_graph_double.StreamDouble()]
+
+    @contextlib.contextmanager
+    def on_stream(stream: Any) -> Iterator[None]:
+        on.append(stream)
+        yield
+        on.pop()
+
+    def wait_stream(stream: Any, other: Any) -> None:
+        order.append(f"{names.get(id(stream), 'main')} waits for {names.get(id(other), 'main')}")
+
+    with pipeline(drawn, "graph") as captured:
+        captured("a star", steps=1)
+        names = {id(captured._side): "side", id(captured._stream): "main"}  # type: ignore[attr-defined]
+        monkeypatch.setattr(torch.cuda, "stream", on_stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: on[-1])
+        monkeypatch.setattr(cuda_graph_double.StreamDouble, "wait_stream", wait_stream)
+        run = captured.run
+
+        def noted(part: str, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+            order.append(f"{part} on {names[id(on[-1])]}")
+            return run(part, **inputs)
+
+        monkeypatch.setattr(captured, "run", noted)
+        captured._slots[1, 1].graph = None  # type: ignore[attr-defined]
+        captured.capture = False  # type: ignore[attr-defined]
+        captured("a star", steps=1)
+    assert order == [
+        "main waits for main",  # of whoever loaded the weights
+        "side waits for main",
+        "text_encoder on side",
+        "text_encoder_2 on main",
+        "main waits for side",
+        "unet on main",
+        "taesd_decoder on main",
+    ]
 
 
 def test_memory_that_runs_out_is_said_so(
