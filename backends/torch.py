@@ -233,6 +233,10 @@ class TorchBackend(Backend):
                 from backends.crossattention import PromptProjections
 
                 session.projections = PromptProjections(session.module)
+                if self.options["mode"] != "eager":
+                    from backends.selfattention import fuse_projections
+
+                    fuse_projections(session.module)
         if self.compiles:
             mode = "max-autotune-no-cudagraphs" if self.options["autotune"] == "1" else None
             session.runs = torch.compile(session.module, dynamic=False, mode=mode)

@@ -152,6 +152,27 @@ def test_prompt_projections_are_computed_once(whole: Pipeline) -> None:
     assert all(one.held is None for one in projections)
 
 
+def test_self_attentions_project_once_and_hold_no_weight_twice(
+    whole: Pipeline, plain: Pipeline
+) -> None:
+    """That the image stays the same is what every test against `plain` shows."""
+
+    def attentions(pipe: Pipeline) -> list[Any]:
+        module = pipe.session("unet").module  # type: ignore[attr-defined]
+        kinds = (getattr(one, "is_cross_attention", None) for one in module.modules())
+        return [one for one, kind in zip(module.modules(), kinds, strict=True) if kind is False]
+
+    fused = attentions(whole)
+    assert len(fused) == len(attentions(plain)) > 0
+    assert all(hasattr(one, "to_q") for one in attentions(plain))
+    assert not any(hasattr(one, name) for one in fused for name in ("to_q", "to_k", "to_v"))
+    sizes = [
+        sum(p.numel() for p in pipe.session("unet").module.parameters())  # type: ignore[attr-defined]
+        for pipe in (whole, plain)
+    ]
+    assert sizes[0] == sizes[1]
+
+
 def test_an_unreadable_scheduler_is_refused_in_a_graph_and_stepped_without(
     drawn: Bundle,
 ) -> None:
@@ -239,13 +260,23 @@ def test_text_encoders_run_on_two_streams_that_wait_for_each_other(
     ]
 
 
+@pytest.mark.parametrize("call", [1, 3])
 def test_memory_that_runs_out_is_said_so(
-    cuda: type[cuda_graph_double.GraphDouble], drawn: Bundle, monkeypatch: pytest.MonkeyPatch
+    call: int,
+    cuda: type[cuda_graph_double.GraphDouble],
+    drawn: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """In the first run, or while the third is captured."""
     with pipeline(drawn, "graph") as captured:
         session = captured.session("unet")
+        calls, runs = 0, session.runs  # type: ignore[attr-defined]
 
-        def full(*_: Any) -> None:
+        def full(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls < call:
+                return runs(*arguments)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         monkeypatch.setattr(session, "runs", full)

@@ -62,8 +62,11 @@ class StreamDouble:
 
 @contextlib.contextmanager
 def capture(graph: GraphDouble, **_: Any) -> Iterator[None]:
-    with Recorder(graph):
-        yield
+    try:
+        with Recorder(graph):
+            yield
+    except BaseException:  # torch ends the capture first, and CUDA refuses to
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
 
 @contextlib.contextmanager
