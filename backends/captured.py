@@ -242,7 +242,11 @@ class DevicePipeline(Pipeline):
 
     def unet_inputs(self, conditioning: Conditioning) -> dict[str, Tensor]:
         """As `Pipeline` has them, the constant ones on the device: a capture copies nothing in."""
-        of_prompt = (conditioning.hidden_states, conditioning.text_embeds)
+        of_prompt = (
+            conditioning.hidden_states,
+            conditioning.text_embeds,
+            *conditioning.context.values(),
+        )
         return {
             name: tensor
             if any(tensor is one for one in of_prompt)

@@ -57,10 +57,9 @@ def check(job: Job, _: Mapping[str, Result]) -> Result:
                     "repeats": bool((whole == again).all()),
                 }
                 gate = GATES["fp16"].psnr_db
-                found["ok"] = (
-                    min(found["to_fp32_db"], found["whole_to_fp32_db"]) >= gate
-                    and found["whole_to_steps_db"] >= min(SAME_DB, found["to_fp32_db"])
-                )
+                found["ok"] = min(found["to_fp32_db"], found["whole_to_fp32_db"]) >= gate and found[
+                    "whole_to_steps_db"
+                ] >= min(SAME_DB, found["to_fp32_db"])
                 images[f"{decoder}-{steps}"] = found
     # Rows are judged by scikit-image; without it they are not. Weights that are drawn on the device
     # may be others under another torch: their references are drawn with them.

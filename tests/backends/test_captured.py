@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from backends.base import OutOfMemoryError, Shapes, UnsupportedError, parse_backend
+from backends.base import BackendError, OutOfMemoryError, Shapes, UnsupportedError, parse_backend
 from backends.captured import DevicePipeline
 from backends.gate import image_distance
 from backends.pipeline import Pipeline
@@ -282,6 +282,25 @@ def test_memory_that_runs_out_is_said_so(
         monkeypatch.setattr(session, "runs", full)
         with pytest.raises(OutOfMemoryError, match="memory ran out"):
             captured("a star", steps=1)
+
+
+def test_a_part_whose_capture_breaks_says_what_broke_it(
+    cuda: type[cuda_graph_double.GraphDouble],
+) -> None:
+    from backends.tensorrt.device import CudaDevice
+
+    def breaks(error: Exception) -> None:
+        raise error
+
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(OutOfMemoryError, match="while a part was captured") as caught:
+        CudaDevice().capture(lambda: breaks(full))
+    assert "2.00 GiB" in caught.value.why
+    with pytest.raises(BackendError, match="did not run the plan"):
+        CudaDevice().capture(lambda: breaks(BackendError("TensorRT did not run the plan")))
+    with pytest.raises(BackendError, match="cannot be captured") as named:
+        CudaDevice().capture(lambda: breaks(RuntimeError("not permitted when capturing")))
+    assert "not permitted when capturing" in named.value.why
 
 
 def test_what_cannot_be_captured_is_named(

@@ -66,7 +66,8 @@ def capture(graph: GraphDouble, **_: Any) -> Iterator[None]:
         with Recorder(graph):
             yield
     except BaseException:  # torch ends the capture first, and CUDA refuses to
-        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        said = "CUDA error: operation failed due to a previous error during capture"
+        raise RuntimeError(said) from None  # its context stays
 
 
 @contextlib.contextmanager
