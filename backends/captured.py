@@ -26,7 +26,7 @@ from torch import Tensor
 from backends.base import BackendError, UnsupportedError
 from backends.conditioning import Conditioning
 from backends.linear import Schedule, read_schedule
-from backends.nvidia import memory_errors, ran_out
+from backends.nvidia import first_cause, memory_errors, ran_out
 from backends.output import Output, Timings
 from backends.pipeline import Pipeline, non_finite
 from backends.prompts import check_prompts, check_seeds
@@ -242,7 +242,11 @@ class DevicePipeline(Pipeline):
 
     def unet_inputs(self, conditioning: Conditioning) -> dict[str, Tensor]:
         """As `Pipeline` has them, the constant ones on the device: a capture copies nothing in."""
-        of_prompt = (conditioning.hidden_states, conditioning.text_embeds)
+        of_prompt = (
+            conditioning.hidden_states,
+            conditioning.text_embeds,
+            *conditioning.context.values(),
+        )
         return {
             name: tensor
             if any(tensor is one for one in of_prompt)
@@ -284,11 +288,12 @@ class DevicePipeline(Pipeline):
             ):
                 self.draw(slot)
         except RuntimeError as error:
-            if ran_out(error):
-                raise
+            cause = first_cause(error)
+            if ran_out(error) or isinstance(cause, BackendError):
+                raise cause from None
             raise BackendError(
                 f"the image could not be captured as one CUDA graph ({self.backend.name})",
-                str(error).strip().splitlines()[0][:500],
+                f"{type(cause).__name__}: {str(cause).strip().splitlines()[0][:500]}",
                 "use an order without capture: torch:mode=compile, trt:graph=part",
             ) from error
         slot.graph = graph

@@ -87,9 +87,17 @@ def torch_on_gpu() -> Capability | None:
     return None
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """What went wrong first. A capture that broke raises when it is ended too, and says only that
+    there was an error before."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether a library's exception means that device memory ran out."""
-    text = str(error).lower()
+    text = str(first_cause(error)).lower()
     return any(hint.lower() in text for hint in ALLOCATION_FAILED)
 
 
@@ -103,7 +111,7 @@ def memory_errors(doing: str) -> Iterator[None]:
             raise
         raise OutOfMemoryError(
             f"memory ran out {doing}",
-            str(error).strip().splitlines()[0][:500],
+            str(first_cause(error)).strip().splitlines()[0][:500],
             "use a smaller batch, the taesd decoder, or a GPU with more memory; `nvidia-smi` shows"
             " who else holds some",
         ) from error

@@ -1,5 +1,6 @@
 """Scales of a calibrated scheme: which a backend is asked for, on what, and the cache that keeps
-them. They are made in a process of their own, and compared on the CPU in another.
+them. They are made in a process of their own, and compared on the CPU in another: two entries of
+the cache, since memory may suffice for the one and not for the other.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from backends.base import BackendError, UnsupportedError
 from backends.child import run_child, serve
 from core.errors import PreconditionError
-from core.files import read_json, require_disk, sha256_json, write_json
+from core.files import read_json, require_disk, sha256_json
 from core.memory import require_memory
 from export.calibrate import Calibration, calibration_path, command
 from export.modelopt import modelopt_version
@@ -89,7 +90,7 @@ def quantisation(bundle: Bundle, precision: str, file: str) -> Quantisation:
 
 
 def scales(bundle: Bundle, asked: Quantisation) -> Path:
-    """The folder with the scales of `bundle`'s UNet and what the CPU makes of them, cached."""
+    """The folder with the scales of `bundle`'s UNet, cached."""
     from backends.cache import ArtifactCache
 
     key = sha256_json({"graph": bundle.parts["unet"].hash} | asked.key)[:24]
@@ -98,9 +99,59 @@ def scales(bundle: Bundle, asked: Quantisation) -> Path:
     return path
 
 
-def _make(bundle: Bundle, asked: Quantisation, folder: Path) -> None:
+def comparison(bundle: Bundle, asked: Quantisation, made: Path) -> dict[str, Any]:
+    """What the CPU makes of the scales in `made`, cached; where memory does not suffice, a record
+    that says so, which is not: whoever asks next has it made."""
+    from backends.cache import ArtifactCache
     from backends.scales_parity import PARITY, report
 
+    name = asked.scheme.name
+    doing = f"comparing {bundle.name} unet in {name} with the UNet as it is"
+    need = comparison_need(bundle)
+
+    def make(folder: Path) -> None:
+        require_memory(need, doing)
+        job = {
+            "bundle": str(bundle.path),
+            "calibration": str(asked.calibration.path.absolute()),
+            "scales": str(made),
+            "folder": str(folder),
+        }
+        run_child(
+            "backends.scales_parity",
+            job,
+            folder,
+            doing=doing,
+            need_bytes=need,
+            advice="free memory",
+        )
+        print(report(read_json(folder / PARITY)), file=sys.stderr, flush=True)
+
+    label = f"{bundle.name} unet {name} comparison"
+    try:
+        path, _ = ArtifactCache().get_or_make(comparison_key(made.name), label, make)
+    except (BackendError, PreconditionError) as error:  # the scales are good without it
+        skipped = {"scheme": name, "skipped": f"{error.what}: {error.why}"}
+        print(report(skipped), file=sys.stderr, flush=True)
+        return skipped
+    return dict(read_json(path / PARITY))
+
+
+def comparison_key(scales: str) -> str:
+    """The cache's key of the comparison that belongs to the scales under key `scales`."""
+    return sha256_json({"comparison of": scales})[:24]
+
+
+def known_comparison(scales: str) -> dict[str, Any] | None:
+    """The comparison of the scales under key `scales`, if it has been made."""
+    from backends.cache import ArtifactCache
+    from backends.scales_parity import PARITY
+
+    file = ArtifactCache().root / comparison_key(scales) / PARITY
+    return dict(read_json(file)) if file.exists() else None
+
+
+def _make(bundle: Bundle, asked: Quantisation, folder: Path) -> None:
     info, name = bundle.parts["unet"], asked.scheme.name
     doing = f"calibrating {bundle.name} unet for {name}"
     need = memory_need(info.weight_bytes)
@@ -121,19 +172,6 @@ def _make(bundle: Bundle, asked: Quantisation, folder: Path) -> None:
         need_bytes=need,
         advice="the versions that were seen to work are pinned in constraints.txt",
     )
-    doing = f"comparing {bundle.name} unet in {name} with the UNet as it is"
-    try:
-        run_child(
-            "backends.scales_parity",
-            job,
-            folder,
-            doing=doing,
-            need_bytes=need,
-            advice="free memory",
-        )
-    except BackendError as error:  # the scales are good without it; who reads them is told
-        write_json(folder / PARITY, {"scheme": name, "skipped": f"{error.what}: {error.why}"})
-    print(report(read_json(folder / PARITY)), file=sys.stderr, flush=True)
 
 
 def memory_need(weight_bytes: int) -> int:
@@ -142,6 +180,13 @@ def memory_need(weight_bytes: int) -> int:
     Fitted to graphs with 42 and 294 MB of FP16 weights (1.2 and 5.4 GB); SDXL's UNet: 88 GB.
     """
     return 17 * weight_bytes + SMALL
+
+
+def comparison_need(bundle: Bundle) -> int:
+    """Peak bytes of a comparison, estimated: the FP16 UNet in FP32, twice while it is lowered and
+    loaded, and the other parts in FP32 beside it."""
+    weights = {name: info.weight_bytes for name, info in bundle.parts.items()}
+    return 4 * weights.pop("unet") + 2 * sum(weights.values()) + SMALL
 
 
 def disk_need(weight_bytes: int) -> int:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from export.calibrate import Origin
 
 PARITY = "parity.json"
-"""Beside the scales, and beside a plan that was built with them."""
+"""In the cache for itself, and beside a plan that was built with the scales."""
 IMAGES = 4
 LARGE_BYTES = 1e9
 """A UNet of more draws one image: each step takes seconds."""
@@ -153,9 +153,9 @@ def _compare(job: dict[str, Any]) -> None:
     from export.calibrate import Calibration
     from export.qdq import SCALES
 
-    folder, origin = Path(job["folder"]), Calibration.open(Path(job["calibration"])).origin
-    record = compare(Bundle.open(Path(job["bundle"])), folder / SCALES, origin)
-    write_json(folder / PARITY, record)
+    origin = Calibration.open(Path(job["calibration"])).origin
+    record = compare(Bundle.open(Path(job["bundle"])), Path(job["scales"]) / SCALES, origin)
+    write_json(Path(job["folder"]) / PARITY, record)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ FP16, with convolutions in channels-last layout, and in four modes:
     graph            the whole image as one CUDA graph (backends/captured.py)
     compiled-graph   both
 
+All but eager take a self-attention's Q, K and V as one product (backends/selfattention.py).
+
 No GPU was at hand when this was written: what ran on the CPU is the arithmetic of all modes (the
 graph's code path uncaptured); that a capture works, and any speed, is for `python -m
 bench.gpu_check` to say.
@@ -233,6 +235,10 @@ class TorchBackend(Backend):
                 from backends.crossattention import PromptProjections
 
                 session.projections = PromptProjections(session.module)
+                if self.options["mode"] != "eager":
+                    from backends.selfattention import fuse_projections
+
+                    fuse_projections(session.module)
         if self.compiles:
             mode = "max-autotune-no-cudagraphs" if self.options["autotune"] == "1" else None
             session.runs = torch.compile(session.module, dynamic=False, mode=mode)

@@ -16,7 +16,6 @@ accuracy is measured on the CPU (backends/scales_parity.py) and lies beside the 
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -36,7 +35,14 @@ from backends.base import (
     Shapes,
     UnsupportedError,
 )
-from backends.scales import Quantisation, calibration_file, quantisation, scales
+from backends.scales import (
+    Quantisation,
+    calibration_file,
+    comparison,
+    known_comparison,
+    quantisation,
+    scales,
+)
 from backends.scales_parity import PARITY, report
 from backends.tensorrt.gpu import Gpu
 from backends.tensorrt.probe import (
@@ -94,6 +100,7 @@ class TrtBackend(Backend):
             "one CUDA graph for the whole image, one for each part, or none",
             ("image", "part", "none"),
         ),
+        "streams": Option("1", "text encoders beside each other, on two streams", ("0", "1")),
         "attention": Option(
             "auto",
             "form in the graph (auto: the operator from TensorRT 10.14 on)",
@@ -161,7 +168,7 @@ class TrtBackend(Backend):
 
     def compile_options(self) -> Mapping[str, str]:
         """Precision is in `depends_on`: parts that it does not touch share their plans."""
-        elsewhere = ("graph", "precision", "calibration")
+        elsewhere = ("graph", "streams", "precision", "calibration")
         return {key: value for key, value in self.options.items() if key not in elsewhere}
 
     def depends_on(self, bundle: Bundle, part: str) -> Mapping[str, str]:
@@ -220,6 +227,17 @@ class TrtBackend(Backend):
             ["rm", "-rf", str(graph), f"{graph}.data", str(folder / PAIRS)],
         ]
 
+    def compile(self, bundle: Bundle, part: str, shapes: Shapes) -> Artifact:
+        """As every backend; a comparison that a plan was built without is made once it can be."""
+        artifact = super().compile(bundle, part, shapes)
+        record = artifact_folder(artifact) / PARITY
+        if artifact.cached and record.exists() and "skipped" in read_json(record):
+            key = read_json(record.with_name(RECORD))["scales"]
+            made, asked = artifact_folder(artifact).with_name(key), self.quantisation(bundle)
+            if asked and made.exists() and known_comparison(key) is None:
+                comparison(bundle, asked, made)
+        return artifact
+
     def timing_cache(self, gpu: Gpu) -> Path:
         name = f"trt-{loaded_version()}-{gpu.name}-{gpu.architecture}".replace(" ", "_")
         return build_root() / "timing" / f"{name.replace('/', '_')}.cache"
@@ -236,6 +254,7 @@ class TrtBackend(Backend):
         request = make_request(info, shapes, self.options, release(version))
         asked = self.quantisation(bundle) if part == "unet" else None
         made = scales(bundle, asked) if asked else None
+        compared = comparison(bundle, asked, made) if asked and made else None
         log, started = Log(folder / LOG), time.perf_counter()
         try:
             with lowered(bundle, part, request.profile, made) as graph:
@@ -257,14 +276,17 @@ class TrtBackend(Backend):
             "seconds": round(time.perf_counter() - started, 3),
         }
         if asked and made:
-            record["quantisation"] = asked.key
-            shutil.copy(made / PARITY, folder / PARITY)
+            record |= {"quantisation": asked.key, "scales": made.name}
+            write_json(folder / PARITY, compared)
         write_json(folder / RECORD, record)
 
     def remark(self, artifact: Artifact) -> str:
         """What the CPU made of the quantised UNet, where that is what the plan is of."""
-        record = artifact_folder(artifact) / PARITY
-        return report(read_json(record)) if record.exists() else ""
+        folder = artifact_folder(artifact)
+        if not (folder / PARITY).exists():
+            return ""
+        later = known_comparison(read_json(folder / RECORD)["scales"])  # it may have been left out
+        return report(later or read_json(folder / PARITY))
 
     # ---- running
 
@@ -289,8 +311,15 @@ class TrtBackend(Backend):
         from backends.captured import DevicePipeline
 
         self.quantisation(bundle)  # refused before a plan is built
-        whole = self.options["graph"] == "image"
-        return DevicePipeline(self, bundle, decoder, shapes, capture=whole, **rest)
+        return DevicePipeline(
+            self,
+            bundle,
+            decoder,
+            shapes,
+            capture=self.options["graph"] == "image",
+            parallel_text=self.options["streams"] == "1",
+            **rest,
+        )
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         from backends.tensorrt.device import CudaDevice, Scratch

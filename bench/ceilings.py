@@ -72,6 +72,7 @@ def measure_gpu(dtypes: Sequence[str], stop_after_s: float | None = None) -> Cei
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # as what is held against it: the best algorithm there is
     with torch.inference_mode(), torch.device("cuda"):
         tflops = {name: measure_dtype(name, stop_after_s, GPU_LARGEST) for name in dtypes}
         return Ceilings("cuda", tflops, copy_rate(stop_after_s), "measured")

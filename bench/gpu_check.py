@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,8 +135,7 @@ def usable_backends(args: argparse.Namespace, skipped: dict[str, str]) -> list[s
     if args.backend:
         return list(args.backend)
     modes = list(MODES[args.device])
-    lacking = [] if shutil.which("cc") or shutil.which("gcc") else ["a C compiler (gcc)"]
-    lacking += [] if importlib.util.find_spec("triton") else ["the package triton"]
+    lacking = compiler_lacks()
     if "compiled-graph" in modes and lacking:
         modes.remove("compiled-graph")
         skipped["torch.compile"] = f"it needs {' and '.join(lacking)}"
@@ -151,6 +151,16 @@ def usable_backends(args: argparse.Namespace, skipped: dict[str, str]) -> list[s
         else:
             skipped[f"backend {name}"] = probed.what
     return found
+
+
+def compiler_lacks() -> list[str]:
+    """What torch.compile misses here to build its kernels' launchers, which are C."""
+    there = {
+        "a C compiler (gcc)": shutil.which("cc") or shutil.which("gcc"),
+        "Python's headers (python3-dev)": Path(sysconfig.get_path("include"), "Python.h").exists(),
+        "the package triton": importlib.util.find_spec("triton"),
+    }
+    return [what for what, found in there.items() if not found]
 
 
 def bundle_for(args: argparse.Namespace, backends: list[str], skipped: dict[str, str]) -> Bundle:

@@ -250,11 +250,13 @@ class CpuShare:
         self.started, self.busy, self.own = time.perf_counter(), cores_busy_s(), tree_cpu_s()
 
     def others(self) -> float | None:
-        """Share from 0 to 1, or None for a window too short to say."""
+        """Share from 0 to 1; None for a window too short to say, or where the kernel counts
+        nothing (gVisor's /proc/stat holds zeros)."""
         elapsed = time.perf_counter() - self.started
-        if elapsed < self.SHORTEST_S:
+        busy = cores_busy_s()
+        if elapsed < self.SHORTEST_S or busy == 0:
             return None
-        others = (cores_busy_s() - self.busy) - (tree_cpu_s() - self.own)
+        others = (busy - self.busy) - (tree_cpu_s() - self.own)
         return min(1.0, max(0.0, others / (elapsed * len(os.sched_getaffinity(0)))))
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from backends.base import BackendError
-from backends.nvidia import memory_errors
+from backends.nvidia import first_cause, memory_errors
 
 
 class CudaDevice:
@@ -48,12 +48,18 @@ class CudaDevice:
         """Capture what `work` enqueues; the result replays it on torch's current stream."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with (
+                memory_errors("while a part was captured"),
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ):
                 work()
         except RuntimeError as error:
+            cause = first_cause(error)
+            if isinstance(cause, BackendError):
+                raise cause from None
             raise BackendError(
                 "the part cannot be captured into a CUDA graph",
-                str(error)[:500],
+                f"{type(cause).__name__}: {cause}"[:500],
                 "use trt:graph=none",
             ) from error
         return graph.replay

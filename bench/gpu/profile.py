@@ -80,6 +80,7 @@ def replayed(work: Callable[[], Any], device: str) -> Callable[[], Any]:
         work()
         return work
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # weights and inputs are made there
     with torch.cuda.stream(stream):
         for _ in range(3):
             work()

@@ -138,6 +138,7 @@ def parity_text(found: Mapping[str, Any]) -> Iterator[str]:
             f"- image {name}: {image['to_fp32_db']:.1f} dB step by step,"
             f" {image['whole_to_fp32_db']:.1f} dB in one go; one to the other"
             f" {image['whole_to_steps_db']:.1f} dB{'' if image['ok'] else ': too far'}"
+            + ("" if image["repeats"] else "; a second replay gave another image")
         )
 
 

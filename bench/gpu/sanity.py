@@ -112,6 +112,7 @@ def captured(device: str) -> float | None:
     given = torch.ones(1 << 16, device=device)
     taken = torch.empty_like(given)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         taken.copy_(given * 2 + 1)
         stream.synchronize()

@@ -6,6 +6,7 @@ torch in FP32 on the CPU, random weights drawn there: the same arithmetic as on 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from backends.base import OutOfMemoryError, Shapes, UnsupportedError, parse_backend
+from backends.base import BackendError, OutOfMemoryError, Shapes, UnsupportedError, parse_backend
 from backends.captured import DevicePipeline
 from backends.gate import image_distance
 from backends.pipeline import Pipeline
@@ -151,6 +152,27 @@ def test_prompt_projections_are_computed_once(whole: Pipeline) -> None:
     assert all(one.held is None for one in projections)
 
 
+def test_self_attentions_project_once_and_hold_no_weight_twice(
+    whole: Pipeline, plain: Pipeline
+) -> None:
+    """That the image stays the same is what every test against `plain` shows."""
+
+    def attentions(pipe: Pipeline) -> list[Any]:
+        module = pipe.session("unet").module  # type: ignore[attr-defined]
+        kinds = (getattr(one, "is_cross_attention", None) for one in module.modules())
+        return [one for one, kind in zip(module.modules(), kinds, strict=True) if kind is False]
+
+    fused = attentions(whole)
+    assert len(fused) == len(attentions(plain)) > 0
+    assert all(hasattr(one, "to_q") for one in attentions(plain))
+    assert not any(hasattr(one, name) for one in fused for name in ("to_q", "to_k", "to_v"))
+    sizes = [
+        sum(p.numel() for p in pipe.session("unet").module.parameters())  # type: ignore[attr-defined]
+        for pipe in (whole, plain)
+    ]
+    assert sizes[0] == sizes[1]
+
+
 def test_an_unreadable_scheduler_is_refused_in_a_graph_and_stepped_without(
     drawn: Bundle,
 ) -> None:
@@ -196,18 +218,89 @@ def test_a_replay_reads_new_prompts_and_seeds(
         assert captured._slots[1, 2].graph is first  # type: ignore[attr-defined]
 
 
-def test_memory_that_runs_out_is_said_so(
+def test_text_encoders_run_on_two_streams_that_wait_for_each_other(
     cuda: type[cuda_graph_double.GraphDouble], drawn: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    order: list[str] = []
+    on: list[Any] = [cuda_graph_double.StreamDouble()]
+
+    @contextlib.contextmanager
+    def on_stream(stream: Any) -> Iterator[None]:
+        on.append(stream)
+        yield
+        on.pop()
+
+    def wait_stream(stream: Any, other: Any) -> None:
+        order.append(f"{names.get(id(stream), 'main')} waits for {names.get(id(other), 'main')}")
+
+    with pipeline(drawn, "graph") as captured:
+        captured("a star", steps=1)
+        names = {id(captured._side): "side", id(captured._stream): "main"}  # type: ignore[attr-defined]
+        monkeypatch.setattr(torch.cuda, "stream", on_stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: on[-1])
+        monkeypatch.setattr(cuda_graph_double.StreamDouble, "wait_stream", wait_stream)
+        run = captured.run
+
+        def noted(part: str, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+            order.append(f"{part} on {names[id(on[-1])]}")
+            return run(part, **inputs)
+
+        monkeypatch.setattr(captured, "run", noted)
+        captured._slots[1, 1].graph = None  # type: ignore[attr-defined]
+        captured.capture = False  # type: ignore[attr-defined]
+        captured("a star", steps=1)
+    assert order == [
+        "main waits for main",  # of whoever loaded the weights
+        "side waits for main",
+        "text_encoder on side",
+        "text_encoder_2 on main",
+        "main waits for side",
+        "unet on main",
+        "taesd_decoder on main",
+    ]
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_memory_that_runs_out_is_said_so(
+    call: int,
+    cuda: type[cuda_graph_double.GraphDouble],
+    drawn: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the first run, or while the third is captured."""
     with pipeline(drawn, "graph") as captured:
         session = captured.session("unet")
+        calls, runs = 0, session.runs  # type: ignore[attr-defined]
 
-        def full(*_: Any) -> None:
+        def full(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls < call:
+                return runs(*arguments)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         monkeypatch.setattr(session, "runs", full)
         with pytest.raises(OutOfMemoryError, match="memory ran out"):
             captured("a star", steps=1)
+
+
+def test_a_part_whose_capture_breaks_says_what_broke_it(
+    cuda: type[cuda_graph_double.GraphDouble],
+) -> None:
+    from backends.tensorrt.device import CudaDevice
+
+    def breaks(error: Exception) -> None:
+        raise error
+
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(OutOfMemoryError, match="while a part was captured") as caught:
+        CudaDevice().capture(lambda: breaks(full))
+    assert "2.00 GiB" in caught.value.why
+    with pytest.raises(BackendError, match="did not run the plan"):
+        CudaDevice().capture(lambda: breaks(BackendError("TensorRT did not run the plan")))
+    with pytest.raises(BackendError, match="cannot be captured") as named:
+        CudaDevice().capture(lambda: breaks(RuntimeError("not permitted when capturing")))
+    assert "not permitted when capturing" in named.value.why
 
 
 def test_what_cannot_be_captured_is_named(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from backends.base import BackendError, OutOfMemoryError
-from backends.child import compile_peak_mb, environment_for, run_child
+from backends.child import compile_peak_mb, environment_for, peak_bytes, run_child
 
 
 def script(path: Path, text: str) -> Path:
@@ -42,6 +42,20 @@ def test_a_failing_child_is_quoted(tmp_path: Path) -> None:
 def test_its_peak_is_kept_in_the_artifact(tmp_path: Path) -> None:
     call(tmp_path, script(tmp_path / "python", "echo '{\"peak_bytes\": 500000000}'"))
     assert compile_peak_mb(tmp_path) == 500.0
+
+
+def test_a_kernel_in_user_space_tells_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gVisor: no VmHWM in a process's status, no vmstat at all."""
+    from bench.spawn import oom_kills
+
+    monkeypatch.setattr(Path, "read_text", lambda _: "Name:\tpython\nVmRSS:\t1000 kB\n")
+    assert peak_bytes() > 1 << 20
+
+    def missing(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert oom_kills() == 0
 
 
 def test_another_environment_is_given_none_of_our_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from backends.__main__ import main
 from backends.base import Shapes, UnsupportedError, parse_backend
 from backends.cache import ArtifactCache
+from backends.captured import DevicePipeline
 from backends.gate import image_distance
 from backends.pipeline import Pipeline, load_pipeline
 from backends.recipe import Recipe
@@ -74,6 +75,20 @@ def test_the_images_are_those_of_the_whole_unet(tiny_bundle: Bundle, which: int)
     for whole, halves in zip(*images, strict=True):
         assert image_distance(halves, whole).psnr_db > 60
     assert not np.array_equal(images[1][0], images[1][1])
+
+
+def test_in_one_go_the_context_stays_where_it_is(tiny_bundle: Bundle) -> None:
+    """What depends on the prompt is no constant: reading it would wait for the device."""
+    backend, shapes = parse_backend(SPLIT), Shapes(2, *tiny_bundle.size)
+    with (
+        backend.pipeline(tiny_bundle, "taesd", shapes) as by_step,
+        DevicePipeline(backend, tiny_bundle, "taesd", shapes, capture=False) as whole,
+    ):
+        found, expected = (p(PROMPTS, steps=3, seed=SEEDS) for p in (whole, by_step))
+        assert {name for name, *_ in whole._constants} == {"timestep", "time_ids"}
+    assert found.timings.text is None, "in one go"
+    for image, reference in zip(found.images, expected.images, strict=True):
+        assert image_distance(image, reference).psnr_db > 60
 
 
 def test_a_call_makes_the_context_once_and_in_the_text_stage(

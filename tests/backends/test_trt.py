@@ -156,6 +156,24 @@ def test_inputs_that_do_not_fit_are_refused(world: gpu_double.World, tiny_bundle
         session.run(latents())  # the buffers are not inference tensors
 
 
+def test_what_runs_side_by_side_shares_no_memory(
+    pipelines: dict[str, Pipeline], tiny_bundle: Bundle
+) -> None:
+    """The text encoders, on two streams unless an option says otherwise."""
+    pipeline = pipelines["image"]
+    assert pipeline.parallel_text  # type: ignore[attr-defined]
+    first, second, unet, decoder = (
+        pipeline.session(part)._scratch  # type: ignore[attr-defined]
+        for part in ("text_encoder", "text_encoder_2", "unet", "taesd_decoder")
+    )
+    assert first is not second
+    assert unet is decoder
+    assert unet not in (first, second)
+    one_stream = parse_backend("trt:streams=0")
+    made = one_stream.pipeline(tiny_bundle, "taesd", shapes(tiny_bundle))
+    assert not made.parallel_text  # type: ignore[attr-defined]
+
+
 def test_activation_memory_is_shared_by_what_runs_in_turn(pipelines: dict[str, Pipeline]) -> None:
     pipeline = pipelines["vae"]
     pipeline("a fox", steps=1)
@@ -239,7 +257,7 @@ def test_what_a_plan_depends_on_is_in_its_key(world: gpu_double.World, tiny_bund
         )
 
     base = key()
-    assert key("trt:graph=none") == base
+    assert key("trt:graph=none") == key("trt:streams=0") == base
     others = [
         key(batch=2),
         *(key(f"trt:{o}") for o in ("level=4", "refit=1", "batch=1-4", "workspace=1")),

@@ -238,6 +238,19 @@ def test_scales_without_a_comparison_say_so(
     assert "not compared" in backend.remark(artifact)
     assert "the comparison was killed: no memory" in capsys.readouterr().err
 
+    monkeypatch.setattr(scales, "run_child", run)  # memory is there: neither scales nor plan anew
+    inline.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(scales, "comparison_need", lambda _: 1 << 60)
+        assert backend.compile(tiny_bundle, "unet", shapes(tiny_bundle)).cached
+        assert inline == []
+        assert "needs about" in capsys.readouterr().err
+    again = backend.compile(tiny_bundle, "unet", shapes(tiny_bundle))
+    assert (again.cached, inline) == (True, ["backends.scales_parity"])
+    assert "on the CPU, against FP32" in backend.remark(again)
+    backend.compile(tiny_bundle, "unet", shapes(tiny_bundle))
+    assert inline == ["backends.scales_parity"], "once"
+
 
 # ---- refusals
 

@@ -166,6 +166,18 @@ def test_without_diffusers_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.next == "pip install diffusers"
 
 
+def test_what_torch_compile_misses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda _: None)
+    monkeypatch.setattr(gpu_check.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: name)
+    assert gpu_check.compiler_lacks() == ["a C compiler (gcc)", "Python's headers (python3-dev)"]
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert gpu_check.compiler_lacks() == []
+
+
 def test_backends_that_cannot_be_used_are_left_out_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

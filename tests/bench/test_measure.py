@@ -221,6 +221,13 @@ def test_own_work_is_not_others() -> None:
     assert found == pytest.approx(max(0.0, busy - own) / (1.2 * cores), abs=0.05)
 
 
+def test_a_kernel_that_counts_nothing_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.measure, "cores_busy_s", lambda: 0.0)
+    share = CpuShare()
+    share.started -= 2.0
+    assert share.others() is None
+
+
 def test_a_neighbour_is_noticed() -> None:
     share = CpuShare()
     neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])

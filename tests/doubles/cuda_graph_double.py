@@ -62,8 +62,12 @@ class StreamDouble:
 
 @contextlib.contextmanager
 def capture(graph: GraphDouble, **_: Any) -> Iterator[None]:
-    with Recorder(graph):
-        yield
+    try:
+        with Recorder(graph):
+            yield
+    except BaseException:  # torch ends the capture first, and CUDA refuses to
+        said = "CUDA error: operation failed due to a previous error during capture"
+        raise RuntimeError(said) from None  # its context stays
 
 
 @contextlib.contextmanager
