@@ -62,7 +62,7 @@ def standard_scores(
     inception: Path | None,
     clip: Path | None,
 ) -> dict[str, float]:
-    """The standard FID and CLIP score through torchmetrics, from weights on this disk.
+    """The standard FID (through torchmetrics) and CLIP score, from weights on this disk.
 
     Args:
         inception: torch-fidelity's `pt_inception-2015-12-05-6726825d.pth`.
@@ -78,24 +78,58 @@ def standard_scores(
                 "the standard scores use local weights only",
                 "download them and pass their path",
             )
+    scores = {}
+    if inception is not None:
+        scores["fid"] = _standard_fid(made, real, inception)
+    if clip is not None:
+        scores["clip_score"] = clip_score(made, captions, clip)
+    return scores
+
+
+def _standard_fid(made: Pictures, real: Pictures, inception: Path) -> float:
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
-        from torchmetrics.multimodal.clip_score import CLIPScore
-    except ImportError as error:
-        raise PreconditionError(
-            "the standard FID and CLIP score need torchmetrics",
-            str(error),
-            "pip install 'torchmetrics[image,multimodal]'",
-        ) from error
-    scores = {}
-    made_tensor, real_tensor = (torch.from_numpy(set_).permute(0, 3, 1, 2) for set_ in (made, real))
-    if inception is not None:
+
         fid = FrechetInceptionDistance(feature_extractor_weights_path=str(inception))
-        fid.update(real_tensor, real=True)
-        fid.update(made_tensor, real=False)
-        scores["fid"] = float(fid.compute())
-    if clip is not None:
-        score = CLIPScore(model_name_or_path=str(clip))
-        score.update(list(made_tensor), captions)
-        scores["clip_score"] = float(score.compute())
-    return scores
+    # torchmetrics raises ModuleNotFoundError where torch-fidelity is missing; RuntimeError comes of
+    # a torchvision that was built for another torch.
+    except (ImportError, RuntimeError) as error:
+        raise PreconditionError(
+            "the standard FID needs torchmetrics, torch-fidelity and torchvision",
+            str(error),
+            "pip install -e '.[scores]', with the torchvision of your torch's own index",
+        ) from error
+    for pictures, is_real in ((real, True), (made, False)):
+        fid.update(torch.from_numpy(pictures).permute(0, 3, 1, 2), real=is_real)
+    return float(fid.compute())
+
+
+@torch.no_grad()
+def clip_score(made: Pictures, captions: list[str], folder: Path) -> float:
+    """100 x the mean cosine of each picture and its caption, not below 0.
+
+    As torchmetrics defines it, on transformers itself: torchmetrics 1.9 does not read what
+    transformers 5 returns.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+        processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise PreconditionError(
+            f"{folder} cannot be loaded as a CLIP model",
+            str(error),
+            "download a CLIP in transformers format, with its processor, and pass its folder",
+        ) from error
+    cosines = []
+    for start in range(0, len(made), 32):
+        part = slice(start, start + 32)
+        asked = processor(
+            text=captions[part], images=list(made[part]), return_tensors="pt",
+            padding=True, truncation=True,
+        )  # fmt: skip
+        out = model(**asked)
+        # Both come normalised.
+        cosines.append((out.image_embeds * out.text_embeds).sum(1))
+    return max(0.0, float(100 * torch.cat(cosines).mean()))

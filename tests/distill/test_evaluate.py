@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from core.errors import PreconditionError
+from core.files import ROOT
 from distill.evaluate import fid_shapes, held_out, main
 from distill.fidelity import frechet_distance, standard_scores
 from distill.report import compare
 from distill.shapes import draw
+
+SHAPES_TURBO = ROOT / "models" / "shapes-turbo"
 
 
 def test_frechet_distance_of_known_gaussians() -> None:
@@ -77,6 +81,72 @@ def test_standard_scores_want_their_weights(tmp_path: Path) -> None:
     pictures = np.zeros((2, 8, 8, 3), np.uint8)
     with pytest.raises(PreconditionError, match="no weights at"):
         standard_scores(pictures, pictures, ["a"] * 2, inception=tmp_path / "none", clip=None)
+
+
+@pytest.fixture
+def metrics() -> None:
+    """torchmetrics with what its FID stands on, where they can be imported."""
+    try:
+        import torchmetrics.image.fid  # noqa: F401
+        from torch_fidelity import feature_extractor_inceptionv3  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # a torchvision of another torch build
+        pytest.skip(f"needs pip install -e '.[scores]': {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("metrics")
+def test_the_standard_fid_of_local_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over an Inception with random weights: nothing between equal sets, more with more damage."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    weights = tmp_path / "inception.pth"
+    torch.save({}, weights)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = FeatureExtractorInceptionV3(
+            "random", ["2048"], feature_extractor_weights_path=str(weights)
+        )
+    torch.save(network.state_dict(), weights)
+    items = held_out(4)
+    real = draw(items, seed=1)
+    captions = [scene.caption for scene in items]
+
+    def fid(made: np.ndarray) -> float:
+        return standard_scores(made, real, captions, inception=weights, clip=None)["fid"]
+
+    noise = np.random.default_rng(0).integers(0, 60, real.shape)
+    little, much = (np.clip(real + noise * k, 0, 255).astype(np.uint8) for k in (1, 3))
+    assert fid(real) == pytest.approx(0, abs=1e-3)
+    assert 0 < fid(little) < fid(much)
+
+
+def test_the_clip_score_of_a_local_folder(tmp_path: Path) -> None:
+    """Over a CLIP with random weights: the cosine that its own two halves have."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(SHAPES_TURBO / "tokenizer")
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 2,
+            "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+              "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    clip.save_pretrained(tmp_path)
+    CLIPProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(tmp_path)
+    items = held_out(40)
+    made, captions = draw(items, seed=1), [scene.caption for scene in items]
+    with torch.no_grad():
+        seen = clip.get_image_features(**pictures(list(made), return_tensors="pt"))
+        read = clip.get_text_features(**tokenizer(captions, return_tensors="pt", padding=True))
+    cosine = torch.cosine_similarity(seen.pooler_output, read.pooler_output)
+    wanted = max(0.0, 100 * float(cosine.mean()))
+    found = standard_scores(made, made, captions, inception=None, clip=tmp_path)["clip_score"]
+    assert found == pytest.approx(wanted, abs=1e-3)
+    assert abs(float(cosine.mean())) > 1e-3, "the test would pass for any sign"
+    backwards = standard_scores(made, made, captions[::-1], inception=None, clip=tmp_path)
+    assert backwards["clip_score"] != found or wanted == 0
 
 
 def row(steps: int, share: float) -> dict[str, float]:
