@@ -21,6 +21,7 @@ from typing import Any
 
 from bench.cell import KEY_COLUMNS, Cell
 from bench.outcome import FAILED, FORMATS, INCONCLUSIVE, MISSING, Line, Outcome, decided, show
+from bench.stats import median_or_none
 from bench.store import EMULATED, LATEST, OK, RUNS, Row, Run, is_timed, open_run
 from core.cli import Parser, run
 from core.errors import AddbenchError, PreconditionError
@@ -105,8 +106,8 @@ def judge(
             cell,
             verdict,
             why,
-            base_ms=float(np.median(mine.medians)) if mine.medians else None,
-            head_ms=float(np.median(theirs.medians)) if theirs.medians else None,
+            base_ms=median_or_none(mine.medians),
+            head_ms=median_or_none(theirs.medians),
             base_rounds=len(mine.medians),
             head_rounds=len(theirs.medians),
         )
@@ -150,20 +151,6 @@ def unusable(base: Cells, head: Cells) -> tuple[str, str]:
 # ---- two runs
 
 
-def header(target: Run, *names: str) -> Any:
-    """A field of a run's header; a header without it is the user's to know."""
-    value: Any = target.header
-    for name in names:
-        if not isinstance(value, dict) or name not in value:
-            raise PreconditionError(
-                f"the header of run {target.name} has no {'.'.join(names)}",
-                "it was not written by bench.sweep, or was edited",
-                "compare runs that bench.sweep or bench.ab made",
-            )
-        value = value[name]
-    return value
-
-
 def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
     """Whether both ran on one machine.
 
@@ -178,7 +165,7 @@ def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
             "name two runs",
         )
     models = [
-        " ".join(str(header(target, "bundle", name)) for name in ("name", "weights", "dtype"))
+        " ".join(str(target.header["bundle"][name]) for name in ("name", "weights", "dtype"))
         for target in (base, head)
     ]
     if models[0] != models[1]:
@@ -187,9 +174,10 @@ def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
             f"BASE measured {models[0]}, HEAD {models[1]}",
             "compare runs of one model and its weights",
         )
-    one_machine = header(base, "environment", "machine") == header(head, "environment", "machine")
+    machines = [target.header["environment"]["machine"] for target in (base, head)]
+    one_machine = machines[0] == machines[1]
     if not one_machine and not allow_other_machine:
-        cpus = [header(target, "environment").get("cpu", "unknown") for target in (base, head)]
+        cpus = [target.header["environment"]["cpu"] for target in (base, head)]
         raise PreconditionError(
             "BASE and HEAD were measured on different machines",
             f"BASE on {cpus[0]}, HEAD on {cpus[1]}: machines of one kind already differ by 8%",
@@ -252,7 +240,7 @@ def compare(base: Run, head: Run, max_slowdown: float, allow_other_machine: bool
         mine, theirs = (gather(target.all_rows(), target.name) for target in (base, head))
     finally:
         gc.enable()
-    planned = [*plan_of(base), *plan_of(head), *mine, *theirs]
+    planned = [*base.plan, *head.plan, *mine, *theirs]
     return Outcome(
         base=base.name,
         head=head.name,
@@ -263,18 +251,6 @@ def compare(base: Run, head: Run, max_slowdown: float, allow_other_machine: bool
         notes=notes_on(base, head, one_machine),
         accusing=one_machine,
     )
-
-
-def plan_of(target: Run) -> list[Cell]:
-    header(target, "plan")
-    try:
-        return target.plan
-    except (KeyError, TypeError) as error:
-        raise PreconditionError(
-            f"the plan in the header of run {target.name} cannot be read",
-            f"a cell lacks {error}",
-            "compare runs that bench.sweep or bench.ab made",
-        ) from error
 
 
 # ---- command line
