@@ -36,6 +36,8 @@ CONDITIONS = (
 )
 """What of the environment is named where two runs differ in it."""
 FAR_APART_H = 24.0
+DOUBTS = frozenset(("disturbed", "throttled"))
+"""Flags that say that a row's time is not the program's alone."""
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Cells:
     medians: list[float] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
     provenances: set[str] = field(default_factory=set)
+    disturbed: int = 0
+    """Rounds in which other processes or the card's clock took part."""
 
     @property
     def bad(self) -> str:
@@ -83,6 +87,8 @@ def gather(rows: Iterable[Row], name: str) -> dict[Cell, Cells]:
             cells.provenances.add(row["provenance"])
         if is_timed(row):
             cells.medians.append(row["median_ms"])
+        if row["flags"]:
+            cells.disturbed += not DOUBTS.isdisjoint(row["flags"])
     return {Cell(*place): cells for place, cells in by_key.items()}
 
 
@@ -151,6 +157,18 @@ def unusable(base: Cells, head: Cells) -> tuple[str, str]:
 # ---- two runs
 
 
+def accelerators(target: Run) -> dict[str, str]:
+    """Device of the rows -> the driver's name for it."""
+    found: dict[str, str] = target.header["environment"].get("accelerators") or {}
+    return found
+
+
+def machine_of(target: Run) -> tuple[str, dict[str, str]]:
+    """What tells machines apart. The hash knows CPU and installation: where containers come and
+    go, the GPU behind the same two may be another."""
+    return target.header["environment"]["machine"], accelerators(target)
+
+
 def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
     """Whether both ran on one machine.
 
@@ -174,13 +192,15 @@ def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
             f"BASE measured {models[0]}, HEAD {models[1]}",
             "compare runs of one model and its weights",
         )
-    machines = [target.header["environment"]["machine"] for target in (base, head)]
-    one_machine = machines[0] == machines[1]
+    one_machine = machine_of(base) == machine_of(head)
     if not one_machine and not allow_other_machine:
-        cpus = [target.header["environment"]["cpu"] for target in (base, head)]
+        names = [
+            " and ".join([target.header["environment"]["cpu"], *accelerators(target).values()])
+            for target in (base, head)
+        ]
         raise PreconditionError(
             "BASE and HEAD were measured on different machines",
-            f"BASE on {cpus[0]}, HEAD on {cpus[1]}: machines of one kind already differ by 8%",
+            f"BASE on {names[0]}, HEAD on {names[1]}: machines of one kind already differ by 8%",
             "measure both on one, or pass --allow-other-machine for a table without a regression",
         )
     return bool(one_machine)
@@ -210,6 +230,19 @@ def notes_on(base: Run, head: Run, one_machine: bool) -> list[str]:
     return notes
 
 
+def doubts(side: str, target: Run, found: dict[Cell, Cells]) -> list[str]:
+    """What of a run's rows is missing, or was not measured in peace."""
+    count = sum(cells.statuses.total() for cells in found.values())
+    disturbed = sum(cells.disturbed for cells in found.values())
+    missing = target.rounds * len(target.plan) - count
+    notes = []
+    if disturbed:
+        notes.append(f"{side}: {disturbed} of {count} rows are flagged disturbed or throttled")
+    if missing > 0:
+        notes.append(f"{side} is not complete: {missing} of its planned rows are missing")
+    return notes
+
+
 def difference(was: Any, now: Any) -> str:
     """What changed; of two dicts only the entries that differ."""
     if isinstance(was, dict) and isinstance(now, dict):
@@ -224,10 +257,10 @@ def difference(was: Any, now: Any) -> str:
 def apart_h(base: Run, head: Run) -> float | None:
     """Hours between the starts of two runs; None where a header does not say."""
     try:
-        times = [datetime.fromisoformat(target.header["created_utc"]) for target in (base, head)]
+        was, now = (datetime.fromisoformat(each.header["created_utc"]) for each in (base, head))
+        return abs((now - was).total_seconds()) / 3600
     except (KeyError, TypeError, ValueError):
         return None
-    return abs((times[1] - times[0]).total_seconds()) / 3600
 
 
 def compare(base: Run, head: Run, max_slowdown: float, allow_other_machine: bool) -> Outcome:
@@ -240,6 +273,9 @@ def compare(base: Run, head: Run, max_slowdown: float, allow_other_machine: bool
         mine, theirs = (gather(target.all_rows(), target.name) for target in (base, head))
     finally:
         gc.enable()
+    notes = notes_on(base, head, one_machine)
+    for side, target, found in (("BASE", base, mine), ("HEAD", head, theirs)):
+        notes += doubts(side, target, found)
     planned = [*base.plan, *head.plan, *mine, *theirs]
     return Outcome(
         base=base.name,
@@ -248,7 +284,7 @@ def compare(base: Run, head: Run, max_slowdown: float, allow_other_machine: bool
         f" interval, is above {max_slowdown:+.0%}, and exceeds {RUN_SPREADS:g} times the spread of"
         " a run's own rounds.",
         lines=judge(mine, theirs, list(dict.fromkeys(planned)), max_slowdown),
-        notes=notes_on(base, head, one_machine),
+        notes=notes,
         accusing=one_machine,
     )
 

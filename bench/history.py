@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.cell import Cell
-from bench.compare import Cells, gather
+from bench.compare import Cells, gather, machine_of
 from bench.outcome import FAILED, FASTER, INCONCLUSIVE, MISSING, SAME, SLOWER, Line, Outcome
 from bench.store import Run, open_run, run_names
 from core.errors import AddbenchError
@@ -56,14 +56,14 @@ def earlier_runs(target: Run, out: Path) -> Sequence[tuple[str, Mapping[Cell, Ce
 
     A damaged run is left out and said on stderr: it must not stop tonight's judgement.
     """
-    machine = target.header["environment"]["machine"]
+    machine = machine_of(target)
     found = []
     for name in run_names(out):
         if name >= target.name:
             continue
         try:
             run = open_run(name, out)
-            if run.header["environment"]["machine"] == machine and "ab" not in run.header:
+            if machine_of(run) == machine and "ab" not in run.header:
                 found.append((name, gather(run.all_rows(), name)))
         except AddbenchError as error:
             print(f"left out: {name}: {error.what} ({error.why})", file=sys.stderr)

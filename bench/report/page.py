@@ -29,6 +29,7 @@ FLAG_WORDS = {
     "single_sample": "one call, after one of fewer steps: no spread between calls is known",
     "under_sampled": "fewer samples than asked for: the time limit ended the cell",
     "disturbed": f"other processes used more than {DISTURBED_CPU:.0%} of the cores",
+    "throttled": "the GPU's clock fell below 75% of the highest it can be set to",
     "stage_gap": "the stages do not add up to the call",
     "process_peak": "peak memory is that of the whole process so far",
 }
