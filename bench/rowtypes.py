@@ -6,6 +6,7 @@ A column that is not named here is a number or null.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from operator import itemgetter
 from typing import Any
 
@@ -51,6 +52,7 @@ WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or f
          list: "a list", dict: "an object", type(None): "null"}  # fmt: skip
 
 
+@cache
 def allowed(column: str) -> tuple[type, ...]:
     """The types that a column's value may have. A bool is no number here."""
     found: tuple[type, ...] = NUMBER
@@ -71,14 +73,19 @@ def header_fault(header: Mapping[str, Any]) -> str | None:
                 return f"{field}.{name}"
     if type(header["settings"]["rounds"]) is not int:
         return f"settings.rounds ({WORDS[int]})"
+    known = set()
     for place, cell in enumerate(header["plan"]):
         if not isinstance(cell, dict):
             return f"plan[{place}] ({WORDS[dict]})"
+        kinds = (*cell, *map(type, cell.values()))
+        if kinds in known:
+            continue
         for column in KEY_COLUMNS:
             if column not in LATER and column not in cell:
                 return f"plan[{place}].{column}"
             if column in cell and type(cell[column]) not in allowed(column):
                 return f"plan[{place}].{column} ({WORDS[allowed(column)[-1]]})"
+        known.add(kinds)
     return None
 
 
@@ -100,14 +107,14 @@ class Types:
                 if kind not in allowed(column):
                     return mistyped(column, kind, allowed(column))
             self.known.add(found)
-        for column, least in LEAST.items():
-            if row[column] < least:
-                return f"its {column} is {row[column]}, less than {least}"
-        if not set(map(type, row["flags"])) <= {str}:
+        if row["round"] < 0 or row["batch"] < 1 or row["steps"] < 1:
+            column, least = next(each for each in LEAST.items() if row[each[0]] < each[1])
+            return f"its {column} is {row[column]}, less than {least}"
+        if row["flags"] and set(map(type, row["flags"])) != {str}:
             return "its flags are no list of words"
-        inside = tuple(
+        inside = tuple([
             tuple(map(type, each.values())) if each else () for each in self.objects(row)
-        )
+        ])  # fmt: skip
         if inside not in self.known_inside:
             for column, types in NESTED.items():
                 for name, value in (row[column] or {}).items():
