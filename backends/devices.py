@@ -11,7 +11,7 @@ from core.errors import PreconditionError
 
 TABLE = Path(__file__).with_name("devices.csv")
 REPORTED = {
-    # substrings of what drivers and runtimes call a card; the first that fits counts
+    # what drivers and runtimes call a card ends in these words
     "A100-SXM4-80GB": "a100-sxm-80gb",
     "A10G": "a10g",
     "L4": "l4",
@@ -80,10 +80,13 @@ def find_device(name: str) -> Device:
 
 
 def identify(reported: str) -> Device | None:
-    """The device whose driver calls itself `reported`; None if it is none of the table."""
+    """The device whose driver calls itself `reported`; None if it is none of the table.
+
+    Nothing may follow: `RTX 4090 Laptop GPU`, `H200 NVL` or a MIG slice are other devices.
+    """
     words = reported.replace("-", " ").split()
     for part, name in REPORTED.items():
         wanted = part.replace("-", " ").split()
-        if any(words[at : at + len(wanted)] == wanted for at in range(len(words))):
+        if words[-len(wanted) :] == wanted:
             return devices()[name]
     return None

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.arguments import AXES, calls, count, positive, shown
 from bench.cell import Cell
@@ -24,7 +24,7 @@ from bench.store import RUNS, Row, RowWriter, Run, create_run, make_row
 from bench.sweep import bundle_columns, interrupt, unavailable
 from core.cli import Parser, int_list, run, word_list
 from core.errors import PreconditionError
-from export.models import DEFAULT_MODEL
+from export.models import DEFAULT_MODEL, MODELS
 
 if TYPE_CHECKING:
     from bench.plan import Candidate, Settings
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from export.bundle import Bundle
 
 ROUNDS, BUDGET_MIN = 10, 30.0
+SHOWN = 6
+"""Differences of two environments that are listed in a note."""
 METHOD = {"min_samples": 5, "min_time": 1.0, "max_time": 20.0, "warmup": 1}
 
 
@@ -120,6 +122,13 @@ def measure(args: argparse.Namespace, arguments: Sequence[str]) -> Outcome:
     if any(protocol != PROTOCOL for protocol in protocols):
         return unknown_protocol(revisions, commits, protocols, limit)
     candidates = probe(args.backend or ["ort"])
+    for candidate in candidates:
+        if candidate.provenance != "measured":
+            raise PreconditionError(
+                f"--backend {candidate.key} has no speed to compare",
+                f"its figures are {candidate.provenance}: no clock gives them",
+                "compare backends that run on this machine",
+            )
     with ExitStack() as stack:
         place = stack.enter_context(sides.workplace(args.work))
         pair = sides.sides(revisions, commits, place, args.extra, say)
@@ -133,7 +142,7 @@ def measure(args: argparse.Namespace, arguments: Sequence[str]) -> Outcome:
         )
         duel = Duel(pair, bundles, candidates, settings, args.timeout)
         duel.open(args.out, cells, arguments, stack)
-        notes = notes_on(pair, bundles)
+        notes = notes_on(pair, bundles, args.extra)
         return duel.judge(cells, limit, args.budget * 60, notes)
 
 
@@ -173,6 +182,13 @@ def unknown_protocol(
     return Outcome(revisions[0], revisions[1], rule_text(limit), [], notes)
 
 
+def given(text: str) -> str:
+    """A folder as it is meant here: the export runs in another one. A name stays a name."""
+    path = Path(text).expanduser()
+    named = text in (*MODELS, "hub", "folder", "random")
+    return str(path.resolve()) if path.is_dir() and not named else text
+
+
 def prepare(
     side: Side, args: argparse.Namespace, candidates: Sequence[Candidate], place: Path
 ) -> Bundle:
@@ -186,8 +202,8 @@ def prepare(
         folder = Path(args.model).absolute()
     else:
         say(f"{side.name} {side}: exporting {args.model}")
-        asked = ["--model", args.model, "--dtype", args.dtype]
-        asked += ["--weights", args.weights] if args.weights else []
+        asked = ["--model", given(args.model), "--dtype", args.dtype]
+        asked += ["--weights", given(args.weights)] if args.weights else []
         folder = sides.export(side, asked, log)
     bundle = Bundle.open(folder)
     kept = [each for each in candidates if each.backend and each.backend.keeps_artifacts]
@@ -200,7 +216,7 @@ def prepare(
     return bundle
 
 
-def notes_on(pair: Sequence[Side], bundles: Sequence[Bundle]) -> list[str]:
+def notes_on(pair: Sequence[Side], bundles: Sequence[Bundle], extra: str) -> list[str]:
     from bench import sides
 
     notes = []
@@ -209,7 +225,12 @@ def notes_on(pair: Sequence[Side], bundles: Sequence[Bundle]) -> list[str]:
     if bundles[0].hash != bundles[1].hash:
         notes.append("the bundles differ in content: the change is in what is exported")
     if pair[0].interpreter != pair[1].interpreter:
-        notes.append("the constraints differ: each side ran in an environment of its own")
+        lines = sides.differences([side.commit for side in pair], extra)
+        more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        notes.append(
+            f"the constraints differ ({', '.join(lines[:SHOWN])}{more}): each side ran in an"
+            " environment of its own"
+        )
     if pair[1].revision == "HEAD" and sides.uncommitted():
         notes.append("uncommitted changes were not measured")
     return notes
@@ -254,7 +275,7 @@ class Duel:
                     }
                     for key, candidate in self.candidates.items()
                 },
-                "environment": environment,
+                "environment": environment | self.versions(side),
                 "git_commit": side.commit,
                 "git_dirty": False,
                 "plan": [cell.columns() for cell in cells],
@@ -262,6 +283,10 @@ class Duel:
             }
             self.runs.append(create_run(out, header))
             self.writers.append(stack.enter_context(RowWriter(self.runs[-1].path)))
+
+    def versions(self, side: Side) -> dict[str, Any]:
+        """A side's own, where it does not run in this environment."""
+        return {} if side.interpreter == Path(sys.executable) else {"versions": side.versions()}
 
     def judge(
         self, cells: Sequence[Cell], limit: float, budget_s: float, notes: Sequence[str]

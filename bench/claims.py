@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from typing import Any
 
 from bench import modelled as models
 from bench.columns import Column
-from bench.ledger import MODELS, Claim, Ours, measured, mismatches, nearest, read_claims
+from bench.ledger import MODELS, Claim, Ours, is_program, measured, mismatches, nearest, read_claims
 from bench.modelled import DECODERS, STEPS, Modelled, modelled, models_of
 from bench.store import RUNS, open_run, run_names
 from bench.table import grid
@@ -59,11 +60,16 @@ class Finding:
 
     @property
     def joules_at_most(self) -> float | None:
-        """Of one image: the card's power limit over the published time. An upper bound."""
+        """Of one image: the card's power limit over the published time. An upper bound.
+
+        None of a figure that is of a part of the work: the rest takes energy too.
+        """
         from backends.devices import devices
 
         device, time = devices().get(self.claim.hardware), self.claim.call_ms
         if device is None or time is None or not self.claim.batch:
+            return None
+        if self.claim.scope != "end-to-end":
             return None
         return device.tdp_w * time / 1e3 / self.claim.batch
 
@@ -112,7 +118,10 @@ def judge(claim: Claim, claims: Sequence[Claim], ours: Sequence[Ours]) -> Findin
 
 
 def by_measurement(claim: Claim, time: float, ours: Sequence[Ours]) -> tuple[str, str] | None:
-    """Against ours on that hardware. An unstated condition may be any of what we measured."""
+    """Against ours on that hardware. An unstated condition may be any of what we measured.
+
+    A program other than the claim's can beat its figure, not reproduce or contradict it.
+    """
     same = [
         (found, one)
         for one in ours
@@ -120,15 +129,17 @@ def by_measurement(claim: Claim, time: float, ours: Sequence[Ours]) -> tuple[str
         and not mismatches(claim, one)
         and (found := one.time_for(claim)) is not None
     ]
-    if not same:
+    alike = [pair for pair in same if is_program(claim, pair[1])]
+    fastest = min((found for found, _ in same), default=math.inf)
+    if not alike and fastest * (1 + TOLERANCE) >= time:
         return None
-    found, one = min(same, key=lambda pair: abs(pair[0] - time))
+    found, one = min(alike or same, key=lambda pair: abs(pair[0] - time))
     text = f"{one.cell}: {found:.1f} ms in run {one.run}"
-    if abs(found / time - 1) <= TOLERANCE:
+    if alike and abs(found / time - 1) <= TOLERANCE:
         return REPRODUCED, text
-    if all(other > time for other, _ in same):
+    if alike and all(other > time for other, _ in alike):
         return CONTRADICTED, f"ours is slower there: {text}"
-    if all(other < time for other, _ in same):
+    if all(other < time for other, _ in alike):
         return BEATEN, f"ours is faster there: {text}"
     return CONSISTENT, f"it lies among ours at the conditions left open; the nearest is {text}"
 
@@ -144,7 +155,8 @@ def by_others(claim: Claim, time: float, claims: Sequence[Claim]) -> tuple[str, 
     """Against the fastest other figure for the same work on the same card."""
     if claim.batch is None or claim.steps is None:
         return None
-    work = ("model", "hardware", "size", "batch", "steps", "decoder", "scope", "metric")
+    work = ("model", "hardware", "precision", "size", "batch", "steps", "evaluations", "decoder",
+            "scope", "metric")  # fmt: skip
     rivals = [
         (other.call_ms, other)
         for other in claims
@@ -178,7 +190,7 @@ def without_model(claim: Claim) -> str:
     from backends.devices import devices
 
     if claim.model not in MODELS:
-        return f"we have neither {claim.model} nor its cost"
+        return f"{claim.model} is no model of ours"
     if claim.hardware not in devices():
         return f"no run of ours on a {claim.hardware or 'named device'}, and no peak known of it"
     return "its conditions are not stated well enough to model it"

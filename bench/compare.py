@@ -21,6 +21,7 @@ from typing import Any
 
 from bench.cell import KEY_COLUMNS, Cell
 from bench.outcome import FAILED, FORMATS, INCONCLUSIVE, MISSING, Line, Outcome, decided, show
+from bench.stats import median_or_none
 from bench.store import EMULATED, LATEST, OK, RUNS, Row, Run, is_timed, open_run
 from core.cli import Parser, run
 from core.errors import AddbenchError, PreconditionError
@@ -35,6 +36,8 @@ CONDITIONS = (
 )
 """What of the environment is named where two runs differ in it."""
 FAR_APART_H = 24.0
+DOUBTS = frozenset(("disturbed", "throttled"))
+"""Flags that say that a row's time is not the program's alone."""
 
 
 @dataclass
@@ -44,6 +47,8 @@ class Cells:
     medians: list[float] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
     provenances: set[str] = field(default_factory=set)
+    disturbed: int = 0
+    """Rounds in which other processes or the card's clock took part."""
 
     @property
     def bad(self) -> str:
@@ -82,6 +87,8 @@ def gather(rows: Iterable[Row], name: str) -> dict[Cell, Cells]:
             cells.provenances.add(row["provenance"])
         if is_timed(row):
             cells.medians.append(row["median_ms"])
+        if row["flags"]:
+            cells.disturbed += not DOUBTS.isdisjoint(row["flags"])
     return {Cell(*place): cells for place, cells in by_key.items()}
 
 
@@ -105,8 +112,8 @@ def judge(
             cell,
             verdict,
             why,
-            base_ms=float(np.median(mine.medians)) if mine.medians else None,
-            head_ms=float(np.median(theirs.medians)) if theirs.medians else None,
+            base_ms=median_or_none(mine.medians),
+            head_ms=median_or_none(theirs.medians),
             base_rounds=len(mine.medians),
             head_rounds=len(theirs.medians),
         )
@@ -150,18 +157,16 @@ def unusable(base: Cells, head: Cells) -> tuple[str, str]:
 # ---- two runs
 
 
-def header(target: Run, *names: str) -> Any:
-    """A field of a run's header; a header without it is the user's to know."""
-    value: Any = target.header
-    for name in names:
-        if not isinstance(value, dict) or name not in value:
-            raise PreconditionError(
-                f"the header of run {target.name} has no {'.'.join(names)}",
-                "it was not written by bench.sweep, or was edited",
-                "compare runs that bench.sweep or bench.ab made",
-            )
-        value = value[name]
-    return value
+def accelerators(target: Run) -> dict[str, str]:
+    """Device of the rows -> the driver's name for it."""
+    found: dict[str, str] = target.header["environment"].get("accelerators") or {}
+    return found
+
+
+def machine_of(target: Run) -> tuple[str, dict[str, str]]:
+    """What tells machines apart. The hash knows CPU and installation: where containers come and
+    go, the GPU behind the same two may be another."""
+    return target.header["environment"]["machine"], accelerators(target)
 
 
 def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
@@ -178,7 +183,7 @@ def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
             "name two runs",
         )
     models = [
-        " ".join(str(header(target, "bundle", name)) for name in ("name", "weights", "dtype"))
+        " ".join(str(target.header["bundle"][name]) for name in ("name", "weights", "dtype"))
         for target in (base, head)
     ]
     if models[0] != models[1]:
@@ -187,12 +192,15 @@ def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
             f"BASE measured {models[0]}, HEAD {models[1]}",
             "compare runs of one model and its weights",
         )
-    one_machine = header(base, "environment", "machine") == header(head, "environment", "machine")
+    one_machine = machine_of(base) == machine_of(head)
     if not one_machine and not allow_other_machine:
-        cpus = [header(target, "environment").get("cpu", "unknown") for target in (base, head)]
+        names = [
+            " and ".join([target.header["environment"]["cpu"], *accelerators(target).values()])
+            for target in (base, head)
+        ]
         raise PreconditionError(
             "BASE and HEAD were measured on different machines",
-            f"BASE on {cpus[0]}, HEAD on {cpus[1]}: machines of one kind already differ by 8%",
+            f"BASE on {names[0]}, HEAD on {names[1]}: machines of one kind already differ by 8%",
             "measure both on one, or pass --allow-other-machine for a table without a regression",
         )
     return bool(one_machine)
@@ -222,6 +230,19 @@ def notes_on(base: Run, head: Run, one_machine: bool) -> list[str]:
     return notes
 
 
+def doubts(side: str, target: Run, found: dict[Cell, Cells]) -> list[str]:
+    """What of a run's rows is missing, or was not measured in peace."""
+    count = sum(cells.statuses.total() for cells in found.values())
+    disturbed = sum(cells.disturbed for cells in found.values())
+    missing = target.rounds * len(target.plan) - count
+    notes = []
+    if disturbed:
+        notes.append(f"{side}: {disturbed} of {count} rows are flagged disturbed or throttled")
+    if missing > 0:
+        notes.append(f"{side} is not complete: {missing} of its planned rows are missing")
+    return notes
+
+
 def difference(was: Any, now: Any) -> str:
     """What changed; of two dicts only the entries that differ."""
     if isinstance(was, dict) and isinstance(now, dict):
@@ -236,10 +257,10 @@ def difference(was: Any, now: Any) -> str:
 def apart_h(base: Run, head: Run) -> float | None:
     """Hours between the starts of two runs; None where a header does not say."""
     try:
-        times = [datetime.fromisoformat(target.header["created_utc"]) for target in (base, head)]
+        was, now = (datetime.fromisoformat(each.header["created_utc"]) for each in (base, head))
+        return abs((now - was).total_seconds()) / 3600
     except (KeyError, TypeError, ValueError):
         return None
-    return abs((times[1] - times[0]).total_seconds()) / 3600
 
 
 def compare(base: Run, head: Run, max_slowdown: float, allow_other_machine: bool) -> Outcome:
@@ -252,7 +273,10 @@ def compare(base: Run, head: Run, max_slowdown: float, allow_other_machine: bool
         mine, theirs = (gather(target.all_rows(), target.name) for target in (base, head))
     finally:
         gc.enable()
-    planned = [*plan_of(base), *plan_of(head), *mine, *theirs]
+    notes = notes_on(base, head, one_machine)
+    for side, target, found in (("BASE", base, mine), ("HEAD", head, theirs)):
+        notes += doubts(side, target, found)
+    planned = [*base.plan, *head.plan, *mine, *theirs]
     return Outcome(
         base=base.name,
         head=head.name,
@@ -260,21 +284,9 @@ def compare(base: Run, head: Run, max_slowdown: float, allow_other_machine: bool
         f" interval, is above {max_slowdown:+.0%}, and exceeds {RUN_SPREADS:g} times the spread of"
         " a run's own rounds.",
         lines=judge(mine, theirs, list(dict.fromkeys(planned)), max_slowdown),
-        notes=notes_on(base, head, one_machine),
+        notes=notes,
         accusing=one_machine,
     )
-
-
-def plan_of(target: Run) -> list[Cell]:
-    header(target, "plan")
-    try:
-        return target.plan
-    except (KeyError, TypeError) as error:
-        raise PreconditionError(
-            f"the plan in the header of run {target.name} cannot be read",
-            f"a cell lacks {error}",
-            "compare runs that bench.sweep or bench.ab made",
-        ) from error
 
 
 # ---- command line

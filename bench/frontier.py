@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.columns import Column, Line, lines_of
-from bench.ledger import Claim, hardware_of, read_claims
+from bench.ledger import METHODS, Claim, hardware_of, read_claims
 from bench.store import RUNS, Run, open_run, run_names
 from bench.table import grid
 from core.cli import Parser, run
@@ -34,7 +34,6 @@ from core.files import ROOT, build_root, write_atomic
 if TYPE_CHECKING:
     from export.cost import Cost
 
-METHODS = Path(__file__).with_name("data") / "methods.csv"
 PUBLISHED = ROOT / "results" / "published"
 STAND_IN = "sd15"
 """Whose UNet and decoder every method of the table shares: they were all distilled from it."""

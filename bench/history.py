@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.cell import Cell
-from bench.compare import Cells, gather, header, plan_of
+from bench.compare import Cells, gather, machine_of
 from bench.outcome import FAILED, FASTER, INCONCLUSIVE, MISSING, SAME, SLOWER, Line, Outcome
 from bench.store import Run, open_run, run_names
 from core.errors import AddbenchError
@@ -56,14 +56,14 @@ def earlier_runs(target: Run, out: Path) -> Sequence[tuple[str, Mapping[Cell, Ce
 
     A damaged run is left out and said on stderr: it must not stop tonight's judgement.
     """
-    machine = header(target, "environment", "machine")
+    machine = machine_of(target)
     found = []
     for name in run_names(out):
         if name >= target.name:
             continue
         try:
             run = open_run(name, out)
-            if header(run, "environment", "machine") == machine and "ab" not in run.header:
+            if machine_of(run) == machine and "ab" not in run.header:
                 found.append((name, gather(run.all_rows(), name)))
         except AddbenchError as error:
             print(f"left out: {name}: {error.what} ({error.why})", file=sys.stderr)
@@ -76,14 +76,17 @@ def against_history(target: Run, out: Path) -> Outcome:
     mine = gather(target.all_rows(), target.name)
     bands: dict[Cell, Band] = {}
     lines = []
-    for cell in dict.fromkeys([*plan_of(target), *mine]):
+    for cell in dict.fromkeys([*target.plan, *mine]):
+        own = mine.get(cell, Cells())
         values = [
             statistics.median(cells[cell].medians)
             for _, cells in past
-            if cell in cells and cells[cell].medians
+            if cell in cells
+            and cells[cell].medians
+            and cells[cell].provenances == own.provenances  # no ratio mixes two
         ]
         bands[cell] = Band(values)
-        lines.append(judge(cell, mine.get(cell, Cells()), bands[cell]))
+        lines.append(judge(cell, own, bands[cell]))
     notes = [f"{len(past)} earlier runs of this machine in {out.name}"]
     drawable = {line.cell: line for line in lines if line.head_ms and bands[line.cell].values}
     if drawable:
@@ -100,6 +103,8 @@ def judge(cell: Cell, mine: Cells, band: Band) -> Line:
         return Line(cell, MISSING, "the run has no row of it")
     if mine.bad:
         return Line(cell, FAILED, mine.bad)
+    if not mine.medians:
+        return Line(cell, INCONCLUSIVE, "an emulation has no speed to compare")
     value = statistics.median(mine.medians)
     rounds = {"base_rounds": len(band.values), "head_rounds": len(mine.medians)}
     if len(band.values) < FEWEST_RUNS:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,27 @@ from bench.cell import Cell
 from bench.stats import median_or_none
 from bench.store import OK, Row, Run
 
-FIGURES = Path(__file__).with_name("data") / "published_figures.csv"
-MODELS = {"SDXL-Turbo": "sdxl-turbo"}
-"""Published names of models whose cost is known -> ours."""
+DATA = Path(__file__).with_name("data")
+FIGURES, METHODS = DATA / "published_figures.csv", DATA / "methods.csv"
+MODELS = {"SDXL-Turbo": "sdxl-turbo", "SD-1.5": "sd15", "SD-Turbo": "sd-turbo"}
+"""Published names of models -> ours."""
+STATED = {"a10g-sd15-20step": 40}
+"""UNet evaluations where a source states them (40 to 42) and `methods.csv` does not."""
+SAME_NFE = 0.05
+"""Two schedulers' timesteps for as many steps differ by one or two of twenty."""
+PROGRAMS = {
+    "Cloud AI 100 Ultra (150 W TDP)": "qaic",
+    "TensorRT 9.2 demo": "trt",
+    "ORT TensorRT EP (static)": "trt",
+    "ORT CUDA EP (static)": "cuda",
+    "torch.compile": "torch:mode=compile",
+    "diffusers eager": "torch:mode=eager",
+    "fastsdcpu (OpenVINO)": "openvino",
+    "fastsdcpu (PyTorch)": "torch",
+    "StreamDiffusion TensorRT": "trt",
+}
+"""What a published system runs on, as `--backend` names it; a system that does not say is not here.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,16 +72,29 @@ class Claim:
         return None
 
     @property
+    def evaluations(self) -> int | None:
+        """UNet evaluations of an image; those of a network of two UNets count twice."""
+        return evaluations().get(self.id, self.steps)
+
+    @property
     def conditions(self) -> str:
         stated = [
             f"{self.size} px" if self.size else "",
             f"batch {self.batch}" if self.batch else "batch not stated",
-            f"{self.steps} steps" if self.steps else "steps not stated",
+            f"{self.steps} step{'s' * (self.steps != 1)}" if self.steps else "steps not stated",
             self.decoder or ("" if self.scope == "unet" else "decoder not stated"),
             self.precision,
             self.scope,
         ]
         return ", ".join(filter(None, stated))
+
+
+@cache
+def evaluations() -> dict[str, int]:
+    """UNet evaluations of an image by claim, where they are not the steps."""
+    with METHODS.open(newline="") as file:
+        listed = {row["id"]: int(row["nfe"]) * int(row["unets"]) for row in csv.DictReader(file)}
+    return listed | STATED
 
 
 def read_claims(path: Path = FIGURES) -> list[Claim]:
@@ -112,6 +145,7 @@ class Ours:
     period_ms: float | None
     joules: float | None
     """Of one call."""
+    nfe: float | None = None
 
     @property
     def images_per_joule(self) -> float | None:
@@ -157,6 +191,7 @@ def measured(runs: Iterable[Run]) -> list[Ours]:
                     median_or_none([row["median_ms"] for row in rows]) or 0.0,
                     median_or_none([row.get("period_ms") for row in rows]),
                     median_or_none([row["energy_j"] for row in rows]),
+                    median_or_none([row["nfe"] for row in rows]),
                 )
             )
     return found
@@ -166,21 +201,37 @@ def mismatches(claim: Claim, ours: Ours) -> list[str]:
     """The stated conditions of a claim that a cell of ours does not meet."""
     cell = ours.cell
     pairs: Sequence[tuple[str, Any, Any]] = (
-        ("hardware", claim.hardware, ours.hardware),
         ("size", f"{claim.size}x{claim.size}" if claim.size else None, cell.size),
         ("batch", claim.batch, cell.batch),
         ("steps", claim.steps, cell.steps),
         ("decoder", claim.decoder, cell.decoder),
         ("precision", claim.precision or None, cell.precision),
         ("scope", claim.scope, "end-to-end"),
+        ("memory", False, cell.low_memory),
     )
-    return [
-        name
-        for name, wanted, have in pairs
-        if wanted is not None
-        and wanted != have
-        and not (name == "hardware" and wanted and str(wanted) in str(have))
-    ]
+    found = [name for name, wanted, have in pairs if wanted is not None and wanted != have]
+    wanted, nfe = claim.evaluations, ours.nfe
+    if wanted and nfe and abs(nfe - wanted) > SAME_NFE * wanted and "steps" not in found:
+        found.append("UNet evaluations")
+    return found if is_hardware(claim.hardware, ours.hardware) else ["hardware", *found]
+
+
+def is_hardware(wanted: str, have: str) -> bool:
+    """Whether what a row ran on is what a claim names: `Core i7-12700` is no `Core i7-12700K`."""
+    return bool(wanted) and bool(re.search(rf"(?<![\w-]){re.escape(wanted)}(?![\w-])", have))
+
+
+def is_program(claim: Claim, ours: Ours) -> bool:
+    """Whether a cell of ours ran on what the claim's system runs on, or that does not say."""
+    wanted = PROGRAMS.get(claim.system)
+    if wanted is None:
+        return True
+    backend, _, option = wanted.partition(":")
+    options = ours.cell.options.split(",")
+    eager = not any(each.startswith("mode=") for each in options)
+    return ours.cell.backend == backend and (
+        not option or option in options or (option == "mode=eager" and eager)
+    )
 
 
 def nearest(claim: Claim, ours: Sequence[Ours]) -> Ours | None:

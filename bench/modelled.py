@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from backends.devices import Device, devices
-from bench.ledger import MODELS, Claim
+from backends.modelled.costs import LISTED
+from bench.ledger import DATA, MODELS, Claim
+from core.files import read_json
 from export.cost import Cost, budget_cost
+from export.models import MODELS as OURS
 
 STEPS, DECODERS = (1, 2, 4), ("vae", "taesd")
 SCOPES = {
@@ -21,6 +25,7 @@ SCOPES = {
     "unet": ("unet",),
     "decode": ("decoder",),
 }
+SD15_COSTS = DATA / "sd15_costs.json"
 FITTED = "Qualcomm"
 """Vendor of the cards that backends/modelled knows."""
 
@@ -82,20 +87,47 @@ def can_model(device: Device) -> bool:
     return device.vendor == FITTED or device.vendor in EFFICIENCY
 
 
+@cache
+def sd15_costs() -> dict[str, Cost]:
+    """At 512 px, as `export.cost.part_cost_at` counts them: tracing takes seconds each time."""
+    return {part: Cost(**columns) for part, columns in read_json(SD15_COSTS).items()}
+
+
+def cost_of(model: str, part: str, size: int) -> Cost | None:
+    """Of a part at batch 1; None where no table has it."""
+    if model == "sd15":
+        return sd15_costs()[part] if size == 512 else None
+    return budget_cost(part, size) if model == LISTED else None
+
+
 def modelled(
-    device: Device, size: int, batch: int, steps: int, decoder: str, scope: str = "end-to-end"
+    device: Device,
+    size: int,
+    batch: int,
+    steps: int,
+    decoder: str,
+    scope: str = "end-to-end",
+    *,
+    model: str = LISTED,
+    evaluations: int | None = None,
 ) -> Modelled | None:
     """The model of one call of `batch` images; None at a size whose cost is not known.
 
     A card of several SoCs runs a pipeline on each, side by side: a call is `batch / socs` images
     on one of them, with its share of peak and bandwidth.
-    """
+
+    Args:
+        evaluations: of the UNet, where they are not the steps.
+    """  # fmt: skip
     parts = []
     for name in SCOPES[scope]:
-        cost = budget_cost(f"{decoder}_decoder" if name == "decoder" else name, size)
+        part = f"{decoder}_decoder" if name == "decoder" else name
+        if part not in OURS[model].parts:
+            continue
+        cost = cost_of(model, part, size)
         if cost is None:
             return None
-        parts.append((cost, steps if name == "unet" else 1))
+        parts.append((cost, (evaluations or steps) if name == "unet" else 1))
     found = call_ms(device, batch, parts)
     return Modelled(steps, decoder, found.floor, found.fast, found.slow, found.switched)
 
@@ -162,7 +194,8 @@ def explained() -> list[str]:
 def models_of(claim: Claim) -> list[Modelled]:
     """The model at the claim's conditions; at every step count and decoder it leaves open."""
     device = devices().get(claim.hardware)
-    if claim.model not in MODELS or device is None or not can_model(device):
+    model = MODELS.get(claim.model)
+    if model not in (LISTED, "sd15") or device is None or not can_model(device):
         return []
     if claim.size is None or claim.batch is None or claim.scope not in SCOPES:
         return []
@@ -170,7 +203,16 @@ def models_of(claim: Claim) -> list[Modelled]:
     if "decoder" not in SCOPES[claim.scope]:
         decoders = [claim.decoder or ""]
     found = [
-        modelled(device, claim.size, claim.batch, steps, decoder, claim.scope)
+        modelled(
+            device,
+            claim.size,
+            claim.batch,
+            steps,
+            decoder,
+            claim.scope,
+            model=model,
+            evaluations=claim.evaluations,
+        )
         for decoder in decoders
         for steps in ([claim.steps] if claim.steps else STEPS)
     ]

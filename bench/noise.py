@@ -29,9 +29,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.arguments import calls, count
 from bench.store import RUNS
 from core.cli import Parser, run
-from core.errors import EXIT_FAILED, EXIT_OK
+from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -320,10 +321,10 @@ def parser() -> Parser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--jobs", type=int, default=100_000, help="for false alarms (100000)")
-    top.add_argument("--power-jobs", type=int, default=20_000, help="for power (20000)")
-    top.add_argument("--rounds", type=int, default=AB_ROUNDS, help="of bench.ab (10)")
-    top.add_argument("--seed", type=int, default=0)
+    top.add_argument("--jobs", type=count, default=100_000, help="for false alarms (100000)")
+    top.add_argument("--power-jobs", type=count, default=20_000, help="for power (20000)")
+    top.add_argument("--rounds", type=count, default=AB_ROUNDS, help="of bench.ab (10)")
+    top.add_argument("--seed", type=calls, default=0)
     top.add_argument("--format", choices=("table", "markdown", "json"), default="table")
     top.add_argument(
         "--levels", nargs="+", metavar="RUN", help="estimate the levels from runs instead"
@@ -338,6 +339,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bench.levels import report
 
         return report(args.levels, args.out, args.format)
+    from bench.verdict import PAIR_ROUNDS
+
+    if args.rounds < PAIR_ROUNDS:
+        raise PreconditionError(
+            f"--rounds {args.rounds} is too few",
+            f"bench.ab judges nothing with fewer than {PAIR_ROUNDS}",
+            f"use --rounds {AB_ROUNDS}",
+        )
     lines = []
     if args.format == "table":
         for levels in (TYPICAL, HARSH):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.columns import Line, lines_of, switching_high
 from bench.stats import Fit, fit_steps
-from bench.store import LATEST, MODELLED, RUNS, Row, Run, open_run
+from bench.store import LATEST, MODELLED, RUNS, Row, Run, is_timed, open_run
 from core.cli import Parser, run
 from core.errors import EXIT_OK
 
@@ -203,7 +203,7 @@ def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
             clip_on=False,
         )
         for line in series.lines:  # every round beside its median
-            spread = [row["median_ms"] / unit_ms for row in line.good]
+            spread = [row["median_ms"] / unit_ms for row in line.good if is_timed(row)]
             if len(spread) > 1:
                 axes.plot([series.place(line)] * len(spread), spread, "_", color=series.colour)
         intervals(axes, series, found, lambda line, ms: ms / unit_ms)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bench.cell import LATER
 from bench.columns import Line, lines_of
 from bench.compare import gather
+from bench.rowtypes import TEXT, TRUTH, WHOLE
 from bench.store import COLUMNS, HEADER, LATEST, ROWS, RUNS, Row, Run, open_run
 from core.cli import Parser, run
 from core.errors import EXIT_OK, AddbenchError, PreconditionError
@@ -27,12 +28,7 @@ from core.files import write_atomic
 if TYPE_CHECKING:
     import pyarrow
 
-TEXT = ("row", "run", "status", "provenance", "model", "weights", "backend", "options", "device",
-        "precision", "storage", "size", "decoder", "scheduler", "guidance_mode", "stages_from",
-        "time_utc", "git_commit", "bundle_hash")  # fmt: skip
-WHOLE = ("schema", "round", "batch", "steps", "nfe", "warmup_calls")
 MODELLED_STAGES = ("text", "unet_step", "decode", "rest")
-TRUTH = ("process_cold", "compile_cached", "git_dirty", "low_memory")
 
 
 def schema(header: dict[str, Any]) -> pyarrow.Schema:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +15,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.environment import PACKAGES
 from bench.spawn import with_build
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT, build_root, sha256_json
 
 Say = Callable[[str], None]
+VERSIONS = """
+import importlib.metadata, json, sys
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,13 @@ class Side:
                 stderr=subprocess.STDOUT,
             ).returncode
 
+    def versions(self) -> dict[str, str]:
+        """Of the packages that a run's header names, in the side's environment."""
+        asked = [str(self.interpreter), "-c", VERSIONS, *PACKAGES]
+        done = subprocess.run(asked, cwd=self.tree, capture_output=True, text=True, check=True)
+        found: dict[str, str] = json.loads(done.stdout)
+        return found
+
 
 def git(*arguments: str) -> str:
     """Output of a git command on this checkout; AddbenchError with git's words if it fails."""
@@ -91,11 +111,15 @@ def file_at(commit: str, path: str) -> str | None:
 
 def protocol_of(commit: str) -> object:
     """The worker protocol that a commit speaks; None if it has no worker or does not say."""
-    for node in ast.parse(file_at(commit, "bench/worker.py") or "").body:
+    try:
+        body = ast.parse(file_at(commit, "bench/worker.py") or "").body
+    except SyntaxError:
+        return None
+    for node in body:
         if isinstance(node, ast.Assign) and [
             target.id for target in node.targets if isinstance(target, ast.Name)
         ] == ["PROTOCOL"]:
-            return ast.literal_eval(node.value)
+            return node.value.value if isinstance(node.value, ast.Constant) else None
     return None
 
 
@@ -154,13 +178,35 @@ def check_out(place: Path, name: str, commit: str) -> Path:
 
 
 def requirements(commit: str, extra: str) -> tuple[str, list[str]]:
-    """(constraints, requirements) of a commit: what decides its environment."""
+    """(constraints, requirements) of a commit: what decides its environment.
+
+    Raises:
+        PreconditionError: it has no such extra.
+    """
     project = tomllib.loads(file_at(commit, "pyproject.toml") or "").get("project", {})
     optional = project.get("optional-dependencies", {})
-    return (
-        file_at(commit, "constraints.txt") or "",
-        sorted([*project.get("dependencies", []), *optional.get(extra, [])]),
+    if extra not in optional:
+        raise PreconditionError(
+            f"there is no extra {extra!r} in the pyproject.toml of {commit[:9]}",
+            f"it has {', '.join(optional) or 'none'}",
+            "name one of them with --extra",
+        )
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in
+             (file_at(commit, "constraints.txt") or "").splitlines())  # fmt: skip
+    constraints = "".join(f"{line}\n" for line in sorted(filter(None, lines)))
+    return constraints, sorted([*project.get("dependencies", []), *optional[extra]])
+
+
+def differences(commits: Sequence[str], extra: str) -> list[str]:
+    """What the environments of two commits are asked to hold differently, a line each."""
+    was, now = (
+        {*constraints.splitlines(), *packages}
+        for constraints, packages in (requirements(commit, extra) for commit in commits)
     )
+    return [
+        *(f"-{line}" for line in sorted(was - now)),
+        *(f"+{line}" for line in sorted(now - was)),
+    ]
 
 
 def environments(commits: Sequence[str], extra: str, place: Path, say: Say) -> list[Path]:

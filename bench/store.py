@@ -6,10 +6,10 @@ results/README.md documents every column; `tests/bench/test_store.py` holds the 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from bench.cell import KEY_COLUMNS, LATER, Cell
+from bench.rowtypes import Types, header_fault
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT, build_root, fsync_folder, read_json, write_json
 
@@ -94,6 +95,7 @@ IDENTITY = ("schema", "row", "run", "round", "status", "provenance")
 CONTEXT = ("time_utc", "git_commit", "git_dirty", "bundle_hash")
 COLUMNS = (*IDENTITY, *KEY_COLUMNS, *FIGURES, *CONTEXT)
 COLUMN_SET = frozenset(COLUMNS)
+TYPES = Types(COLUMNS)
 
 Row = dict[str, Any]
 
@@ -149,24 +151,27 @@ def check_row(row: Any, path: Path, line: int) -> Row:
         reject(path, line, "it is JSON, but not an object")
     if "schema" not in row:
         reject(path, line, "it has no `schema`")
-    if row["schema"] != SCHEMA:
+    if row["schema"] != SCHEMA or row["schema"] is True:
         reject(path, line, f"its schema is {row['schema']!r} and this version reads {SCHEMA}")
     if not row.keys() >= COLUMN_SET:
         row = LATER | {name: FIGURES[name] for name in ADDED} | row
     if not row.keys() >= COLUMN_SET:
         missing = [name for name in COLUMNS if name not in row]
         reject(path, line, f"it lacks {', '.join(missing)}")
+    wrong = TYPES.wrong(row)
+    if wrong:
+        reject(path, line, wrong)
     if row["status"] not in STATUSES:
         reject(path, line, f"its status {row['status']!r} is none of {', '.join(STATUSES)}")
     samples = row["samples_ms"]
-    if not isinstance(samples, list) or not all(map(is_time, samples)):
+    if samples and not (set(map(type, samples)) <= {int, float} and are_times(samples)):
         reject(path, line, "samples_ms must be a list of positive, finite milliseconds")
     if row["provenance"] == EMULATED:
         timed = [name for name in FIGURES if name not in NUMERICS and row[name] != FIGURES[name]]
         if timed:
             reject(path, line, f"it is emulated, which has no speed, and has {', '.join(timed)}")
     elif row["status"] == OK and not (
-        (samples or row["provenance"] == MODELLED) and is_time(row["median_ms"])
+        (samples or row["provenance"] == MODELLED) and are_times([row["median_ms"] or 0])
     ):
         reject(path, line, "its status is ok and it has no samples or no median")
     return row
@@ -177,13 +182,9 @@ def is_timed(row: Row) -> bool:
     return row["status"] == OK and row["median_ms"] is not None
 
 
-def is_time(value: Any) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value > 0
-    )
+def are_times(values: Sequence[float]) -> bool:
+    """Whether all of some numbers are positive and finite; NaN is no JSON and never gets here."""
+    return min(values) > 0 and max(values) <= sys.float_info.max
 
 
 def no_constant(name: str) -> NoReturn:
@@ -207,7 +208,7 @@ def read_rows(path: Path) -> list[Row]:
             continue
         try:
             row = DECODER.decode(line.decode())
-        except ValueError as error:  # UnicodeDecodeError is one too
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
             if number == len(lines):
                 break  # the writer was killed in the middle of it
             reject(path, number, f"it is not JSON: {error}")
@@ -346,7 +347,8 @@ def open_run(text: str, out: Path = RUNS) -> Run:
     """`latest`, the name of a run below `out`, or the path of a run folder.
 
     Raises:
-        PreconditionError: there is no such run, or it was written by another schema.
+        PreconditionError: there is no such run, it was written by another schema, or its header is
+            not one.
     """
     if text == LATEST:
         names = run_names(out)
@@ -370,5 +372,12 @@ def open_run(text: str, out: Path = RUNS) -> Run:
             f"{path / HEADER} has schema {schema!r}",
             f"this version reads and writes schema {SCHEMA}",
             "use the version that wrote it, or sweep again",
+        )
+    fault = header_fault(header)
+    if fault:
+        raise PreconditionError(
+            f"the header of run {path.name} has no {fault}",
+            "it was not written by bench.sweep, or was edited",
+            "take runs that bench.sweep, bench.ab or bench.versus made",
         )
     return Run(path, header)

@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import claims, columns, outcome, table
 from bench.columns import Column, Line
-from bench.compare import compare, header, plan_of
+from bench.compare import compare
 from bench.ledger import measured, read_claims
 from bench.outcome import Outcome
 from bench.plot import legend_text, series_of
@@ -24,19 +24,12 @@ from core.errors import AddbenchError
 from core.files import read_json
 
 HERE = Path(__file__).parent
-NEEDED = (
-    *(("environment", name) for name in ("cpu", "cores_allowed", "cores_physical", "memory_gb",
-                                         "os", "python", "versions")),
-    *(("settings", name) for name in ("rounds", "min_samples", "min_time", "max_time")),
-    *(("bundle", name) for name in ("name", "weights", "dtype", "hash")),
-    ("plan",),
-)  # fmt: skip
-"""What the page takes from a header."""
 FLAG_WORDS = {
     "unstable": f"the samples of a round scatter by more than {UNSTABLE_CV:.1%} of their mean",
     "single_sample": "one call, after one of fewer steps: no spread between calls is known",
     "under_sampled": "fewer samples than asked for: the time limit ended the cell",
     "disturbed": f"other processes used more than {DISTURBED_CPU:.0%} of the cores",
+    "throttled": "the GPU's clock fell below 75% of the highest it can be set to",
     "stage_gap": "the stages do not add up to the call",
     "process_peak": "peak memory is that of the whole process so far",
 }
@@ -82,15 +75,12 @@ def render(target: Run, base: Run | None = None) -> str:
     """The page of a run; the same run gives the same bytes.
 
     Raises:
-        PreconditionError: the run has no rows, its header lacks something, or `base` is no base.
+        PreconditionError: the run has no rows, or `base` is no base.
         AddbenchError: a line of its rows is not a row.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    for names in NEEDED:
-        header(target, *names)
-    plan_of(target)
     rows = some_rows(target)
     groups = by_provenance(rows)
     lines = [line for found in groups.values() for line in found]

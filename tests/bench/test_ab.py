@@ -19,6 +19,7 @@ import pytest
 from made import cell, row
 
 from bench import sides
+from bench.ab import given
 from bench.cell import Cell
 from bench.store import open_run, run_names
 from bench.trial import BASE, HEAD, Measured, Trial, order
@@ -170,12 +171,16 @@ def git(repo: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+BARE = "[project]\nname = 'x'\ndependencies = []\n[project.optional-dependencies]\ncpu = []\n"
+
+
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of this project with the scripted worker in three revisions, tagged.
 
     `base`; `slow`, whose null backend takes longer by default; `new`, whose worker speaks a
-    protocol that nobody knows yet; `broken`, whose second cell gives a wrong image.
+    protocol that nobody knows yet; `broken`, whose second cell gives a wrong image; `bare` and
+    `pinned`, whose environments hold nothing and whose constraints differ.
     """
     repo = tmp_path_factory.mktemp("scratch") / "repo"
     repo.mkdir()
@@ -185,6 +190,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, repo)
     worker = repo / "bench" / "worker.py"
     shutil.copy(Path(__file__).with_name("scripted_worker.py"), worker)
+    project = repo / "pyproject.toml"
     null = repo / "backends" / "null.py"
     text = null.read_text().replace('"unet_ms": Option("2"', '"unet_ms": Option("20"')
     null.write_text(text)
@@ -194,9 +200,12 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("slow", null, '"unet_ms": Option("20"', '"unet_ms": Option("60"'),
         ("new", worker, "PROTOCOL = 1", "PROTOCOL = 2"),
         ("broken", null, '"""A scripted', '"""SCRIPTED_FAILURE'),
+        ("noted", repo / "constraints.txt", "torch==", "# tried and kept\ntorch=="),
+        ("bare", project, project.read_text(), BARE),
+        ("pinned", repo / "constraints.txt", "tqdm==", "tqdm>="),
     ):
         if tag != "base":
-            git(repo, "checkout", "--quiet", "base")
+            git(repo, "checkout", "--quiet", "bare" if tag == "pinned" else "base")
             content = file.read_text()
             assert was in content
             file.write_text(content.replace(was, now))
@@ -282,6 +291,24 @@ def test_preconditions(ab: Any, arguments: list[str], words: str) -> None:
     assert words in found.err
 
 
+def test_what_no_clock_times_is_refused(ab: Any) -> None:
+    found = ab("--base", "base", backend="qaic:device=ai100-ultra")
+    assert found.code == 2, found.err
+    assert "has no speed to compare" in found.err
+
+
+def test_a_folder_is_meant_from_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "random", "tiny-sdxl"):
+        (tmp_path / name).mkdir()
+    assert given("mine") == given("./mine") == str(tmp_path / "mine")
+    assert [given(name) for name in ("random", "tiny-sdxl", "org/name")] == [
+        "random",
+        "tiny-sdxl",
+        "org/name",
+    ]
+
+
 def test_an_unusable_backend(ab: Any) -> None:
     found = ab("--base", "base", backend="null:usable=0")
     assert found.code == 2
@@ -331,6 +358,34 @@ def test_one_environment_if_the_constraints_are_equal(
     assert sides.protocol_of(sides.resolve("new")) == 2
     with pytest.raises(PreconditionError, match="not a revision"):
         sides.resolve("--help")
+
+
+def test_a_comment_is_no_constraint(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sides, "ROOT", scratch)
+    commits = [sides.resolve(tag) for tag in ("base", "noted")]
+    found = sides.environments(commits, "cpu", tmp_path, lambda _: None)
+    assert found == [Path(sys.executable)] * 2
+    with pytest.raises(PreconditionError, match="no extra 'gpus'"):
+        sides.environments(commits, "gpus", tmp_path, lambda _: None)
+
+
+def test_other_constraints_get_an_environment_each(ab: Any, scratch: Path, tmp_path: Path) -> None:
+    """End to end, with environments that hold nothing: the scripted worker needs no package."""
+    found = ab("--base", "bare", "--head", "pinned", "--work", str(tmp_path / "work"))
+    assert found.code in (0, 5), found.err
+    assert {line["verdict"] for line in found.json["cells"]} <= {"same", "inconclusive"}
+    assert [line["head_rounds"] for line in found.json["cells"]] == [5, 5]
+    (note,) = [note for note in found.json["notes"] if "constraints differ" in note]
+    assert "-tqdm==" in note
+    assert "+tqdm>=" in note
+    assert len(list((tmp_path / "work").glob("env-*/.complete"))) == 2
+    runs = [open_run(name, tmp_path / "runs") for name in run_names(tmp_path / "runs")]
+    # What the sides' environments hold, and not what this one does.
+    assert [run.header["environment"]["versions"] for run in runs] == [{}, {}]
+    shutil.rmtree(tmp_path / "work")
+    git(scratch, "worktree", "prune")
 
 
 def test_an_environment_is_made_once(tmp_path: Path) -> None:

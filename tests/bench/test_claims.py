@@ -11,10 +11,11 @@ import pytest
 from made import cell, make_run, row
 
 from backends.devices import devices, find_device, identify
+from backends.modelled.costs import traced_costs
 from bench import claims
 from bench.claims import findings, judge, main
 from bench.ledger import Claim, Ours, measured, mismatches, nearest, read_claims
-from bench.modelled import modelled, models_of
+from bench.modelled import cost_of, modelled, models_of
 from core.cli import run as shell
 from core.errors import PreconditionError
 
@@ -26,7 +27,7 @@ A100 = BY_ID["ort-trt-a100-1"]
 def ours(time_ms: float, period_ms: float | None = None, **columns: Any) -> Ours:
     """A cell of ours on an A100, by default under the conditions of `ort-trt-a100-1`."""
     usual = {"model": "sdxl-turbo", "device": "cuda:0", "precision": "fp16", "size": "512x512",
-             "decoder": "vae", "backend": "ort"}  # fmt: skip
+             "decoder": "vae", "backend": "trt"}  # fmt: skip
     hardware = columns.pop("hardware", "a100-sxm-80gb")
     return Ours(hardware, cell(**(usual | columns)), "made", time_ms, period_ms, None)
 
@@ -39,7 +40,9 @@ def test_every_published_figure_is_carried_with_its_source() -> None:
 def test_devices_are_known_by_their_drivers_names() -> None:
     assert identify("NVIDIA A100-SXM4-80GB") == devices()["a100-sxm-80gb"]
     assert identify("NVIDIA H200") == find_device("h200-sxm")
-    assert identify("NVIDIA L40S") is None
+    for other in ("NVIDIA L40S", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H200 NVL",
+                  "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):  # fmt: skip
+        assert identify(other) is None
     assert find_device("ai100-ultra").socs == 4
     assert all(device.source for device in devices().values())
     with pytest.raises(PreconditionError, match="known devices"):
@@ -59,8 +62,25 @@ def test_floor_of_one_pipeline_on_one_soc(decoder: str, floors: tuple[int, ...])
 def test_models_know_their_limits() -> None:
     assert modelled(devices()["a10g"], 640, 1, 1, "vae") is None
     assert len(models_of(BY_ID["ai100-ultra-4img"])) == 6
-    assert models_of(BY_ID["add-t2-addm"]) == []
     assert models_of(BY_ID["ov-i7-vae"]) == []
+    assert models_of(replace(BY_ID["add-t2-addm"], size=768)) == []
+    assert models_of(replace(BY_ID["add-t2-addm"], model="SD-Turbo")) == []
+
+
+def test_sd15_by_its_evaluations() -> None:
+    """Guidance is two evaluations a step, and InstaFlow-1.7B's network is two UNets."""
+    once, twice, dpm = (
+        models_of(BY_ID[name])[0].floor
+        for name in ("add-t2-instaflow09", "add-t2-instaflow17", "add-t2-dpm25")
+    )
+    unet = 803.3 / 312  # GFLOP over TFLOP/s: milliseconds
+    assert twice - once == pytest.approx(unet, rel=0.01)
+    assert dpm - once == pytest.approx(49 * unet, rel=0.01)
+
+
+def test_the_listed_costs_of_sd15_are_those_that_are_counted() -> None:
+    for part, counted in traced_costs("sd15", (512, 512)).items():
+        assert cost_of("sd15", part, 512) == counted
 
 
 def test_the_ledger_without_measurements() -> None:
@@ -70,7 +90,9 @@ def test_the_ledger_without_measurements() -> None:
     assert found["a100-1img-200"].verdict == "beaten"
     assert "ort-trt-a100-1" in found["a100-1img-200"].reason
     assert found["ort-trt-a100-1"].verdict == "consistent"
-    assert found["a10g-sd15-20step"].verdict == "not testable here"
+    assert found["a10g-sd15-20step"].verdict == "consistent"
+    assert found["add-t2-instaflow17"].verdict == "consistent"  # slower than others: more work
+    assert found["streamdiffusion-4090"].verdict == "not testable here"
     assert found["a10g-1img-200"].verdict == "consistent"  # 180 ms is its own other figure
     assert all(each.reason for each in found.values())
 
@@ -91,16 +113,50 @@ def test_measurements_speak_first(time: float, verdict: str) -> None:
 @pytest.mark.parametrize(
     "other",
     [{"hardware": "a10g"}, {"steps": 2}, {"batch": 4}, {"decoder": "taesd"}, {"precision": "fp32"},
-     {"size": "1024x1024"}, {"model": "tiny-sdxl"}],
+     {"size": "1024x1024"}, {"model": "tiny-sdxl"}, {"low_memory": True}],
     ids=str,
 )  # fmt: skip
 def test_other_conditions_prove_nothing(other: dict[str, Any]) -> None:
     assert judge(A100, CLAIMS, [ours(39.0, **other)]).verdict == "consistent"
 
 
+def test_another_program_proves_nothing_but_that_it_is_faster() -> None:
+    for time, verdict in ((39.0, "consistent"), (60.0, "consistent"), (20.0, "beaten")):
+        assert judge(A100, CLAIMS, [ours(time, backend="cuda")]).verdict == verdict
+    both = [ours(20.0, backend="cuda"), ours(41.0)]
+    assert judge(A100, CLAIMS, both).verdict == "reproduced"
+    eager = BY_ID["torch-eager-a100-1"]
+    torch = {"backend": "torch", "device": "cuda"}
+    for options, verdict in (("mode=compile", "not testable here"),
+                             ("mode=eager", "contradicted"), ("", "contradicted")):  # fmt: skip
+        found = judge(eager, [eager], [ours(300.0, options=options, **torch)])
+        assert found.verdict == verdict
+    # Who does not say what it ran on may have run on anything.
+    assert judge(BY_ID["a100-1img-200"], CLAIMS, [ours(195.0, **torch)]).verdict == "reproduced"
+
+
+def test_a_model_of_another_name_is_other_hardware() -> None:
+    claim = BY_ID["ov-i7-vae"]
+    cpu = {"backend": "openvino", "device": "cpu", "precision": "fp32"}
+    for name, verdict in (
+        ("12th Gen Intel Core i7-12700", "reproduced"),
+        ("12th Gen Intel Core i7-12700K", "not testable here"),
+        ("12th Gen Intel Core i7-12700H @ 2 GHz", "not testable here"),
+    ):
+        assert judge(claim, CLAIMS, [ours(5600.0, hardware=name, **cpu)]).verdict == verdict
+
+
+def test_a_guided_call_is_another_work() -> None:
+    guided = replace(ours(39.0), nfe=2.0)
+    assert mismatches(A100, guided) == ["UNet evaluations"]
+    sd15 = replace(ours(1200.0, model="sd15", steps=20, hardware="a10g"), nfe=42.0)
+    assert mismatches(BY_ID["a10g-sd15-20step"], sd15) == []
+    assert judge(BY_ID["a10g-sd15-20step"], CLAIMS, [sd15]).verdict == "reproduced"
+
+
 def test_a_latency_is_no_period() -> None:
     claim = BY_ID["ai100-ultra-4img"]
-    ultra = {"hardware": "ai100-ultra", "batch": 4, "steps": 1}
+    ultra = {"hardware": "ai100-ultra", "batch": 4, "steps": 1, "backend": "qaic"}
     assert judge(claim, CLAIMS, [ours(250.0, **ultra)]).verdict == "consistent"
     found = judge(claim, CLAIMS, [ours(900.0, period_ms=255.0, **ultra)])
     assert found.verdict == "reproduced"
@@ -138,6 +194,8 @@ def test_power_limits_bound_the_energy() -> None:
     bound = found.columns()["tdp_bound"]
     assert bound["images_per_joule_at_least"] == pytest.approx(1 / 9.375)
     assert judge(BY_ID["ov-i7-vae"], CLAIMS, []).joules_at_most is None
+    # One UNet evaluation is not all that an image takes.
+    assert judge(BY_ID["a100-unet-67"], CLAIMS, []).joules_at_most is None
 
 
 def published(tmp_path: Path) -> list[str]:

@@ -187,6 +187,24 @@ def test_other_machines(both: Any, base: Run, tmp_path: Path) -> None:
     assert both(base, same, "--allow-other-machine").code == 0
 
 
+def test_another_gpu_in_the_same_host_is_another_machine(
+    both: Any, base: Run, tmp_path: Path
+) -> None:
+    def gpu(run: Run, name: str) -> Run:
+        return changed(run, environment={"accelerators": {"cuda": name}})
+
+    one = gpu(base, "NVIDIA H100 80GB HBM3")
+    found = both(one, gpu(head(tmp_path, [1, 1, 1]), "NVIDIA A100-SXM4-80GB"))
+    assert found.code == 2
+    assert "A CPU and NVIDIA A100" in found.err
+    assert both(one, gpu(head(tmp_path, [1, 1, 1]), "NVIDIA H100 80GB HBM3")).code == 0
+
+
+def test_times_of_two_kinds_are_not_apart(both: Any, base: Run, tmp_path: Path) -> None:
+    other = changed(head(tmp_path, [1, 1, 1]), created_utc="2020-01-01T00:00:00")
+    assert both(base, other).code == 0
+
+
 def test_other_models_are_refused(both: Any, base: Run, tmp_path: Path) -> None:
     other = changed(head(tmp_path, [1, 1, 1]), bundle={"name": "sdxl-turbo"})
     found = both(base, other)
@@ -215,6 +233,18 @@ def test_differences_in_the_environment_are_noted(both: Any, base: Run, tmp_path
     assert "torch 2.13.0 -> 2.14.0" in notes
     assert "days apart" in notes
     assert "uncommitted" in notes
+
+
+def test_rows_that_are_missing_or_disturbed_are_noted(both: Any, base: Run, tmp_path: Path) -> None:
+    assert both(base, head(tmp_path, [1, 1, 1])).json["notes"] == []
+    rows = rows_of([1, 1, 1], rounds=7, seed=1)
+    rows[4]["flags"] = ["unstable", "disturbed"]
+    rows[5]["flags"] = ["unstable"]
+    found = both(base, make_run(tmp_path, rows, rounds=8))
+    notes = found.json["notes"]
+    assert "HEAD: 1 of 21 rows are flagged disturbed or throttled" in notes
+    assert "HEAD is not complete: 3 of its planned rows are missing" in notes
+    assert found.code == 0
 
 
 def test_markdown_and_table(both: Any, base: Run, tmp_path: Path) -> None:

@@ -99,6 +99,20 @@ def test_failed_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (code, outcome["cells"][0]["verdict"]) == (4, "failed")
 
 
+def test_what_has_no_speed_and_what_is_modelled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs(tmp_path, QUIET, provenance="modelled")
+    make_run(tmp_path, [row(cell(), [], provenance="emulated")])
+    code, outcome = judged(tmp_path, capsys)
+    assert code == 5
+    assert "no speed" in outcome["cells"][0]["reason"]
+    runs(tmp_path, [100.0])
+    code, outcome = judged(tmp_path, capsys)
+    assert code == 5
+    assert "0 earlier runs have it" in outcome["cells"][0]["reason"]
+
+
 def test_it_takes_one_run(tmp_path: Path) -> None:
     assert shell(main, ["--history", "a", "b", "--out", str(tmp_path)]) == 2
     assert shell(main, ["--history", "--max-slowdown", "20", "--out", str(tmp_path)]) == 2

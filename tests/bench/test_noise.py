@@ -83,6 +83,11 @@ def test_the_command_prints_every_rule(capsys: pytest.CaptureFixture[str]) -> No
     assert any("last run" in line["rule"] for line in found)
 
 
+@pytest.mark.parametrize("wrong", ["--jobs 0", "--power-jobs -1", "--rounds 4", "--seed -1"])
+def test_wrong_numbers_are_refused(wrong: str) -> None:
+    assert shell(noise.main, wrong.split()) == 2
+
+
 # ---- --levels
 
 

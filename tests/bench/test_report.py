@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -12,10 +13,11 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
+from bench import store
 from bench.columns import lines_of
 from bench.report import figures
 from bench.report.__main__ import main
-from bench.report.page import render
+from bench.report.page import FLAG_WORDS, render
 from bench.store import HEADER, ROWS, Run
 from core.cli import run as shell
 from export.bundle import PARITY, Bundle
@@ -124,6 +126,12 @@ def test_failed_and_missing_cells_are_listed(made: Run) -> None:
     for word in ("BadThing", "a cause"):
         assert word in text
     assert "ort:x=&lt;b&gt;$1 taesd batch 1 steps 1, round 2</li>" in text
+
+
+def test_every_flag_has_its_words(tmp_path: Path) -> None:
+    page = render(make_run(tmp_path, [row(cell(), [10.0] * 3, flags=list(store.FLAGS))]))
+    assert set(FLAG_WORDS) == set(store.FLAGS)
+    assert all(words in html.unescape(page) for words in FLAG_WORDS.values())
 
 
 def test_provenances_are_kept_apart(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
-from bench import rows
+from bench import rows, rowtypes
 from bench.store import COLUMNS, HEADER, ROWS, Run
 from core.cli import run as shell
 from core.errors import PreconditionError
@@ -61,7 +61,7 @@ def test_parquet_gives_the_same_rows_back(made: Run, tmp_path: Path) -> None:
 def test_every_column_has_a_type_of_its_own(made: Run) -> None:
     pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
     assert tuple(rows.schema({}).names) == COLUMNS
-    assert {*rows.TEXT, *rows.WHOLE, *rows.TRUTH} <= set(COLUMNS)
+    assert {*rowtypes.TEXT, *rowtypes.WHOLE, *rowtypes.TRUTH, *rowtypes.NESTED} <= set(COLUMNS)
 
 
 def test_a_value_of_another_type_is_named(made: Run, tmp_path: Path) -> None:

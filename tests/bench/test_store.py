@@ -16,6 +16,7 @@ from made import cell, make_run, row
 from bench.store import (
     COLUMNS,
     FLAGS,
+    HEADER,
     ROWS,
     STATUSES,
     RowWriter,
@@ -137,6 +138,76 @@ def test_opening_runs(tmp_path: Path) -> None:
     (first.path / "header.json").write_text(json.dumps(header | {"schema": 7}))
     with pytest.raises(PreconditionError, match="schema 7"):
         open_run(first.name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("round", "0", "its round is text and should be a whole number"),
+        ("round", None, "its round is null"),
+        ("round", -1, "its round is -1, less than 0"),
+        ("steps", True, "its steps is true or false"),
+        ("batch", 0, "less than 1"),
+        ("options", {}, "its options is an object and should be text"),
+        ("provenance", None, "provenance"),
+        ("flags", "disturbed", "should be a list"),
+        ("flags", [3], "no list of words"),
+        ("samples_ms", [10.0, True], "samples_ms"),
+        ("samples_ms", [10.0, -1.0], "samples_ms"),
+        ("median_ms", 10**400, "no median"),
+        ("cold_ms", "slow", "its cold_ms is text and should be a number or null"),
+        ("stages_ms", 7, "stages_ms"),
+        ("stages_ms", {"text": "slow"}, "its stages_ms.text is text and should be a number"),
+        ("roofline", {"text": 3}, "its roofline.text is a whole number and should be an object"),
+        ("image_check", [], "image_check"),
+        ("schema", True, "schema is True"),
+    ],
+    ids=str,
+)
+def test_values_of_another_type_are_named(
+    tmp_path: Path, column: str, value: object, words: str
+) -> None:
+    good = row(cell(), [1.0], round_=1)
+    file = tmp_path / ROWS
+    file.write_text(f"{json.dumps(good)}\n{json.dumps(good | {column: value})}\n")
+    with pytest.raises(AddbenchError, match=re.escape(words)) as caught:
+        read_rows(file)
+    assert f"{ROWS}:2 is not a row" in caught.value.what
+
+
+def test_json_that_is_too_deep_is_no_row(tmp_path: Path) -> None:
+    (tmp_path / ROWS).write_text("[" * 200_000 + "\n{}\n")
+    with pytest.raises(AddbenchError, match="is not a row"):
+        read_rows(tmp_path / ROWS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("run", None, "no run"),
+        ("environment", None, "no environment"),
+        ("environment", {"machine": "0" * 12}, "no environment.cpu"),
+        ("settings", {"rounds": "5"}, "no settings.min_samples"),
+        ("plan", [5], "no plan[0]"),
+        ("plan", [{"model": "x"}], "no plan[0].weights"),
+        ("command", "python", "no command"),
+    ],
+)
+def test_a_header_that_lacks_something(
+    tmp_path: Path, field: str, value: object, words: str
+) -> None:
+    made = make_run(tmp_path, [row(cell(), [1.0])])
+    (made.path / HEADER).write_text(json.dumps(made.header | {field: value}))
+    with pytest.raises(PreconditionError, match=re.escape(words)):
+        open_run(made.path.name, tmp_path)
+
+
+def test_a_plan_of_other_types_is_none(tmp_path: Path) -> None:
+    made = make_run(tmp_path, [row(cell(), [1.0])])
+    plan = [made.header["plan"][0] | {"options": {}}]
+    (made.path / HEADER).write_text(json.dumps(made.header | {"plan": plan}))
+    with pytest.raises(PreconditionError, match=re.escape("plan[0].options (text)")):
+        open_run(made.name, tmp_path)
 
 
 def test_portable_takes_out_folders(monkeypatch: pytest.MonkeyPatch) -> None:
