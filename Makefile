@@ -38,7 +38,7 @@ $(OPTIMUM_VENV)/.ready: requirements-optimum.txt
 	touch $@
 
 export: $(READY)
-	$(PY) -m export --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE)
+	$(PY) -m export --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) $(EXPORT_FLAGS)
 
 sweep: export
 	$(PY) -m bench.sweep --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --steps $(STEPS) --batch $(BATCH) --decoder $(DECODER) $(SWEEP_FLAGS)

@@ -54,7 +54,7 @@ def parser() -> Parser:
     return made
 
 
-class Recorder(Session):
+class CallRecorder(Session):
     """A session that keeps what goes into another and what comes out of it.
 
     Attributes:
@@ -162,7 +162,7 @@ def record(
         torch.inference_mode(),
         backend.pipeline(bundle, decoder, Shapes(1, *bundle.size), recipe=recipe) as pipeline,
     ):
-        recorder = pipeline.put("unet", Recorder(pipeline.session("unet")))
+        recorder = pipeline.put("unet", CallRecorder(pipeline.session("unet")))
         for number, (prompt, one, file) in enumerate(zip(prompts, seeds, files, strict=True), 1):
             if file.exists():
                 say(f"  {number}/{len(prompts)} is recorded already")

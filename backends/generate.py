@@ -10,7 +10,14 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from core.cli import Parser, add_model_arguments, add_precision_argument, image_size, run
+from core.cli import (
+    Parser,
+    add_model_arguments,
+    add_precision_argument,
+    image_size,
+    png_file,
+    run,
+)
 from core.errors import EXIT_OK, PreconditionError
 from export.models import DEFAULT_MODEL, SCHEDULERS
 
@@ -31,16 +38,12 @@ def parser() -> Parser:
         "--low-memory", action="store_true", help="load each part when it is needed, then drop it"
     )
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--out", type=Path, default=Path("image.png"), metavar="FILE.png")
+    made.add_argument("--out", type=png_file, default=Path("image.png"), metavar="FILE.png")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.out.suffix.lower() != ".png":
-        raise PreconditionError(
-            f"{args.out} is not a PNG file's name", "images are written as PNG", "use --out x.png"
-        )
     if args.steps is not None and args.steps < 1:
         raise PreconditionError("--steps is less than 1", "an image needs a step", "use --steps 1")
 

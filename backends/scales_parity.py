@@ -53,7 +53,7 @@ def compare(bundle: Bundle, scales: Path, origin: Origin, threads: str = "auto")
     """
     import torch
 
-    from backends.calibrate import Recorder
+    from backends.calibrate import CallRecorder
     from backends.gate import image_distance
     from backends.ort import OrtBackend
     from backends.recipe import make_recipe
@@ -80,7 +80,7 @@ def compare(bundle: Bundle, scales: Path, origin: Origin, threads: str = "auto")
             ]
 
         with cpu_session(bundle, backend.options) as plain:
-            recorder = pipeline.put("unet", Recorder(plain))
+            recorder = pipeline.put("unet", CallRecorder(plain))
             expected = draw()
             calls = recorder.calls[:: math.ceil(len(recorder.calls) / (CALLS * count))]
             recorder.close()  # its weights are gone before the other's come

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.plot import STYLE, image_bytes
-from core.cli import Parser, add_model_arguments, int_list, run
+from core.cli import Parser, add_model_arguments, int_list, png_file, run
 from core.errors import EXIT_OK, PreconditionError
 from core.files import write_atomic
 from export.models import DEFAULT_MODEL
@@ -36,7 +36,7 @@ def parser() -> Parser:
     top.add_argument("--backend", default="ort", metavar="NAME[:KEY=VALUE,...]")
     top.add_argument("--decoder", default="vae", help="vae or taesd")
     top.add_argument("--seed", type=int, default=0, help="of the first column; one more for each")
-    top.add_argument("--out", type=Path, default=Path("gallery.png"), metavar="FILE.png")
+    top.add_argument("--out", type=png_file, default=Path("gallery.png"), metavar="FILE.png")
     return top
 
 
@@ -94,10 +94,6 @@ def figure(rows: dict[str, NDArray[np.uint8]], prompts: Sequence[str]) -> Figure
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.out.suffix.lower() != ".png":
-        raise PreconditionError(
-            f"{args.out} is not a PNG file's name", "pictures are written as PNG", "use --out x.png"
-        )
     if args.prompts < 1:
         raise PreconditionError(
             f"--prompts {args.prompts} draws nothing", "it counts columns", "use 1 or more"

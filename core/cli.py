@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from core.errors import EXIT_BUG, EXIT_FAILED, EXIT_INTERRUPTED, AddbenchError, PreconditionError
 
@@ -91,6 +92,13 @@ def image_size(text: str) -> tuple[int, int]:
             f"{text!r} is not a size: 512, or 768x512 for WIDTHxHEIGHT"
         )
     return int(sides[0]), int(sides[1])
+
+
+def png_file(text: str) -> Path:
+    """`x.png` -> its path: for what is written as PNG whatever the name says."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text} is not a PNG file's name, as image.png is")
+    return Path(text)
 
 
 def int_list(text: str) -> list[int]:

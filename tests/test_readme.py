@@ -1,58 +1,95 @@
-"""Every command in the README runs. Large models give way to the tiny one, sweeps are short."""
+"""Every command in the README runs: tiny models for large ones, what is here for hardware."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from folders import lay_out
+from safetensors.torch import save_file
 
 from core.files import ROOT
 from export.bundle import Bundle
+from export.checkpoint import open_checkpoint
+from export.models import MODELS
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for kind, block in FENCED if kind == "sh" for line in block.splitlines()]
 ELSEWHERE = {
     "make test": "the test runs inside it",
     "make test-slow": "the test may run inside it",
     "make lint": "run by the CI script before the tests",
+    "python -m bench.gpu_check": "up to its refusal below; without a GPU in its own tests",
 }
 """Commands that some other run covers."""
-SHORT = "--steps 1 --batch 1 --decoder taesd --min-samples 3 --min-time 0.2 --max-time 2"
+
+SHORT = "--min-samples 3 --min-time 0.2 --max-time 2"
+STAND_INS = {
+    # Models: whole words, so that a name with a typing error stays one.
+    r"(?<=--model )sdxl-turbo(?= |$)": "tiny-sdxl",
+    r"(?<=--model )(sd15|sdxl-base)(?=[ +]|$)": "tiny-sd",
+    r"MODEL=sdxl-turbo\b": "MODEL=tiny-sdxl",
+    r"WEIGHTS=hub\b": "WEIGHTS=test/tiny",
+    # Fewer cells, short ones.
+    r"--steps (1,2,4|20)(?= |$)": "--steps 1",
+    r"--batch 1,4(?= |$)": "--batch 1",
+    r"--decoder vae,taesd(?= |$)": "--decoder taesd",
+    r"(?<=-m bench.sweep )(?!--resume)": f"{SHORT} ",
+    r"(?<=-m bench.sweep )(?!--resume)(?!.*--steps)": "--steps 1 ",
+    r"(?<=-m bench.sweep )(?!--resume)(?!.*--decoder)": "--decoder taesd ",
+    r"(?<=-m bench.sweep )(?=.*--scheduler )": "--no-roofline ",
+    r"--quality(?= |$)": "--quality --dry-run",
+    r"^(make sweep)$": r"\1 STEPS=1 BATCH=1 DECODER=taesd SWEEP_FLAGS=--quick",
+    # Parity has tests of its own.
+    r"(?<=-m export )(?=--)": "--no-parity ",
+    r"^(make export .*)$": r"\1 EXPORT_FLAGS=--no-parity",
+    # What is not here: planned for something that is. The refusals are tested below.
+    r"(?<=bench.sweep )(.*)--backend trt(?= |$)": r"\1--backend null --dry-run",
+    r"--backend torch:device=cuda,(\S+)": r"--backend torch:device=cpu,\1 --dry-run",
+    r"--backend trt:precision=fp8(?= |$)": "--backend trt:precision=fp8 --dry-run",
+    r"^pip install --extra-index-url \S+": f"{shlex.quote(sys.executable)} -m pip install "
+    "--dry-run --no-index --no-deps --no-build-isolation",
+    r"^python(?= )": shlex.quote(sys.executable),
+}
+"""Pattern -> what takes its place, one after the other; all else runs as the README says it."""
+
+REFUSALS = {
+    r"--backend trt(?= |$)(?!.*--dry-run)": "backend trt cannot be used: ",
+    r"--backend trt:precision=fp8": "backend trt cannot be used: ",
+    r"torch:device=cuda": "backend torch:device=cuda,mode=graph cannot be used: ",
+    r"bench\.gpu_check": "gpu_check cannot run: ",
+}
+"""Commands for an NVIDIA GPU -> how they end where there is none."""
+REFUSED = [
+    (command, words)
+    for command in COMMANDS
+    for pattern, words in REFUSALS.items()
+    if re.search(pattern, command)
+]
 
 
-def tiny(command: str, folder: Path) -> list[str]:
-    """The command with the tiny model in place of the full-size one."""
-    words = shlex.split(command)
-    if words[0] == "make":
-        if any(word.startswith("MODEL=") for word in words):
-            words = [w for w in words if not w.startswith(("MODEL=", "WEIGHTS="))]
-            words += ["MODEL=tiny-sdxl", "WEIGHTS=random"]
-        return [*words, "STEPS=1", "BATCH=1", "DECODER=taesd", "SWEEP_FLAGS=--quick"]
-    words[0] = sys.executable
-    for flag, value in {"--model": "tiny-sdxl", "--weights": "random", "--out": "pig.png"}.items():
-        if flag in words:
-            words[words.index(flag) + 1] = value
-    for flag in ("--vae", "--taesd"):
-        if flag in words:
-            at = words.index(flag)
-            del words[at : at + 2]
-    if words[2] == "bench.sweep" and "--resume" not in words:
-        words += shlex.split(SHORT)
-    return words
+def stand_in(command: str) -> list[str]:
+    """The command as it is run here."""
+    for pattern, text in STAND_INS.items():
+        command = re.sub(pattern, text, command)
+    return shlex.split(command)
 
 
 @pytest.fixture(scope="module")
 def clone(
     tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle, shapes_bundle: Bundle
 ) -> Path:
-    """A copy of the checkout with bundles of the default model and of the tiny one in place."""
+    """A copy of the checkout: bundles of the default model and the tiny one, small checkpoints."""
     folder = tmp_path_factory.mktemp("clone")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -66,28 +103,64 @@ def clone(
     subprocess.run(["git", *author, "commit", "-qm", "clone"], cwd=folder, check=True)
     shutil.copytree(tiny_bundle.path, folder / "build" / "tiny-sdxl-random-fp16")
     shutil.copytree(shapes_bundle.path, folder / "build" / "shapes-turbo-folder-fp16")
+    lay_out_checkpoints(folder)
     return folder
 
 
-def environment(folder: Path) -> dict[str, str]:
+def lay_out_checkpoints(folder: Path) -> None:
+    """What the README's commands find on the hub or in folders, small: SDXL's topology throughout.
+
+    The shipped model is it for SDXL-Turbo; the LoRA's are weights for one layer.
+    """
+    shipped = ROOT / "models" / "shapes-turbo"
+    hub = folder / "build" / "hub"
+    lay_out(hub, "test/tiny", shipped, "1" * 40)
+    shutil.copytree(shipped, folder / "my-sdxl-turbo", ignore=shutil.ignore_patterns("taesd"))
+    shutil.copytree(shipped / "vae", folder / "sdxl-vae-fp16-fix")
+    shutil.copytree(shipped / "taesd", folder / "taesdxl")
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    unet = open_checkpoint(MODELS["tiny-sd"], "random").skeleton("unet")
+    out_width, in_width = unet.get_parameter(f"{layer}.weight").shape
+    lora = folder / "build" / "lora"
+    lora.mkdir()
+    save_file(
+        {f"unet.{layer}.lora_A.weight": torch.ones(2, in_width),
+         f"unet.{layer}.lora_B.weight": torch.ones(out_width, 2)},
+        lora / "pytorch_lora_weights.safetensors",
+    )  # fmt: skip
+    lay_out(hub, "latent-consistency/lcm-lora-sdxl", lora, "2" * 40)
+
+
+def run(words: list[str], clone: Path) -> subprocess.CompletedProcess[str]:
+    """In the clone: its own code and hub cache, no network, no GPU."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("ADDBENCH_", "MAKE"))}
-    return kept | {"VENV": str(Path(sys.prefix)), "PYTHONPATH": str(folder)}
+    own = {
+        "VENV": str(Path(sys.prefix)),
+        "PYTHONPATH": str(clone),
+        "HF_HUB_CACHE": str(clone / "build" / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.run(
+        words, cwd=clone, env=kept | own, capture_output=True, text=True, timeout=300
+    )
 
 
-def test_the_readme_has_commands() -> None:
+def test_every_command_is_marked_as_one() -> None:
     assert {"make sweep", "make test"} <= set(COMMANDS)
+    other = [line for kind, block in FENCED if kind != "sh" for line in block.splitlines()]
+    assert not [line for line in other if line.startswith(("python", "make", "pip"))]
+
+
+@pytest.mark.parametrize("pattern", [*STAND_INS, *REFUSALS])
+def test_every_stand_in_has_a_command(pattern: str) -> None:
+    """In the README as it is, or as the ones before it in the table leave it."""
+    assert any(re.search(pattern, command) for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ELSEWHERE])
 def test_command(command: str, clone: Path) -> None:
-    done = subprocess.run(
-        tiny(command, clone),
-        cwd=clone,
-        env=environment(clone),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run(stand_in(command), clone)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no"],
@@ -98,3 +171,37 @@ def test_command(command: str, clone: Path) -> None:
     ).stdout
     if "publish" not in command:
         assert not changed, f"{command} changed committed files"
+
+
+@pytest.mark.parametrize(("command", "words"), REFUSED)
+def test_without_the_hardware_it_ends_at_once(command: str, words: str, clone: Path) -> None:
+    done = run([sys.executable, *shlex.split(command)[1:]], clone)
+    assert (done.returncode, f"error: {words}" in done.stderr) == (2, True), done.stderr
+    assert "\n  next: " in done.stderr
+
+
+def test_what_the_text_names_exists() -> None:
+    """Commands in sentences, which no test runs as they stand; and what is linked."""
+    text = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    spans = " ; ".join(re.findall(r"`([^`]+)`", text))
+    modules = set(
+        re.findall(r"(?:^|; |-m )((?:bench|backends|export|distill)[.\w]*)(?= |$)", spans)
+    )
+    assert {"bench.loading", "bench.compare", "backends"} <= modules
+    assert not [name for name in modules if importlib.util.find_spec(name) is None]
+    verbs = set(re.findall(r"\bmake ([\w-]+)", spans))
+    assert {"publish", "env-optimum"} <= verbs
+    known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert verbs <= set(known)
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = re.findall(r"-e '\.\[(.*?)\]'", README)
+    assert {"gpu", "cuda", "cpu,trt,modelopt"} <= set(named)
+    assert {one for many in named for one in many.split(",")} <= set(
+        project["optional-dependencies"]
+    )

@@ -47,7 +47,7 @@ def measure(
         return {}
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".record-") as folder:
-        recorder = Recorder(part, scheme, Path(folder), threads)
+        recorder = RecordingBackend(part, scheme, Path(folder), threads)
         decoder = part.removesuffix("_decoder") if part.endswith("_decoder") else "taesd"
         with recorder.pipeline(opened, decoder, Shapes(1, *opened.size)) as pipeline:
             draw(pipeline, part)
@@ -78,7 +78,7 @@ def draw(pipeline: Pipeline, part: str) -> None:
             pipeline.decode(latents)
 
 
-class Recorder(OrtBackend):
+class RecordingBackend(OrtBackend):
     """onnxruntime over lowered graphs, unoptimised; the sessions of one part keep samples."""
 
     keeps_artifacts = False
@@ -115,7 +115,9 @@ def open_recording(graph: Path, options: Mapping[str, str]) -> Any:
 class RecordingSession(Session):
     """A session of the lowered graph of a part; `recorder` gets what its probes gave."""
 
-    def __init__(self, session: Any, bundle: Bundle, part: str, recorder: Recorder | None) -> None:
+    def __init__(
+        self, session: Any, bundle: Bundle, part: str, recorder: RecordingBackend | None
+    ) -> None:
         self.session, self.recorder = session, recorder
         info = bundle.parts[part]
         self.inputs, self.outputs = (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backends.base import Backend, Session
-from backends.calibrate import Recorder, main, record, rows
+from backends.calibrate import CallRecorder, main, record, rows
 from backends.ort import OrtBackend
 from core.cli import run as shell
 from core.errors import PreconditionError
@@ -153,7 +153,7 @@ def test_a_recorder_is_the_session_that_it_wraps() -> None:
             self.closed = True
 
     inner = Doubling()
-    with Recorder(inner) as recorder:
+    with CallRecorder(inner) as recorder:
         x = torch.ones(2)
         assert torch.equal(recorder.run({"x": x})["y"], 2 * torch.ones(2))
         x.zero_()  # a caller may write to its buffers again

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,10 +21,11 @@ from hypothesis import strategies as st
 import bench.measure
 from backends.output import Output, Timings
 from backends.pipeline import load_pipeline
+from bench import overhead
 from bench.measure import CpuShare, PeakMemory, StopRule, inputs_of_call, measure
-from bench.overhead import bare_call, blocks, interleaved
+from bench.overhead import bare_call, blocks, interleaved, ratios
 from bench.stats import DISTURBED_CPU
-from core.errors import AddbenchError
+from core.errors import AddbenchError, PreconditionError
 from export.bundle import Bundle
 from export.prompts import GENERAL
 
@@ -204,6 +207,46 @@ def test_the_bare_loop_makes_the_same_images(tiny_bundle: Bundle) -> None:
         ways = blocks(pipe, 2, 1, calls=4)
         found = interleaved(ways, repeats=2, calls=4)
     assert [len(times) for times in found.values()] == [2, 2, 2]
+
+
+def test_the_overhead_is_of_the_blocks_of_one_repeat() -> None:
+    found = {"bare": [10.0, 20.0, 40.0], "pipe": [10.0, 10.0, 10.0], "measured": [10.1, 20.6, 42.0]}
+    added = ratios(found)
+    assert list(added) == ["bare", "pipe"]
+    assert added["bare"]["median"] == pytest.approx(0.03)
+    assert added["bare"]["lower_quartile"] == pytest.approx(0.01)
+    assert added["bare"]["upper_quartile"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(("middle", "code"), [(10.09, 0), (10.11, 4)])
+def test_the_median_judges_the_overhead_and_a_record_keeps_it(
+    middle: float,
+    code: int,
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Around the limit in the middle of three repeats, far within it and far over it beside."""
+    bare = [10.0, 10.0, 10.0]
+    found = {"by hand": bare, "pipeline": bare, "measured": [9.0, middle, 12.0]}
+    monkeypatch.setattr(overhead, "interleaved", lambda ways, repeats, calls: found)
+    out = tmp_path / "overhead.json"
+    argv = ["--model", str(tiny_bundle.path), "--backend", "null", "--repeats", "3"]
+    assert overhead.main([*argv, "--out", str(out)]) == code
+    assert "(quartiles -10.00% to +20.00%)" in capsys.readouterr().out
+    record = json.loads(out.read_text())
+    assert (record["ms_per_call"], record["within"]) == (found, code == 0)
+    assert record["added"]["pipeline"]["median"] == pytest.approx(middle / 10 - 1, abs=1e-4)
+    assert (record["backend"]["name"], record["model"]) == ("null", "tiny-sdxl")
+    assert record["bundle_hash"] == tiny_bundle.hash
+    assert record["environment"]["machine"]
+
+
+@pytest.mark.parametrize("flag", ["--calls", "--repeats"])
+def test_an_overhead_of_one_is_none(flag: str) -> None:
+    with pytest.raises(PreconditionError, match=f"{flag} 1 is less than 2"):
+        overhead.main([flag, "1"])
 
 
 def test_own_work_is_not_others() -> None:
