@@ -186,15 +186,19 @@ class Config:
 
     def stage_hash(self, name: str) -> str:
         """What the stage's weights depend on: data, networks, its own settings, those before."""
+        networks = dataclasses.asdict(self.networks)
+        # Of the student's concern alone.
+        teacher = networks.pop("teacher")
         before = {other: self.stage_hash(other) for other in upstream(name) if other in self.stages}
         return sha256_json(
             {
                 "data": dataclasses.asdict(self.data),
-                "networks": dataclasses.asdict(self.networks),
+                "networks": networks,
                 "stage": dataclasses.asdict(self.stage(name)),
                 "seed": self.seed,
                 "before": before,
             }
+            | ({"teacher": teacher} if teacher and name == "student" else {})
         )
 
 

@@ -148,6 +148,7 @@ def _write_record(context: Context, folder: Path) -> None:
         "device": str(context.device),
         "precision": context.accelerator.mixed_precision,
         "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
     }
     write_json(folder / "training.json", record)
     log = context.folder / "log.jsonl"
@@ -159,7 +160,7 @@ def write_card(
     context: Context, folder: Path, quality: dict[str, Any] | None = None, name: str = ""
 ) -> None:
     """README.md of a model folder: recipe, times, limits, and what was measured of it."""
-    from distill.report import quality_table
+    from distill.report import quality_table, weaknesses
 
     name = name or folder.name
     config = context.config
@@ -189,6 +190,11 @@ def write_card(
             ended = f" (ended by --minutes {budget:g})" if budget else ""
             minutes, told = done["seconds"] / 60, done.get("git_revision", "not recorded")
             lines.append(f"| {stage} | {done['steps']}{ended} | {minutes:.1f} | {told} |")
+    lines += [
+        "",
+        f"Minutes on {record['device']} in {record['precision']}, threads: {record['threads']},"
+        " with whatever else the machine did.",
+    ]
     turbo = name.endswith("turbo")
     lines += [
         "",
@@ -212,9 +218,10 @@ def write_card(
             lines += ["", f"{goal} {quality['ratios'][goal]}, wanted {wanted}{missed}"]
     lines += [
         "",
-        "Limits: it knows the captions of one grammar (`distill/shapes.py`) and nothing else; three"
-        " objects are harder than one; a word it never saw is noise to it; it says nothing about"
-        " the quality of large models. One combination in five was held out of training.",
+        "Limits: it knows the captions of one grammar (`distill/shapes.py`) and nothing else; a"
+        " word it never saw is noise to it; it says nothing about the quality of large models. One"
+        " combination in five was held out of training.",
+        *(weaknesses(quality) if quality is not None else ()),
         "",
         "Licence: that of the project; the weights are its own work.",
         "",

@@ -67,7 +67,8 @@ def compare(
 
 def quality_table(found: dict[str, Any]) -> list[str]:
     """Markdown rows of every evaluation."""
-    names = ("all", "all_1", "all_2", "all_3", "shape", "colour", "size", "position", "background")
+    names = ("all", "all_1", "all_2", "all_3", "count", "shape", "colour", "size", "position",
+             "background")  # fmt: skip
     lines = [
         f"| model | steps | guidance | {' | '.join(names)} | FID (own network) |",
         "|---" * (len(names) + 4) + "|",
@@ -79,3 +80,35 @@ def quality_table(found: dict[str, Any]) -> list[str]:
             f"| {row['model']} | {row['steps']} | {row['guidance']:g} | {shares} | {fid} |"
         )
     return lines
+
+
+def weaknesses(found: dict[str, Any]) -> list[str]:
+    """Sentences on what the figures say against the student and its teacher."""
+    student, teacher = found["student"], found["teacher"]
+    counts = {"all_1": "one object", "all_2": "two objects", "all_3": "three objects"}
+    known = [key for key in counts if all(key in row for row in (*student, *teacher))]
+    said = []
+    if known:
+        hardest = min(known, key=lambda key: sum(row[key] for row in student))
+        shares = " / ".join(f"{row[hardest]:.1%}" for row in student)
+        steps = " / ".join(str(row["steps"]) for row in student)
+        said.append(f"Pictures of {counts[hardest]} are hardest: {shares} at {steps} steps.")
+        one = next(r for r in teacher if r["steps"] == 1 and not r["guidance"])
+        parts = ", ".join(f"{one[key]:.1%} of {counts[key]}" for key in known)
+        said.append(
+            f"The gap that the student closes at one step is not the same everywhere: the teacher's"
+            f" single step without guidance gets {parts} right."
+        )
+    better = [
+        f"{row['steps']} steps ({row['fid_shapes']:.1f} against {mine['fid_shapes']:.1f})"
+        for mine in student
+        for row in teacher
+        if row["steps"] == mine["steps"]
+        and not row["guidance"]
+        and row.get("fid_shapes", float("inf")) < mine.get("fid_shapes", 0.0)
+    ]
+    if better:
+        said.append(
+            f"By FID the teacher without guidance is the better one at {', '.join(better)}."
+        )
+    return said

@@ -13,7 +13,7 @@ from core.errors import PreconditionError
 from core.files import ROOT
 from distill.evaluate import fid_shapes, held_out, main
 from distill.fidelity import frechet_distance, standard_scores
-from distill.report import compare
+from distill.report import compare, weaknesses
 from distill.shapes import draw
 
 SHAPES_TURBO = ROOT / "models" / "shapes-turbo"
@@ -161,3 +161,17 @@ def test_ratios_of_student_and_teacher() -> None:
     assert found["gap_closed"] == pytest.approx(0.8)  # from the better of the teacher's one-steps
     assert found["teacher_single"] == 0.9
     assert compare(student, [row(50, 0.0), row(1, 0.0)], 50)["ratios"]["one_step"] is None
+
+
+def test_a_card_says_what_speaks_against_the_model() -> None:
+    def judged(steps: int, two: float, fid: float, guidance: float = 0.0) -> dict[str, float]:
+        return {"steps": steps, "guidance": guidance, "all_1": 1.0, "all_2": two, "all_3": 0.9,
+                "fid_shapes": fid}  # fmt: skip
+
+    student = [judged(1, 0.5, 4.0), judged(4, 0.6, 3.0)]
+    teacher = [judged(50, 0.9, 2.0, 3.0), judged(1, 0.0, 30.0), judged(4, 0.5, 2.5)]
+    hardest, gap, fid = weaknesses({"student": student, "teacher": teacher})
+    assert hardest == "Pictures of two objects are hardest: 50.0% / 60.0% at 1 / 4 steps."
+    assert "100.0% of one object, 0.0% of two objects, 90.0% of three objects" in gap
+    assert "4 steps (2.5 against 3.0)" in fid
+    assert "1 steps" not in fid
