@@ -1,12 +1,14 @@
 """`python -m bench.publish RUN`: copy a run's rows into results/published and redraw from there.
 
-What is committed - rows, tables, plots, the README's block - is derived from `results/published`
-alone; `--check` derives it again and says whether it still matches (exit code 4 if not).
+What is committed - rows, tables, plots, the blocks of README and docs - is derived from
+`results/published` alone; `--check` derives it again and says whether it still matches (exit code 4
+if not).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +32,9 @@ from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 from core.files import ROOT, write_atomic, write_json
 
 RESULTS = ROOT / "results"
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- results(?: (?P<run>[\w-]+))? -->\n).*?(<!-- /results -->)", re.DOTALL)
-"""A block of the README that is derived: `<!-- results -->` shows the newest published sweep,
+"""A block of a page that is derived: `<!-- results -->` shows the newest published sweep,
 `<!-- results RUN -->` that run; the head's of `bench.versus` with the ratios."""
 
 
@@ -79,12 +81,13 @@ def publish(target: Run, results: Path) -> Path:
     return folder
 
 
-def derive(results: Path, into: Path, readme: str | None) -> str | None:
-    """Tables and plots of every published run into `into`; the README's text with fresh blocks."""
+def derive(results: Path, into: Path) -> tuple[dict[str, str], str | None]:
+    """Tables and plots of every published run into `into`; each run's table in short, and the run
+    that a block without a name shows."""
     from bench import frontier, plot, speedup, table
 
     published = results / "published"
-    blocks, runs = {}, []
+    briefs, runs = {}, []
     for name in run_names(published):
         target = open_run(str(published / name), published)
         rows = last_rows(read_rows(target.path / ROWS))
@@ -97,12 +100,12 @@ def derive(results: Path, into: Path, readme: str | None) -> str | None:
         if base and (published / base / HEADER).exists():
             brief = speedup.markdown(speedup.result(open_run(base, published), target))
             write_atomic(into / "tables" / f"{name}-versus.md", brief)
-        blocks[name] = block(name, brief)
+        briefs[name] = brief
         runs.append(target)
     chart = frontier.from_runs(runs)
     if chart is not None:
         frontier.write(chart, into / "tables" / "frontier", into / "plots" / "frontier")
-    return readme if readme is None else fill(readme, blocks, newest_sweep(runs))
+    return briefs, newest_sweep(runs)
 
 
 def newest_sweep(runs: Sequence[Run]) -> str | None:
@@ -111,42 +114,54 @@ def newest_sweep(runs: Sequence[Run]) -> str | None:
     return max(names, default=None)
 
 
-def block(name: str, table_text: str) -> str:
-    """What the README shows of a run: its conditions, its table, its plot, and where more is."""
+def block(name: str, table_text: str, results: str) -> str:
+    """What a page shows of a run: its conditions, its table, its plot, and where more is."""
     return (
-        f"{table_text}\n![Latency and images per second against steps](results/plots/{name}.svg)"
-        f"\n\nMore columns: [results/tables/{name}.md](results/tables/{name}.md); rows:"
-        f" [results/published/{name}](results/published/{name}).\n"
+        f"{table_text}\n![Latency and images per second against steps]({results}/plots/{name}.svg)"
+        f"\n\nMore columns: [results/tables/{name}.md]({results}/tables/{name}.md); rows:"
+        f" [results/published/{name}]({results}/published/{name}).\n"
     )
 
 
-def fill(readme: str, blocks: Mapping[str, str], newest: str | None) -> str:
-    """The README with every results block redrawn."""
+def fill(text: str, briefs: Mapping[str, str], newest: str | None, results: str) -> str:
+    """A page with every results block redrawn; `results` is the way there from the page."""
 
     def fresh(found: re.Match[str]) -> str:
         name = found["run"] or newest
         if name is None:
             return found[0]  # nothing is published yet
-        if name not in blocks:
+        if name not in briefs:
             raise PreconditionError(
-                f"the README asks for the results of run {name}",
-                f"results/published holds: {', '.join(blocks) or 'nothing'}",
+                f"a page asks for the results of run {name}",
+                f"results/published holds: {', '.join(briefs) or 'nothing'}",
                 "publish that run, or change the marker",
             )
-        return f"{found[1]}{blocks[name]}{found[3]}"
+        return f"{found[1]}{block(name, briefs[name], results)}{found[3]}"
 
-    return BLOCK.sub(fresh, readme)
+    return BLOCK.sub(fresh, text)
 
 
-def stale(results: Path, readme: Path) -> list[str]:
+def fresh_pages(
+    pages: Sequence[Path], results: Path, briefs: Mapping[str, str], newest: str | None
+) -> dict[Path, str]:
+    """The text of each page whose blocks are not as they should be."""
+    changed = {}
+    for page in pages:
+        text = page.read_text()
+        way = Path(os.path.relpath(results, page.parent)).as_posix()
+        if (wanted := fill(text, briefs, newest, way)) != text:
+            changed[page] = wanted
+    return changed
+
+
+def stale(results: Path, pages: Sequence[Path]) -> list[str]:
     """What differs from a fresh derivation, relative to `results`.
 
     A PNG only has to exist: its pixels depend on the libraries that rasterise it.
     """
-    text = readme.read_text() if readme.exists() else None
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch)
-        wanted_readme = derive(results, fresh, text)
+        briefs, newest = derive(results, fresh)
         wanted = derived_files(fresh)
         found = derived_files(results)
         problems = [f"{name}: missing" for name in sorted(wanted - found)]
@@ -157,9 +172,8 @@ def stale(results: Path, readme: Path) -> list[str]:
             if not name.endswith(".png")
             and (fresh / name).read_bytes() != (results / name).read_bytes()
         ]
-    if wanted_readme != text:
-        problems.append(f"{readme.name}: its results block differs")
-    return problems
+    differ = fresh_pages(pages, results, briefs, newest)
+    return [*problems, *(f"{page.name}: its results block differs" for page in differ)]
 
 
 def derived_files(folder: Path) -> set[str]:
@@ -177,7 +191,9 @@ def parser() -> Parser:
     top.add_argument("--check", action="store_true", help="write nothing; 4 if something is stale")
     top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
     top.add_argument("--results", type=Path, default=RESULTS, help="where results are published")
-    top.add_argument("--readme", type=Path, default=README, help="the file with the marked block")
+    top.add_argument(
+        "--pages", type=Path, nargs="+", default=PAGES, help="with marked blocks (README and docs)"
+    )
     return top
 
 
@@ -188,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise PreconditionError(
                 "--check takes no run", "it checks what is published", "drop the run"
             )
-        problems = stale(args.results, args.readme)
+        problems = stale(args.results, args.pages)
         for problem in problems:
             print(f"stale: {problem}")
         if problems:
@@ -198,10 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED if problems else EXIT_OK
     if args.run:
         print(f"published: {publish(open_run(args.run, args.out), args.results)}")
-    text = args.readme.read_text() if args.readme.exists() else None
-    fresh = derive(args.results, args.results, text)
-    if fresh is not None and fresh != text:
-        write_atomic(args.readme, fresh)
+    briefs, newest = derive(args.results, args.results)
+    for page, text in fresh_pages(args.pages, args.results, briefs, newest).items():
+        write_atomic(page, text)
     expected = derived_files(args.results)
     print(f"redrawn: {len(expected)} files in {args.results / 'tables'}, {args.results / 'plots'}")
     return EXIT_OK

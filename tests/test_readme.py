@@ -1,4 +1,4 @@
-"""Every command in the README runs: tiny models for large ones, what is here for hardware."""
+"""Every command of README and its pages runs: tiny models for large, what is here for hardware."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from export.bundle import Bundle
 from export.checkpoint import open_checkpoint
 from export.models import MODELS
 
-README = (ROOT / "README.md").read_text()
-FENCED = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in
+                               ("models", "cpu", "nvidia", "few-step"))]  # fmt: skip
+TEXT = "\n".join(page.read_text() for page in PAGES)
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 COMMANDS = [line for kind, block in FENCED if kind == "sh" for line in block.splitlines()]
 ELSEWHERE = {
     "make test": "the test runs inside it",
@@ -154,7 +156,7 @@ def test_every_command_is_marked_as_one() -> None:
 
 @pytest.mark.parametrize("pattern", [*STAND_INS, *REFUSALS])
 def test_every_stand_in_has_a_command(pattern: str) -> None:
-    """In the README as it is, or as the ones before it in the table leave it."""
+    """As it stands on a page, or as the ones before it in the table leave it."""
     assert any(re.search(pattern, command) for command in COMMANDS)
 
 
@@ -182,7 +184,7 @@ def test_without_the_hardware_it_ends_at_once(command: str, words: str, clone: P
 
 def test_what_the_text_names_exists() -> None:
     """Commands in sentences, which no test runs as they stand; and what is linked."""
-    text = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
     spans = " ; ".join(re.findall(r"`([^`]+)`", text))
     modules = set(
         re.findall(r"(?:^|; |-m )((?:bench|backends|export|distill)[.\w]*)(?= |$)", spans)
@@ -193,14 +195,19 @@ def test_what_the_text_names_exists() -> None:
     assert {"publish", "env-optimum"} <= verbs
     known = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert verbs <= set(known)
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
-    assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_what_is_linked_exists() -> None:
+    pages = [PAGES[0], *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages
+             for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())]  # fmt: skip
+    assert len(links) > 20
+    assert not [(page.name, link) for page, link in links if not (page.parent / link).exists()]
 
 
 def test_every_extra_that_is_named_exists() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = re.findall(r"-e '\.\[(.*?)\]'", README)
+    named = re.findall(r"-e '\.\[(.*?)\]'", TEXT)
     assert {"gpu", "cuda", "cpu,trt,modelopt"} <= set(named)
     assert {one for many in named for one in many.split(",")} <= set(
         project["optional-dependencies"]

@@ -182,7 +182,7 @@ def test_what_cannot_be_drawn(
 def test_published_runs_draw_the_chart_and_check_it(tmp_path: Path, pndm: Run) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
     readme.write_text("<!-- results -->\n<!-- /results -->\n")
-    place = ["--out", str(tmp_path), "--results", str(results), "--readme", str(readme)]
+    place = ["--out", str(tmp_path), "--results", str(results), "--pages", str(readme)]
     assert shell(publish.main, [pndm.name, *place]) == 0
     assert (results / "plots" / "frontier.svg").exists()
     assert "ADD-M" in (results / "tables" / "frontier.md").read_text()

@@ -176,7 +176,7 @@ def place(tmp_path: Path) -> list[str]:
     readme = tmp_path / "README.md"
     readme.write_text(README_TEXT)
     folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    return [*folders, "--readme", str(readme)]
+    return [*folders, "--pages", str(readme)]
 
 
 def test_publish_then_check(made: Run, place: list[str], tmp_path: Path) -> None:
@@ -257,14 +257,14 @@ def test_check_finds_what_is_stale(
 def test_a_named_block_shows_that_run(made: Run, tmp_path: Path) -> None:
     text = f"<!-- results {made.name} -->\n<!-- /results -->\n<!-- results -->\n<!-- /results -->\n"
     blocks = {made.name: "this\n", "9" + made.name: "newest\n"}
-    assert publish.fill(text, blocks, max(blocks)) == (
-        f"<!-- results {made.name} -->\nthis\n<!-- /results -->\n"
-        "<!-- results -->\nnewest\n<!-- /results -->\n"
-    )
+    named, newest = publish.fill(text, blocks, max(blocks), "../results").split("<!-- results -->")
+    assert named.startswith(f"<!-- results {made.name} -->\nthis\n")
+    assert f"(../results/plots/{made.name}.svg)" in named
+    assert newest.startswith("\nnewest\n")
     with pytest.raises(PreconditionError, match="asks for the results"):
-        publish.fill(text, {}, None)
+        publish.fill(text, {}, None, "results")
     unnamed = "<!-- results -->\nsoon\n<!-- /results -->\n"
-    assert publish.fill(unnamed, {}, None) == unnamed
+    assert publish.fill(unnamed, {}, None, "results") == unnamed
 
 
 def test_what_cannot_be_published(tmp_path: Path, place: list[str]) -> None:
