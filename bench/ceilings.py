@@ -14,6 +14,7 @@ from typing import Any
 
 GROW_UNTIL_S = 0.3
 STOP_AFTER_S = 2.0
+FLOATS = ("fp32", "fp16", "bf16")
 GPU_LARGEST = 16
 """Largest scale on a GPU: 8192 x 8192 matrices, a millisecond's work, are as fast as it gets."""
 NATIVE_FLAGS = {
@@ -68,13 +69,17 @@ def measure(dtypes: Sequence[str] | None = None) -> Ceilings:
 
 
 def measure_gpu(dtypes: Sequence[str], stop_after_s: float | None = None) -> Ceilings:
-    """Measure the GPU that torch uses now; `stop_after_s` (STOP_AFTER_S) for each probe."""
+    """Measure the GPU that torch uses now; `stop_after_s` (STOP_AFTER_S) for each probe.
+
+    Dtypes without a probe on a GPU (INT8, FP8) are left out.
+    """
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # as what is held against it: the best algorithm there is
     with torch.inference_mode(), torch.device("cuda"):
-        tflops = {name: measure_dtype(name, stop_after_s, GPU_LARGEST) for name in dtypes}
+        probed = [name for name in dtypes if name in FLOATS]
+        tflops = {name: measure_dtype(name, stop_after_s, GPU_LARGEST) for name in probed}
         return Ceilings("cuda", tflops, copy_rate(stop_after_s), "measured")
 
 

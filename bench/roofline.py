@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,12 +72,15 @@ def floor(cost: Cost, ceilings: Ceilings, graph_dtype: str, precision: str) -> F
 
 
 def survey(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:
-    """What rows are judged by: this machine's ceilings, and the cost of each part at each batch.
+    """What rows are judged by: the ceilings of this machine's devices that cells run on, and the
+    cost of each part at each batch.
 
     `split` names the backends whose UNet is split: theirs is counted apart, in both halves.
     """
+    import torch
+
     from backends.base import parse_backend
-    from bench.ceilings import measure
+    from bench.ceilings import measure, measure_gpu
     from export.bundle import Bundle
     from export.cost import part_cost
 
@@ -95,8 +98,23 @@ def survey(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:
         }
         for name, (graph, form) in counted.items()
     }
-    measured = measure(sorted({cell.precision for cell in cells})).columns()
-    return {"ceilings": measured, "graph_dtype": opened.dtype, "costs": costs, "split": split}
+    probes: dict[str, Callable[[Sequence[str]], Ceilings]] = {"cpu": measure}
+    # ONNX Runtime and TensorRT may use a GPU beside a torch that was built without.
+    if torch.cuda.is_available():
+        probes["cuda"] = measure_gpu
+    found = []
+    for device, probe in probes.items():
+        dtypes = {cell.precision for cell in cells if cell.device == device}
+        if dtypes:
+            found.append(probe(sorted(dtypes)).columns())
+    return {"ceilings": found, "graph_dtype": opened.dtype, "costs": costs, "split": split}
+
+
+def ceilings_of(surveyed: Mapping[str, Any]) -> dict[str, Ceilings]:
+    """Ceilings by device. Runs of before a GPU was measured hold those of the CPU alone."""
+    kept = surveyed["ceilings"]
+    found = [Ceilings.of(each) for each in ([kept] if isinstance(kept, dict) else kept)]
+    return {ceilings.device: ceilings for ceilings in found}
 
 
 def batch_of(part: str, cell: Cell) -> int:
@@ -127,8 +145,8 @@ def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
     """Work of `text`, `unet_step` and `decode` of a cell; empty where no ceiling is known."""
     from export.cost import Cost
 
-    ceilings, graph_dtype = Ceilings.of(surveyed["ceilings"]), surveyed["graph_dtype"]
-    if cell.device != ceilings.device or cell.precision not in ceilings.tflops:
+    ceilings, graph_dtype = ceilings_of(surveyed).get(cell.device), surveyed["graph_dtype"]
+    if ceilings is None or cell.precision not in ceilings.tflops:
         return {}
     split = cell.backend_text in surveyed.get("split", ())
     unused = {{"vae": "taesd_decoder", "taesd": "vae_decoder"}[cell.decoder]}
@@ -152,32 +170,50 @@ def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
     return found
 
 
+def call_work(cell: Cell, works: Mapping[str, Work]) -> Work:
+    """What one pipeline call does, of what its stages do."""
+    calls = {"text": 1, "unet_step": cell.steps, "decode": 1}
+
+    def total(name: str) -> float:
+        return sum(calls[stage] * getattr(work, name) for stage, work in works.items())
+
+    return Work(total("flops"), total("moved"), total("floor_ms"))
+
+
 def call_floor_s(cell: Cell, surveyed: Mapping[str, Any]) -> float | None:
     """The floor of one pipeline call in seconds, or None where it is not known."""
     work = stage_work(cell, surveyed)
-    calls = {"text": 1, "unet_step": cell.steps, "decode": 1}
-    return sum(calls[stage] * each.floor_ms for stage, each in work.items()) / 1e3 or None
+    return call_work(cell, work).floor_ms / 1e3 or None
 
 
 def of_row(
     row: Mapping[str, Any], cell: Cell, surveyed: Mapping[str, Any]
 ) -> dict[str, dict[str, float]] | None:
-    """A row's `roofline`: stage -> achieved rates, floor and the fraction of it reached."""
+    """A row's `roofline`: stage -> achieved rates, floor and the fraction of it reached.
+
+    Where a whole image is one graph there are no stages, and `image` stands for them all.
+    """
+    works = stage_work(cell, surveyed)
     if not any((row.get("stages_ms") or {}).values()):
-        return None
+        if not row.get("median_ms") or not works:
+            return None
+        return {"image": achieved(call_work(cell, works), row["median_ms"])}
     # At one step there is no later step: the first one is the UNet's time.
     times = dict(row["stages_ms"])
     times["unet_step"] = times["unet_step"] or times["unet_first"]
     return {
-        stage: {
-            "tflops": round(work.flops / times[stage] / 1e9, 5),
-            "gb_per_s": round(work.moved / times[stage] / 1e6, 4),
-            "floor_ms": round(work.floor_ms, 4),
-            "fraction": round(work.floor_ms / times[stage], 4),
-        }
-        for stage, work in stage_work(cell, surveyed).items()
-        if times[stage]
+        stage: achieved(work, times[stage]) for stage, work in works.items() if times[stage]
     } or None
+
+
+def achieved(work: Work, ms: float) -> dict[str, float]:
+    """Rates reached in `ms`, the floor, and the fraction of it."""
+    return {
+        "tflops": round(work.flops / ms / 1e9, 5),
+        "gb_per_s": round(work.moved / ms / 1e6, 4),
+        "floor_ms": round(work.floor_ms, 4),
+        "fraction": round(work.floor_ms / ms, 4),
+    }
 
 
 def survey_apart(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bench.ceilings import Ceilings
 from bench.columns import Line, lines_of
 from bench.plot import COLOURS, STYLE, save
+from bench.roofline import ceilings_of
 from bench.stats import median_or_none
 from bench.store import Row, Run
 from core.errors import PreconditionError
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKERS = {"text": "s", "unet_step": "o", "vae": "D", "taesd": "^"}
+MARKERS = {"text": "s", "unet_step": "o", "vae": "D", "taesd": "^", "image": "P"}
 NAMES = {
     "text": "text encoders",
     "unet_step": "UNet step",
     "vae": "VAE decoder",
     "taesd": "TAESD decoder",
+    "image": "whole image",
 }
 
 
@@ -56,8 +58,10 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
             "its rows were measured without the machine's ceilings (--quick, --no-roofline)",
             "measure it again without these flags",
         )
-    ceilings = Ceilings.of(surveyed["ceilings"])
-    precisions = {row["precision"] for row in rows if row["roofline"]}
+    # Of each device that has rows, the dtypes that these compute in.
+    drawn_on = sorted({(row["device"], row["precision"]) for row in rows if row["roofline"]})
+    ceilings = ceilings_of(surveyed)
+    provenance = ", ".join(sorted({ceilings[device].provenance for device, _ in drawn_on}))
     with style.context(STYLE):
         drawn = Figure(figsize=(9.6, 5.4))
         axes = drawn.subplots()
@@ -68,12 +72,14 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
         )  # fmt: skip
         drawn.text(
             0.012, 0.905,
-            f"{target.header['environment']['cpu']}; ceilings {ceilings.provenance} in this run;"
+            f"{target.header['environment']['cpu']}; ceilings {provenance} in this run;"
             " floors of direct algorithms",
             va="top", color="#555555",
         )  # fmt: skip
         intensities = [1e3 * tflops / gb for gb, tflops, _ in found.values()]
-        roofs(axes, ceilings, sorted(precisions), min(intensities), max(intensities))
+        for device in sorted({device for device, _ in drawn_on}):
+            precisions = [precision for on, precision in drawn_on if on == device]
+            roofs(axes, ceilings[device], precisions, min(intensities), max(intensities))
         backends = list(dict.fromkeys(key[0] for key in found))
         for (backend, batch, stage), (gb, tflops, fraction) in found.items():
             label = f"{NAMES[stage]}, {backend}" + (f", batch {batch}" if batch > 1 else "")
@@ -126,9 +132,11 @@ def roofs(
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
+    # Devices in one chart: one line each, in the order in which they are drawn.
+    above = sum(text.get_text().startswith("memory") for text in axes.texts)
     axes.annotate(
-        f"memory {ceilings.gb_per_s:.3g} GB/s",
-        (0.02, 0.03),
+        f"memory {ceilings.gb_per_s:.3g} GB/s ({ceilings.device})",
+        (0.02, 0.03 + 0.045 * above),
         xycoords="axes fraction",
         fontsize=8.5,
         color="#444444",

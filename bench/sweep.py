@@ -280,7 +280,8 @@ class Sweep:
         from bench.roofline import survey_apart
 
         cells = [cell for cell, _ in self.work]
-        here = [cell for cell in cells if cell.backend != "null" and cell.device == "cpu"]
+        devices = ("cpu", "cuda")
+        here = [cell for cell in cells if cell.backend != "null" and cell.device in devices]
         if not here:
             return None
         print("measuring this machine's ceilings", flush=True)

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,9 @@ def test_a_faster_machine_has_a_lower_floor(tflops: float, gb: float, factor: fl
 def surveyed(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     monkeypatch.setattr(measured, "measure", lambda dtypes: PEAK)
     cells = [
-        cell(batch=batch, guidance_mode=mode) for batch in (1, 4) for mode in ("none", "batch")
+        cell(device="cpu", batch=batch, guidance_mode=mode)
+        for batch in (1, 4)
+        for mode in ("none", "batch")
     ]
     return survey(tiny_bundle.path, cells)
 
@@ -146,6 +149,33 @@ def test_another_device_or_an_unknown_precision_has_no_floor(
     for other in (cell(device="cuda:0"), cell(device="cpu", precision="int8")):
         assert of_row({"stages_ms": stages}, other, found) is None
         assert call_floor_s(other, found) is None
+
+
+def test_a_gpu_is_judged_by_its_own_ceilings(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probed where there is one; a whole image in one graph has one fraction, of all its work."""
+    gpu = replace(PEAK, device="cuda", tflops={"fp16": {"matmul": 800.0, "conv": 600.0}})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(measured, "measure", lambda dtypes: PEAK)
+    monkeypatch.setattr(measured, "measure_gpu", lambda dtypes: gpu)
+    here = cell(device="cpu", precision="fp32", steps=4)
+    there = cell(device="cuda", precision="fp16", steps=4)
+    found = json.loads(json.dumps(survey(tiny_bundle.path, [here, there])))
+    slow, fast = (call_floor_s(one, found) for one in (here, there))
+    assert slow is not None
+    assert fast is not None
+    assert fast < slow
+    row = of_row({"stages_ms": {"text": None, "unet_step": None}, "median_ms": 2e3 * fast}, there,
+                 found)  # fmt: skip
+    assert row is not None
+    assert list(row) == ["image"]
+    assert row["image"]["fraction"] == pytest.approx(0.5, abs=0.01)
+    # Alone, each is measured alone; runs of before have the CPU's as one object.
+    assert [each["device"] for each in survey(tiny_bundle.path, [there])["ceilings"]] == ["cuda"]
+    older = found | {"ceilings": PEAK.columns()}
+    assert call_floor_s(here, older) == slow
+    assert call_floor_s(there, older) is None
 
 
 def test_ceilings_are_positive_and_of_native_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
