@@ -80,6 +80,11 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
         for device in sorted({device for device, _ in drawn_on}):
             precisions = [precision for on, precision in drawn_on if on == device]
             roofs(axes, ceilings[device], precisions, min(intensities), max(intensities))
+        memory = [
+            f"memory of {device} {rate(ceilings[device].gb_per_s)} GB/s"
+            for device in sorted({device for device, _ in drawn_on})
+        ]
+        drawn.text(0.718, 0.11, "\n".join(memory), fontsize=8.5, color="#444444")
         backends = list(dict.fromkeys(key[0] for key in found))
         for (backend, batch, stage), (gb, tflops, fraction) in found.items():
             label = f"{NAMES[stage]}, {backend}" + (f", batch {batch}" if batch > 1 else "")
@@ -103,6 +108,11 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
     return drawn
 
 
+def rate(value: float) -> str:
+    """Three digits at most, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
 def roofs(
     axes: Axes, ceilings: Ceilings, precisions: Sequence[str], least: float, most: float
 ) -> None:
@@ -110,15 +120,15 @@ def roofs(
     left, right = least / 3, most * 3
     grey: dict[str, Any] = {"color": "#666666", "zorder": 2}
     for precision in precisions:
-        for kind, rate in ceilings.tflops[precision].items():
-            ridge = 1e3 * rate / ceilings.gb_per_s
+        for kind, peak in ceilings.tflops[precision].items():
+            ridge = 1e3 * peak / ceilings.gb_per_s
             dash = "-" if kind == "matmul" else "--"
             start = max(left, ridge)
-            axes.plot([start, right], [rate, rate], linestyle=dash, linewidth=1.3, **grey)
-            below = rate == min(ceilings.tflops[precision].values())
+            axes.plot([start, right], [peak, peak], linestyle=dash, linewidth=1.3, **grey)
+            below = peak == min(ceilings.tflops[precision].values())
             axes.annotate(
-                f"{precision} {kind} {rate:.2g} TFLOP/s",
-                (right, rate),
+                f"{precision} {kind} {rate(peak)} TFLOP/s",
+                (right, peak),
                 xytext=(-2, -4 if below else 4),
                 textcoords="offset points",
                 ha="right",
@@ -127,20 +137,11 @@ def roofs(
                 color="#444444",
             )
             if left < ridge:
-                slope = [left * ceilings.gb_per_s / 1e3, rate]
+                slope = [left * ceilings.gb_per_s / 1e3, peak]
                 axes.plot([left, ridge], slope, linewidth=1.3, **grey)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
-    # Devices in one chart: one line each, in the order in which they are drawn.
-    above = sum(text.get_text().startswith("memory") for text in axes.texts)
-    axes.annotate(
-        f"memory {ceilings.gb_per_s:.3g} GB/s ({ceilings.device})",
-        (0.02, 0.03 + 0.045 * above),
-        xycoords="axes fraction",
-        fontsize=8.5,
-        color="#444444",
-    )
 
 
 def write(target: Run, rows: Sequence[Row]) -> list[Path]:
