@@ -6,19 +6,15 @@ import contextlib
 import ctypes
 import gc
 import os
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from core.errors import PreconditionError
-from core.files import ROOT
-from core.readahead import read_through
 
-WORTH_READING_AHEAD = 64 * 2**20
-"""Bytes: about what a disk reads while a process starts."""
+PIECE = 1 << 24
+"""Bytes read ahead at once, before looking whether there is still somebody who wants them."""
 
 
 def require_memory(need_bytes: int, purpose: str, instead: str = "") -> None:
@@ -83,51 +79,24 @@ def drop_cached(file: Path) -> None:
 
 
 @contextmanager
-def reading_ahead(file: Path, *, _apart: bool = True) -> Iterator[None]:
+def reading_ahead(file: Path) -> Iterator[None]:
     """Bring `file` into the page cache while the block runs, for what maps it to find it there.
 
     Page faults read at a fraction of a disk's speed. Left out where memory holds little more than
-    the file: what is read ahead would be dropped before it is used; and where the file is too
-    small to be worth a process. A reader that fails is no failure: the block reads for itself.
-
-    Args:
-        _apart: in a process of its own, which waits for nothing that the block holds; or in a
-            thread, to measure one against the other.
+    the file: what is read ahead would be dropped before it is used. A reader that fails is no
+    failure: the block reads for itself. (A process in the thread's place was no faster.)
     """
-    size = file.stat().st_size if file.exists() else 0
-    if size < WORTH_READING_AHEAD or 1.5 * size > available_memory():
-        yield
-        return
-    end = _read_apart(file) if _apart else _read_in_thread(file)
-    try:
-        yield
-    finally:
-        end()
-
-
-def _read_apart(file: Path) -> Callable[[], None]:
-    """Start reading in a process of its own; what is returned ends it."""
-    command = [sys.executable, "-m", "core.readahead", str(file.absolute()), str(os.getpid())]
-    quiet = subprocess.DEVNULL
-    try:
-        child = subprocess.Popen(command, cwd=ROOT, stdin=quiet, stdout=quiet, stderr=quiet)
-    except OSError:  # no more processes, or no memory for one
-        return lambda: None
-
-    def end() -> None:
-        child.kill()
-        child.wait()
-
-    return end
-
-
-def _read_in_thread(file: Path) -> Callable[[], None]:
-    """Start reading in a thread; what is returned ends it, after the piece at hand."""
     ended = threading.Event()
 
     def read() -> None:
-        with contextlib.suppress(OSError):
-            read_through(file, ended.is_set)
+        with contextlib.suppress(OSError), file.open("rb") as opened, open(os.devnull, "wb") as out:
+            # The system reads, and nothing is copied.
+            while not ended.is_set() and os.sendfile(out.fileno(), opened.fileno(), None, PIECE):
+                pass
 
-    threading.Thread(target=read, daemon=True).start()
-    return ended.set
+    if file.exists() and 1.5 * file.stat().st_size < available_memory():
+        threading.Thread(target=read, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
