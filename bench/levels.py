@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.cell import Cell
-from bench.noise import HARSH, TYPICAL, Levels
+from bench.noise import CELLS, HARSH, TYPICAL, Levels, entries, false_alarms
 from bench.store import Row, is_timed, open_run
 from bench.verdict import Array, Judgement, deviation, pairs
 from core.errors import EXIT_INCONCLUSIVE, EXIT_OK, PreconditionError
@@ -158,16 +158,46 @@ def compared(found: float | None, name: str) -> str:
     return "within harsh" if found <= harsh else "beyond harsh"
 
 
-def report(texts: Sequence[str], out: Path, form: str) -> int:
-    """Print the estimated levels beside the model's. 5 if one is beyond `harsh`."""
+def errors_at(found: Mapping[str, float | None], jobs: int, seed: int) -> list[dict[str, Any]]:
+    """False alarms of a job under the levels found, for each rule that is held to a goal."""
+    # What cannot be told is contained in another level.
+    here = Levels("found", **{name: level or 0.0 for name, level in found.items()})
+    lines = []
+    for entry in entries():
+        if entry.goal:
+            alarm, undecided = false_alarms(entry.rule, here, jobs, seed)
+            lines.append({"rule": entry.name, "false_alarm": alarm.columns(),
+                          "inconclusive": undecided.columns()})  # fmt: skip
+    return lines
+
+
+def report(texts: Sequence[str], out: Path, form: str, jobs: int, seed: int) -> int:
+    """Print the estimated levels beside the model's, and how often the rules would be wrong there.
+
+    5 if a level is beyond `harsh`: the error rates of the model's levels do not cover the machine.
+    """
     targets = [open_run(text, out) for text in texts]
     panels = [panel(target.name, target.rows()) for target in targets]
     levels = estimate(panels)
     names = [name for name in asdict(TYPICAL) if name != "name"]
     places = {name: compared(levels[name], name) for name in names}
+    errors = errors_at(levels, jobs, seed)
     flagged = {one.name: judged for one in panels if (judged := self_test(one)) is not None}
     if form == "json":
-        print(json.dumps({"levels": levels, "against_the_model": places}, indent=2))
+        print(json.dumps({
+            "runs": [target.name for target in targets],
+            "environment": targets[0].header["environment"],
+            "rounds": [len(one.log_ms) for one in panels],
+            "cells": [asdict(one) for one in panels[0].cells],
+            "levels": levels,
+            "against_the_model": places,
+            "rules_under_these_levels": errors,
+            "against_themselves": {
+                name: {"cells": judged.slower.size, "slower": int(judged.slower.sum()),
+                       "faster": int(judged.faster.sum())}
+                for name, judged in flagged.items()
+            },
+        }, indent=2))  # fmt: skip
     else:
         print(f"{'level':<12}{'found':>9}{'typical':>9}{'harsh':>9}")
         for name in names:
@@ -180,6 +210,11 @@ def report(texts: Sequence[str], out: Path, form: str) -> int:
                 f" of {judged.slower.size} cells slower, {judged.faster.sum()} faster, the widest"
                 f" interval {np.expm1((judged.high - judged.low).max() / 2):.1%} to each side"
             )
+        print(f"\nunder these levels, {jobs} jobs of {CELLS} cells:")
+        for line in errors:
+            alarm, undecided = line["false_alarm"], line["inconclusive"]
+            print(f"{line['rule']:<36} false alarms {alarm['share']:.3%} (95% bound"
+                  f" {alarm['upper']:.3%}), inconclusive {undecided['share']:.1%}")  # fmt: skip
     beyond = any(place == "beyond harsh" for place in places.values())
     return EXIT_INCONCLUSIVE if beyond else EXIT_OK
 

@@ -338,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.levels:
         from bench.levels import report
 
-        return report(args.levels, args.out, args.format)
+        return report(args.levels, args.out, args.format, args.jobs, args.seed)
     from bench.verdict import PAIR_ROUNDS
 
     if args.rounds < PAIR_ROUNDS:

@@ -117,10 +117,11 @@ def test_levels_of_runs_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ]
         make_run(tmp_path, rows, rounds=12)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert shell(noise.main, ["--levels", *names, "--out", str(tmp_path)]) == 0
+    assert shell(noise.main, ["--levels", *names, "--jobs", "500", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "0 of 4 cells slower" in text
     assert "beyond harsh" not in text
+    assert text.count("false alarms 0.000%") == 4, "ab, and compare at three sizes"
 
 
 def test_a_restless_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,11 +132,18 @@ def test_a_restless_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
         for steps in (1, 2, 4)
     ]
     name = make_run(tmp_path, rows, rounds=12).name
-    assert shell(noise.main, ["--levels", name, "--out", str(tmp_path)]) == 5
+    assert shell(noise.main, ["--levels", name, "--jobs", "500", "--out", str(tmp_path)]) == 5
     assert "beyond harsh" in capsys.readouterr().out
+    assert shell(noise.main, ["--levels", name, "--jobs", "500", "--out", str(tmp_path),
+                              "--format", "json"]) == 5  # fmt: skip
+    found = json.loads(capsys.readouterr().out)
+    assert found["runs"] == [name]
+    assert found["levels"]["cell"] > 0.1
+    assert found["against_the_model"]["cell"] == "beyond harsh"
+    assert {line["rule"] for line in found["rules_under_these_levels"]} >= {"compare, 5 + 5 rounds"}
 
 
 def test_too_few_rounds_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = make_run(tmp_path, [row(cell(), [10.0], r) for r in range(3)], rounds=3).name
-    assert shell(noise.main, ["--levels", name, "--out", str(tmp_path)]) == 2
+    assert shell(noise.main, ["--levels", name, "--jobs", "500", "--out", str(tmp_path)]) == 2
     assert "--rounds 20" in capsys.readouterr().err
