@@ -147,6 +147,10 @@ def fresh_pages(
     """The text of each page whose blocks are not as they should be."""
     changed = {}
     for page in pages:
+        if not page.is_file():
+            raise PreconditionError(
+                f"there is no page {page}", "--pages names it", "check the path, or make the file"
+            )
         text = page.read_text()
         way = Path(os.path.relpath(results, page.parent)).as_posix()
         if (wanted := fill(text, briefs, newest, way)) != text:

@@ -344,6 +344,7 @@ def test_a_published_pair_shows_its_ratios(workers: Workers, compare: Any, tmp_p
     base, head = pair_in(tmp_path)
     sweep = make_run(tmp_path, [row(cell(), [1.0, 1.1, 1.2])])
     results, readme = tmp_path / "results", tmp_path / "README.md"
+    readme.touch()
     place = ["--out", str(tmp_path), "--results", str(results), "--pages", str(readme)]
     for run in (sweep, base, head):
         assert shell(publish.main, [run.name, *place]) == 0

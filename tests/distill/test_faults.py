@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from core.errors import AddbenchError, PreconditionError
+from core.files import read_json, write_json
 from distill import checkpointing
 from distill.context import Context
 from distill.train import main, make_accelerator
@@ -132,3 +133,12 @@ def test_a_disk_that_fills_at_the_end_keeps_the_checkpoint(
     monkeypatch.setattr(FidTrainer, "write", real)
     assert main([*FP32, "--stage", "fid"]) == 0
     assert (room / "weights" / "fid.safetensors").exists()
+
+
+def test_shards_and_whole_networks_are_not_mixed_up(tmp_path: Path) -> None:
+    accelerator = make_accelerator("cpu", "fp32")
+    checkpointing.save(accelerator, tmp_path, checkpointing.State(1, 1.0, "c"))
+    state = tmp_path / "step-000001" / checkpointing.STATE
+    write_json(state, read_json(state) | {"sharded": True})
+    with pytest.raises(PreconditionError, match="was written with --shard"):
+        checkpointing.resume(accelerator, tmp_path, "c")

@@ -296,9 +296,6 @@ def test_two_processes_have_the_losses_and_weights_of_one(
     # From the shards of the checkpoint alone the same weights are written again.
     (folder / name).unlink()
     (folder / "stage.json").unlink()
-    codes, said = launch(smoke, *STUDENT, "--run", way)
-    assert codes == [2, 2]
-    assert "was written with --shard" in said
     codes, said = launch(smoke, *STUDENT, *shard, "--run", way)
     assert codes == [0, 0], said[-3000:]
     restored = load_file(folder / name)
