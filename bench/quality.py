@@ -41,7 +41,8 @@ def measure_quality(pipe: Pipeline, cell: Cell, captions: int, fid: Path | None)
     `all` and each attribute (shares in [0, 1]), `all_1` to `all_3` by number of objects,
     `captions`; `fid_shapes` where the checkpoint has the network: its folder is `fid`.
     """
-    from distill.evaluate import fid_shapes, held_out
+    from distill.evaluate import fid_features, held_out
+    from distill.fidelity import frechet_distance
     from distill.judge import following
 
     scenes = held_out(captions)
@@ -52,7 +53,9 @@ def measure_quality(pipe: Pipeline, cell: Cell, captions: int, fid: Path | None)
         "fid_shapes": None,
     }
     if fid is not None and (fid / "fid.json").is_file():
-        found["fid_shapes"] = round(fid_shapes(made, scenes, fid, made.shape[1])[0], 4)
+        found["fid_shapes"] = round(
+            frechet_distance(*fid_features(made, scenes, fid, made.shape[1])), 4
+        )
     return found
 
 

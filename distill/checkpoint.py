@@ -42,7 +42,7 @@ class Embedded:
 
 @dataclass
 class Checkpoint:
-    """A diffusion model, loaded and frozen.
+    """A diffusion model, loaded and frozen; `unet` is None where another model teaches.
 
     `zeros_for_empty`: the empty caption is embedded as zeros (SDXL), not by the text encoders.
     """
@@ -123,19 +123,19 @@ def open_checkpoint(context: Context, which: str = "checkpoint") -> Checkpoint:
         raise PreconditionError(
             f"the text encoders of {folder} cannot be loaded", str(error), "download them again"
         ) from error
-    unet = load_unet(folder / "unet", dtype)
+    # The student loads its own: where another model teaches, this one's UNet has nothing to do.
+    teaches = which == "teacher" or not networks.teacher
+    unet = load_unet(folder / "unet", dtype) if teaches else None
     text = TextEncoding(first, second)
+    frozen: list[Any] = [text, unet] if teaches else [text]
     if not named:
-        use_eager_attention(first, second, unet)
-    for network in (text, unet):
+        use_eager_attention(first, second, *frozen[1:])
+    for network in frozen:
         network.to(context.device).eval().requires_grad_(False)
     config = read_json(folder / "scheduler" / "scheduler_config.json")
-    latents = Latents(context, vae, cache=which == "checkpoint" and _drawn(context))
+    drawn = context.config.data.kind == "shapes"
+    latents = Latents(context, vae, cache=which == "checkpoint" and drawn)
     return Checkpoint(context, folder, tokenizers, text, unet, latents, config, zeros)
-
-
-def _drawn(context: Context) -> bool:
-    return context.config.data.kind == "shapes"
 
 
 def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -18,6 +18,7 @@ from core.cli import Parser, int_list, run
 from core.errors import PreconditionError
 
 if TYPE_CHECKING:
+    from distill.fidelity import Features
     from distill.shapes import Pictures, Scene
 
 CAPTION_SEED = 7
@@ -49,17 +50,26 @@ def held_out(captions: int, seed: int = CAPTION_SEED) -> list[Scene]:
     return found[:captions]
 
 
-def fid_shapes(
+def fid_features(
     made: Pictures, items: Sequence[Scene], network_folder: Path, size: int
-) -> tuple[float, float]:
-    """FID over the project's own network, against drawings of the same scenes; standard error."""
+) -> tuple[Features, Features]:
+    """The project's own network's features of pictures and of drawings of the same scenes."""
     from distill.features import load_features
-    from distill.fidelity import features, frechet_deviation, frechet_distance
+    from distill.fidelity import features
     from distill.shapes import draw
 
     network = load_features(network_folder, "fid")
     real = draw(items, seed=CAPTION_SEED, size=size)
-    pair = features(network, made), features(network, real)
+    return features(network, made), features(network, real)
+
+
+def fid_shapes(
+    made: Pictures, items: Sequence[Scene], network_folder: Path, size: int
+) -> tuple[float, float]:
+    """FID over the project's own network, and its standard error."""
+    from distill.fidelity import frechet_deviation, frechet_distance
+
+    pair = fid_features(made, items, network_folder, size)
     return frechet_distance(*pair), frechet_deviation(*pair)
 
 

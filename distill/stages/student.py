@@ -75,7 +75,6 @@ class StudentTrainer(Trainer):
             )
         self.checkpoint = self.teacher = open_checkpoint(context)
         if config.networks.teacher:
-            self.checkpoint.unet = None  # the student is loaded anew, and somebody else teaches
             self.teacher = open_checkpoint(context, "teacher")
         self.schedule, self.latents = self.checkpoint.schedule, self.checkpoint.latents
         shapes = config.data.kind == "shapes"
