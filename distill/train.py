@@ -142,7 +142,10 @@ def train(
         on = f"{accelerator.device}, {accelerator.mixed_precision}"
         _say(accelerator, f"stage {name} on {on}, {count} process{'es' if count > 1 else ''}")
         run_stage(trainer(name, context), minutes, checkpoint_seconds)
+        # An accelerator keeps what a stage registered for its checkpoints, whatever it frees, and
+        # would save it with the next stage's: those could then not be resumed alone.
         accelerator.free_memory()
+        accelerator = context.accelerator = make_accelerator(device, precision)
     if export and accelerator.is_main_process and context.finished("student"):
         from distill.checkpointing import writing
         from distill.folder import export_run

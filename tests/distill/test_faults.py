@@ -95,6 +95,27 @@ def test_a_full_disk_keeps_the_previous_checkpoint(small_disk: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["step-000002"]
 
 
+def test_a_stage_that_followed_another_resumes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second stage of one command stops; a new command has never seen the first."""
+    from distill.stages.tiny_autoencoder import TinyAutoencoderTrainer
+
+    def stopped(self: TinyAutoencoderTrainer, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(TinyAutoencoderTrainer, "write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            main([*FP32])
+    room = tmp_path / "distill" / "smoke"
+    assert (room / "autoencoder" / "stage.json").exists()
+    assert checkpointing.latest(room / "tiny-autoencoder" / "checkpoints") is not None
+    assert main([*FP32, "--stage", "tiny-autoencoder"]) == 0
+    assert (room / "tiny-autoencoder" / "stage.json").exists()
+
+
 def test_a_folder_without_state_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step-000009").mkdir()
     assert checkpointing.latest(tmp_path) is None
