@@ -54,24 +54,17 @@ def test_they_draw_captions_they_never_saw(
     assert following(pictures, held_out)["all"] >= least
 
 
-def test_the_record_is_of_the_recipe_in_the_checkout() -> None:
-    """What the student was trained with is what the preset says now, but for where parts lie."""
-    record = read_json(TURBO / "training.json")
-    preset = load_config("shapes")
-    student = record["config"]["student"]
-    for name in (
-        "iterations",
-        "batch",
-        "learning_rate",
-        "loss",
-        "lambda_",
-        "weighting",
-        "terminal",
-    ):
-        wanted = getattr(preset.student, name)
-        assert student[name] == wanted, name
-    assert record["stages"]["student"]["steps"] == preset.student.iterations
-    assert (TURBO / "training-log.jsonl").stat().st_size > 0
+@pytest.mark.parametrize("folder", [TURBO, TEACHER])
+def test_every_stage_is_the_preset_of_the_checkout_to_its_end(folder: Path) -> None:
+    """No stage has another configuration, was ended early, or is of another revision."""
+    record, preset = read_json(folder / "training.json"), load_config("shapes")
+    assert set(record["stages"]) == set(preset.stages)
+    for name, done in record["stages"].items():
+        assert done["config"] == preset.stage_hash(name), name
+        assert done["steps"] == preset.stage(name).iterations, name
+        assert done["minutes"] is None, name
+    assert len({done["git_revision"] for done in record["stages"].values()}) == 1
+    assert (folder / "training-log.jsonl").stat().st_size > 0
 
 
 def test_what_was_measured_of_them_is_in_their_cards() -> None:
