@@ -30,8 +30,7 @@ from bench.cardwords import (
     other_reading,
     span,
 )
-from bench.columns import Column
-from bench.table import grid
+from bench.columns import Column, grid
 from core.cli import Parser, image_size, int_list, run, word_list
 from core.errors import EXIT_OK, PreconditionError
 

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import modelled as models
-from bench.columns import Column
+from bench.columns import Column, grid
 from bench.ledger import MODELS, Claim, Ours, is_program, measured, mismatches, nearest, read_claims
 from bench.modelled import DECODERS, STEPS, Modelled, modelled, models_of
 from bench.store import RUNS, open_run, run_names
-from bench.table import grid
 from core.cli import Parser, run
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 from core.files import ROOT

@@ -239,3 +239,23 @@ def brief_columns(lines: Sequence[Line]) -> list[Column]:
         return len(texts) > 1 if column.header in CONDITIONS else bool(texts - {EMPTY, OK})
 
     return [column for column in COLUMNS if column.header in BRIEF and says(column)]
+
+
+def grid(columns: Sequence[Column], lines: Sequence[Any]) -> list[str]:
+    """A Markdown table, padded so that it reads as plain text too."""
+    cells = [[column.header for column in columns]]
+    cells += [[column.text(line).replace("|", "\\|") for column in columns] for line in lines]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
+    right = [column.digits is not None for column in columns]
+
+    def join(row: Sequence[str]) -> str:
+        padded = (
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(row, widths, right, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = (
+        "-" * (width - number) + ":" * number for width, number in zip(widths, right, strict=True)
+    )
+    return [join(cells[0]), f"| {' | '.join(rule)} |", *(join(row) for row in cells[1:])]

@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.columns import Column, Line, lines_of
+from bench.columns import Column, Line, grid, lines_of
 from bench.ledger import METHODS, Claim, hardware_of, read_claims
 from bench.store import RUNS, Run, open_run, run_names
-from bench.table import grid
 from core.cli import Parser, run
 from core.errors import EXIT_OK, PreconditionError
 from core.files import ROOT, build_root, write_atomic

@@ -298,8 +298,7 @@ def line_of(found: dict[str, Any]) -> str:
 
 def markdown(lines: Sequence[dict[str, Any]]) -> list[str]:
     """The table for a document."""
-    from bench.columns import Column
-    from bench.table import grid
+    from bench.columns import Column, grid
 
     def power_at(name: str) -> Column:
         return Column(f"power at {name}", lambda found: f"{found['power'][name]:.0%}")

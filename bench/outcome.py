@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.cell import KEY_COLUMNS, LATER, Cell
-from bench.columns import Column
-from bench.table import grid
+from bench.columns import Column, grid
 from core.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, EXIT_REGRESSION
 
 if TYPE_CHECKING:

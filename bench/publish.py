@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,21 @@ from core.files import ROOT, write_atomic, write_json
 
 RESULTS = ROOT / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(<!-- results(?: (?P<run>[\w-]+))? -->\n).*?(<!-- /results -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- (?P<kind>results|stages)(?: (?P<run>[\w-]+))? -->\n).*?(<!-- /(?P=kind) -->)", re.DOTALL
+)
 """A block of a page that is derived: `<!-- results -->` shows the newest published sweep,
-`<!-- results RUN -->` that run; the head's of `bench.versus` with the ratios."""
+`<!-- results RUN -->` that run; the head's of `bench.versus` with the ratios. `<!-- stages RUN -->`
+shows its stages."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What pages show of the published runs, by name; `newest`: for a block that names none."""
+
+    briefs: Mapping[str, str]
+    stages: Mapping[str, str]
+    newest: str | None
 
 
 def private(value: Any) -> Iterator[str]:
@@ -81,13 +94,12 @@ def publish(target: Run, results: Path) -> Path:
     return folder
 
 
-def derive(results: Path, into: Path) -> tuple[dict[str, str], str | None]:
-    """Tables and plots of every published run into `into`; each run's table in short, and the run
-    that a block without a name shows."""
-    from bench import frontier, plot, speedup, table
+def derive(results: Path, into: Path) -> Drawn:
+    """Tables and plots of every published run into `into`; what pages show of them."""
+    from bench import frontier, plot, speedup, stages, table
 
     published = results / "published"
-    briefs, runs = {}, []
+    briefs, by_stage, runs = {}, {}, []
     for name in run_names(published):
         target = open_run(str(published / name), published)
         rows = last_rows(read_rows(target.path / ROWS))
@@ -100,12 +112,12 @@ def derive(results: Path, into: Path) -> tuple[dict[str, str], str | None]:
         if base and (published / base / HEADER).exists():
             brief = speedup.markdown(speedup.result(open_run(base, published), target))
             write_atomic(into / "tables" / f"{name}-versus.md", brief)
-        briefs[name] = brief
+        briefs[name], by_stage[name] = brief, stages.markdown(target, rows)
         runs.append(target)
     chart = frontier.from_runs(runs)
     if chart is not None:
         frontier.write(chart, into / "tables" / "frontier", into / "plots" / "frontier")
-    return briefs, newest_sweep(runs)
+    return Drawn(briefs, by_stage, newest_sweep(runs))
 
 
 def newest_sweep(runs: Sequence[Run]) -> str | None:
@@ -123,27 +135,27 @@ def block(name: str, table_text: str, results: str) -> str:
     )
 
 
-def fill(text: str, briefs: Mapping[str, str], newest: str | None, results: str) -> str:
-    """A page with every results block redrawn; `results` is the way there from the page."""
+def fill(text: str, drawn: Drawn, results: str) -> str:
+    """A page with every derived block redrawn; `results` is the way there from the page."""
 
     def fresh(found: re.Match[str]) -> str:
-        name = found["run"] or newest
+        name = found["run"] or drawn.newest
         if name is None:
             return found[0]  # nothing is published yet
-        if name not in briefs:
+        if name not in drawn.briefs:
             raise PreconditionError(
                 f"a page asks for the results of run {name}",
-                f"results/published holds: {', '.join(briefs) or 'nothing'}",
+                f"results/published holds: {', '.join(drawn.briefs) or 'nothing'}",
                 "publish that run, or change the marker",
             )
-        return f"{found[1]}{block(name, briefs[name], results)}{found[3]}"
+        by_stage = found["kind"] == "stages"
+        shown = drawn.stages[name] if by_stage else block(name, drawn.briefs[name], results)
+        return f"{found[1]}{shown}{found[4]}"
 
     return BLOCK.sub(fresh, text)
 
 
-def fresh_pages(
-    pages: Sequence[Path], results: Path, briefs: Mapping[str, str], newest: str | None
-) -> dict[Path, str]:
+def fresh_pages(pages: Sequence[Path], results: Path, drawn: Drawn) -> dict[Path, str]:
     """The text of each page whose blocks are not as they should be."""
     changed = {}
     for page in pages:
@@ -153,7 +165,7 @@ def fresh_pages(
             )
         text = page.read_text()
         way = Path(os.path.relpath(results, page.parent)).as_posix()
-        if (wanted := fill(text, briefs, newest, way)) != text:
+        if (wanted := fill(text, drawn, way)) != text:
             changed[page] = wanted
     return changed
 
@@ -165,7 +177,7 @@ def stale(results: Path, pages: Sequence[Path]) -> list[str]:
     """
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch)
-        briefs, newest = derive(results, fresh)
+        drawn = derive(results, fresh)
         wanted = derived_files(fresh)
         found = derived_files(results)
         problems = [f"{name}: missing" for name in sorted(wanted - found)]
@@ -176,7 +188,7 @@ def stale(results: Path, pages: Sequence[Path]) -> list[str]:
             if not name.endswith(".png")
             and (fresh / name).read_bytes() != (results / name).read_bytes()
         ]
-    differ = fresh_pages(pages, results, briefs, newest)
+    differ = fresh_pages(pages, results, drawn)
     return [*problems, *(f"{page.name}: its results block differs" for page in differ)]
 
 
@@ -218,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED if problems else EXIT_OK
     if args.run:
         print(f"published: {publish(open_run(args.run, args.out), args.results)}")
-    briefs, newest = derive(args.results, args.results)
-    for page, text in fresh_pages(args.pages, args.results, briefs, newest).items():
+    drawn = derive(args.results, args.results)
+    for page, text in fresh_pages(args.pages, args.results, drawn).items():
         write_atomic(page, text)
     expected = derived_files(args.results)
     print(f"redrawn: {len(expected)} files in {args.results / 'tables'}, {args.results / 'plots'}")

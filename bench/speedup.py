@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.cell import KEY_COLUMNS, LATER
-from bench.columns import Column, Line, lines_of
+from bench.columns import Column, Line, grid, lines_of
 from bench.ledger import Claim, hardware_of, read_claims
 from bench.pairs import PAIRS
 from bench.ratio import (
@@ -22,7 +22,6 @@ from bench.ratio import (
     of_pairs,
 )
 from bench.store import OK, Run
-from bench.table import grid
 from core.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK
 
 SCHEMA = 1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from backends.precision import QUANTISED, RANDOM_WORDS
+from bench import stages
 from bench.cell import Cell
 from bench.columns import (
     COLUMNS,
@@ -17,6 +17,7 @@ from bench.columns import (
     Line,
     brief_columns,
     columns_for,
+    grid,
     lines_of,
 )
 from bench.store import EMULATED, LATEST, MODELLED, OK, RUNS, Row, Run, open_run
@@ -91,6 +92,8 @@ def markdown(target: Run, rows: Sequence[Row], *, brief: bool = False) -> str:
         return "No rows.\n"
     printed = brief_columns(lines) if brief else columns_for(lines)[0]
     text = [*conditions(target, lines), "", *grid(printed, lines)]
+    if not brief and (by_stage := stages.markdown(target, rows)):
+        text += ["", "## By stage", "", by_stage.rstrip()]
     failed = [row for row in rows if row["status"] != OK]
     if failed:
         text += ["", "Failed:", ""]
@@ -104,26 +107,6 @@ def markdown(target: Run, rows: Sequence[Row], *, brief: bool = False) -> str:
         text += ["", "Missing:", ""]
         text += [f"- {cell}, round {round_ + 1}" for cell, round_ in missing]
     return "\n".join(text) + "\n"
-
-
-def grid(columns: Sequence[Column], lines: Sequence[Any]) -> list[str]:
-    """A Markdown table, padded so that it reads as plain text too."""
-    cells = [[column.header for column in columns]]
-    cells += [[column.text(line).replace("|", "\\|") for column in columns] for line in lines]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
-    right = [column.digits is not None for column in columns]
-
-    def join(row: Sequence[str]) -> str:
-        padded = (
-            text.rjust(width) if number else text.ljust(width)
-            for text, width, number in zip(row, widths, right, strict=True)
-        )
-        return f"| {' | '.join(padded)} |"
-
-    rule = (
-        "-" * (width - number) + ":" * number for width, number in zip(widths, right, strict=True)
-    )
-    return [join(cells[0]), f"| {' | '.join(rule)} |", *(join(row) for row in cells[1:])]
 
 
 def csv(rows: Sequence[Row]) -> str:

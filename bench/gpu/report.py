@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.cell import Cell
-from bench.columns import Column
+from bench.columns import Column, grid
 from bench.store import Row, Run, is_timed
-from bench.table import grid
 from export.models import PARTS
 
 GOAL_DEVICE, GOAL_MODEL, GOAL_SIZE = "h200-sxm", "sdxl-turbo", "512x512"

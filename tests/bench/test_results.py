@@ -257,14 +257,18 @@ def test_check_finds_what_is_stale(
 def test_a_named_block_shows_that_run(made: Run, tmp_path: Path) -> None:
     text = f"<!-- results {made.name} -->\n<!-- /results -->\n<!-- results -->\n<!-- /results -->\n"
     blocks = {made.name: "this\n", "9" + made.name: "newest\n"}
-    named, newest = publish.fill(text, blocks, max(blocks), "../results").split("<!-- results -->")
+    drawn = publish.Drawn(blocks, {made.name: "by stage\n"}, max(blocks))
+    named, newest = publish.fill(text, drawn, "../results").split("<!-- results -->")
     assert named.startswith(f"<!-- results {made.name} -->\nthis\n")
     assert f"(../results/plots/{made.name}.svg)" in named
     assert newest.startswith("\nnewest\n")
+    staged = f"<!-- stages {made.name} -->\n<!-- /stages -->\n"
+    assert publish.fill(staged, drawn, "results") == staged.replace("-->\n<", "-->\nby stage\n<")
+    nothing = publish.Drawn({}, {}, None)
     with pytest.raises(PreconditionError, match="asks for the results"):
-        publish.fill(text, {}, None, "results")
+        publish.fill(text, nothing, "results")
     unnamed = "<!-- results -->\nsoon\n<!-- /results -->\n"
-    assert publish.fill(unnamed, {}, None, "results") == unnamed
+    assert publish.fill(unnamed, nothing, "results") == unnamed
 
 
 def test_what_cannot_be_published(tmp_path: Path, place: list[str]) -> None:
