@@ -162,12 +162,12 @@ def load_tokenizers(model: Model, folder: Path) -> list[Any]:
 
 
 def _load(component: Component, folder: Path, stored: Stored, dtype: torch.dtype) -> nn.Module:
-    from transformers.utils import logging as transformers_logging
-
     cls = getattr(importlib.import_module(component.library), component.cls)
+    logging = importlib.import_module(f"{component.library}.utils.logging")
     dtype_key = "dtype" if component.library == "transformers" else "torch_dtype"
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # what is missing is looked at below
+    logging.disable_progress_bar()
+    # What is missing is looked at below; diffusers warns of a key that it wrote itself.
+    logging.set_verbosity_error()
     try:
         module, info = cls.from_pretrained(
             folder,
