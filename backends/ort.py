@@ -53,6 +53,9 @@ LEVELS = {
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile",
              "amx_int8")  # fmt: skip
+FUSED = replace(CPU, name="ort", attention="multihead", norms="layer")
+"""With kernels that onnxruntime has: attention that reads heads where they lie, in place of three
+transposes before it and one after; LayerNormalization, in place of nine operators a group norm."""
 SMALL = 64 * 2**20
 """Fixed memory of a compile or load beside the weights (bytes)."""
 
@@ -187,11 +190,13 @@ class OrtBackend(Backend):
         return (*names[:unet], CONTEXT_PART, *names[unet:])
 
     def profile(self, part: str) -> Profile:
+        # The integer kernels want a weight whole: one that is cut is not theirs any more.
+        form = FUSED if self.scheme else replace(FUSED, gates="halves")
         if part == CONTEXT_PART:
-            return replace(CPU, context="output")
+            return replace(form, context="output")
         if part == "unet" and self.options["context"] == "split":
-            return replace(CPU, context="input")
-        return CPU
+            return replace(form, context="input")
+        return form
 
     def precision(self, bundle: Bundle) -> str:
         return self.options["precision"]

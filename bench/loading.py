@@ -51,13 +51,14 @@ def uncached(bundle: Bundle, part: str) -> float:
     import onnxruntime
 
     from backends.ort import MODEL, OrtBackend, session_options
-    from export.lower import CPU, lower
+    from export.lower import lower
 
     drop(bundle.path)
     with tempfile.TemporaryDirectory(dir=bundle.path.parent) as scratch:
         started = time.perf_counter()
-        lower(bundle.parts[part].graph, CPU, Path(scratch) / MODEL)
-        options = session_options(OrtBackend().options, optimise=True)
+        backend = OrtBackend()
+        lower(bundle.parts[part].graph, backend.profile(part), Path(scratch) / MODEL)
+        options = session_options(backend.options, optimise=True)
         onnxruntime.InferenceSession(str(Path(scratch) / MODEL), options)
         return time.perf_counter() - started
 

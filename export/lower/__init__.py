@@ -4,6 +4,7 @@ A profile says what; each pass below does one of its fields and knows nothing of
 
     shapes.py     batch="N": the named axis becomes a number
     dtypes.py     dtype="float32": arithmetic in FP32, weights stored as they were
+    gates.py      gates="halves": a product that is split in two as two products
     context.py    context="input": the UNet without what depends on the prompt alone, which
                   context="output" is
     vae.py        vae_divisor=128: the VAE decoder's last block within FP16's range
@@ -63,6 +64,7 @@ class Profile:
         context: `inline` leaves cross-attention's keys and values, and whatever else the UNet makes
             of the prompt alone, in its graph; `input` takes them as inputs `context`, `context_2`,
             ...; `output` is the graph that gives them.
+        gates: `halves` makes two products of one whose result is split in two, as GEGLU's is.
         argmax: `float32` casts what ArgMax compares, where it compares integers, for compilers that
             have it for floats only. FP32 holds every token id exactly; FP16 does not.
     """
@@ -78,6 +80,7 @@ class Profile:
     constants: Literal["as-is", "fp16-range"] = "as-is"
     vae_divisor: int = 1
     context: Literal["inline", "input", "output"] = "inline"
+    gates: Literal["as-is", "halves"] = "as-is"
     argmax: Literal["as-is", "float32"] = "as-is"
 
 
@@ -105,6 +108,7 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
         constants,
         context,
         dtypes,
+        gates,
         multihead,
         norms,
         opset,
@@ -122,6 +126,8 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
         shapes.bind(model, {"batch": profile.batch})
     if profile.dtype == "float32":
         dtypes.to_float32(model)
+    if profile.gates == "halves":
+        gates.halve(model)
     if profile.context != "inline":
         context.split(model, profile.context)
     if profile.vae_divisor != 1:
