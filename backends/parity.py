@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from backends.gate import gate_for, image_distance
 from backends.precision import QUANTISED, RANDOM_WORDS
 from core.errors import AddbenchError
-from core.files import ROOT, read_json, write_json
+from core.files import ROOT, read_json, sha256_json, write_json
 from core.memory import give_memory_back
 from core.process import die_with_parent
 
@@ -158,7 +158,7 @@ def check(
     file = bundle.path / record_name(bundle, backend)
     if not force and file.exists() and bundle.references() is not None:
         record: dict[str, Any] = read_json(file)
-        if record.get("bundle_hash") == bundle.hash and record.get("backend") == backend:
+        if record.get("backend") == backend and record.get("compiled") == compiled(bundle, backend):
             say(f"parity of {bundle.path.name} is on record ({file.name}); --force runs it again")
             failure = verdict(record)
             if failure:
@@ -182,6 +182,19 @@ def check(
     if failure:
         raise failure
     return record
+
+
+def compiled(bundle: Bundle, backend: str) -> str:
+    """A hash of the bundle, the backend's version and the code that compiles.
+
+    A record says nothing of what another of these makes.
+    """
+    from backends.base import Shapes, parse_backend
+    from backends.cache import ArtifactCache
+
+    chosen, shapes = parse_backend(backend), Shapes(1, *bundle.size)
+    keys = [ArtifactCache.key(chosen, bundle, part, shapes) for part in bundle.parts]
+    return sha256_json([bundle.hash, *keys])
 
 
 def record_name(bundle: Bundle, backend: str) -> str:
@@ -309,6 +322,7 @@ def compare(
         "schema": 1,
         "bundle_hash": bundle.hash,
         "backend": backend,
+        "compiled": compiled(bundle, backend),
         "storage": storage,
         "precision": precision,
         "weights": bundle.weights,

@@ -118,6 +118,17 @@ def test_parity_on_record_is_not_run_again(tiny_bundle: Bundle, tmp_path: Path) 
     assert "on record" in said[0]
 
 
+def test_parity_of_other_compiler_code_is_run_again(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from backends import cache, parity
+
+    monkeypatch.setattr(cache, "compiler_code", lambda *modules: "another")
+    monkeypatch.setattr(parity, "walk", lambda *job: pytest.fail("walks", pytrace=False))
+    with pytest.raises(pytest.fail.Exception, match="walks"):
+        parity.check(tiny_bundle, "ort", say=lambda line: None)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_another_prompt_seed_or_step_count_does_not_pass(tiny_bundle: Bundle, steps: int) -> None:
     references = tiny_bundle.references()
