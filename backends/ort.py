@@ -368,9 +368,10 @@ def write_optimised(
     target.mkdir(exist_ok=True)
     made = session_options({**options, "arena": "0"}, optimise=not prepacked)
     made.optimized_model_filepath = str(target / MODEL)
+    # onnxruntime cannot load a Split whose sizes lie outside of the graph; SDXL's context has 140.
     for key, value in {
         "session.optimized_model_external_initializers_file_name": f"{MODEL}.data",
-        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "session.optimized_model_external_initializers_min_size_in_bytes": "16384",
         "session.save_external_prepacked_constant_initializers": str(int(prepacked)),
         "session.disable_prepacking": str(int(not prepacked)),
     }.items():

@@ -6,6 +6,7 @@ import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -108,3 +109,30 @@ def test_a_plain_session_takes_no_tuning() -> None:
     assert parse_backend("ort:graph=canonical,threads=1").given["threads"] == "1"
     with pytest.raises(UnsupportedError, match="takes no option level, spin"):
         parse_backend("ort:graph=canonical,spin=never,level=basic")
+
+
+def test_a_split_into_many_parts_is_written_so_that_it_loads(tmp_path: Path) -> None:
+    count = 300
+    names = [f"part_{n}" for n in range(count)]
+    sizes = onnx.numpy_helper.from_array(np.arange(1, count + 1), "sizes")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Split", ["x", "sizes"], names, axis=0)],
+        "parts",
+        [
+            onnx.helper.make_tensor_value_info(
+                "x", onnx.TensorProto.FLOAT, [int(sum(range(1, count + 1)))]
+            )
+        ],
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names],
+        [sizes],
+    )
+    opset = onnx.helper.make_opsetid("", 23)
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10), tmp_path / ort.MODEL
+    )
+    options = ort.OrtBackend().options
+    ort.write_optimised(tmp_path, tmp_path / "out", options, prepacked=False)
+    parts = ort.open_session(tmp_path / "out" / ort.MODEL, options).run(
+        None, {"x": np.zeros(sum(range(1, count + 1)), np.float32)}
+    )
+    assert [len(part) for part in parts] == list(range(1, count + 1))
