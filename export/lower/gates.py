@@ -35,13 +35,13 @@ def _halve(model: ir.Model, node: ir.Node) -> None:
         or (sizes is not None and sizes[0] != sizes[1])
     ):
         return
-    product, bias = whole, None
-    if (add := whole.producer()) is not None and add.op_type == "Add":
-        left, right = add.inputs
+    matmul, bias = whole.producer(), None
+    if matmul is not None and matmul.op_type == "Add":
+        left, right = matmul.inputs
         product, bias = (right, left) if _is_vector(left) else (left, right)
         if product is None or not _is_vector(bias) or not _read_once(product):
             return
-    matmul = product.producer()
+        matmul = product.producer()
     if matmul is None or matmul.op_type != "MatMul":
         return
     x, weight = matmul.inputs
