@@ -29,8 +29,9 @@ from backends.base import (
     thread_count,
 )
 from backends.child import run_child, serve
-from backends.ort import MODEL, SMALL, cpu_flags, installed, isa, translate
+from backends.ort import MODEL, SMALL, installed, translate
 from core.files import require_disk
+from core.isa import cpu_flags, isa
 from core.memory import require_memory
 from export.lower import CPU, Profile, lower
 

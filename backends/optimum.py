@@ -33,13 +33,14 @@ from backends.base import (
 )
 from backends.cache import ArtifactCache
 from backends.child import HOME_PYTHON, home_python, run_child, serve
-from backends.ort import installed, isa, plain_options, translate
+from backends.ort import installed, plain_options, translate
 from backends.output import Output, Timings
 from backends.pipeline import Pipeline
 from backends.prompts import check_prompts, check_seeds
 from backends.recipe import check_steps
 from core.errors import PreconditionError
 from core.files import ROOT, require_disk, sha256_json, write_json
+from core.isa import isa
 from core.memory import give_memory_back, require_memory
 from export.lower import CANONICAL, Profile
 

@@ -3,7 +3,8 @@
 Compiling optimises the graph once, in a process of its own, and stores it with its weights in FP32
 (`prepack=1`: also as they are laid out for this CPU's kernels, to be mapped into memory).
 FP16 weights are stored as FP16 in the bundle and computed in FP32; `precision=int8` and `storage`
-make the large ones integers (backends/quantised).
+make the large ones integers (backends/quantised). 3x3 convolutions are an operator of our own,
+where a C++ compiler can build it (backends/ort_ops).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backends import quantised
+from backends import ort_ops, quantised
 from backends.base import (
     Artifact,
     Backend,
@@ -33,6 +34,7 @@ from backends.base import (
 )
 from backends.child import run_child, serve
 from core.files import require_disk
+from core.isa import isa
 from core.memory import drop_cached, reading_ahead, require_memory
 from export.bundle import Spec
 from export.lower import CPU, Profile, lower
@@ -51,8 +53,6 @@ LEVELS = {
     "all": "ORT_ENABLE_ALL",
 }
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
-ISA_FLAGS = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile",
-             "amx_int8")  # fmt: skip
 FUSED = replace(CPU, name="ort", attention="multihead", norms="layer")
 """With kernels that onnxruntime has: attention that reads heads where they lie, in place of three
 transposes before it and one after; LayerNormalization, in place of nine operators a group norm."""
@@ -65,21 +65,6 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def cpu_flags() -> set[str]:
-    """The instruction sets of this CPU as the kernel names them; none where it does not say."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
-
-
-def isa() -> str:
-    """The instruction sets that decide which kernels, and so which weight layout, are used."""
-    import platform
-
-    flags = cpu_flags()
-    return " ".join([platform.machine(), *(flag for flag in ISA_FLAGS if flag in flags)])
 
 
 class OrtSession(Session):
@@ -137,6 +122,12 @@ class OrtBackend(Backend):
             " UNet evaluation; split, once a prompt, in a graph of their own",
             ("inline", "split"),
         ),
+        "winograd": Option(
+            "auto",
+            "3x3 convolutions in 16 products for 36 (F(2x2, 3x3)), by an operator that your C++"
+            " compiler builds; auto: where there is one and AVX2, but not to make weights small",
+            ("auto", "0", "1"),
+        ),
         "graph": Option(
             "optimised",
             "optimised: compiled once, as above; canonical: the bundle's own file in a session with"
@@ -161,6 +152,28 @@ class OrtBackend(Backend):
                     f"drop {', '.join(others)}, or drop graph=canonical",
                 )
         self.scheme = quantised.scheme_of(self.given, self.options, isa())
+        self.winograd = self._winograd()
+        self.options |= {"winograd": str(int(self.winograd))}
+
+    def _winograd(self) -> bool:
+        """Whether 3x3 convolutions become the operator of our own."""
+        if self.plain:
+            return False
+        asked = self.options["winograd"]
+        integers = self.scheme is not None and self.scheme.convolutions
+        unfolded = self.options["level"] == "off"  # weights would be transformed in every call
+        if asked == "1" and (integers or unfolded):
+            other = "conv=int8" if integers else "level=off"
+            raise UnsupportedError(
+                f"ort:winograd=1 does not go with {other}",
+                "the operator takes FP32 weights, transformed when the graph is optimised",
+                f"drop winograd=1, or drop {other}",
+            )
+        small = self.scheme is not None and not self.scheme.dynamic
+        if asked == "auto":
+            ready = ort_ops.compiler() is not None and {"avx2", "fma"} <= set(isa().split())
+            return ready and not (integers or unfolded or small)
+        return asked == "1"
 
     def probe(self) -> Capability:
         cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
@@ -192,6 +205,7 @@ class OrtBackend(Backend):
     def profile(self, part: str) -> Profile:
         # The integer kernels want a weight whole: one that is cut is not theirs any more.
         form = FUSED if self.scheme else replace(FUSED, gates="halves")
+        form = replace(form, convolutions="winograd") if self.winograd else form
         if part == CONTEXT_PART:
             return replace(form, context="output")
         if part == "unet" and self.options["context"] == "split":
@@ -211,7 +225,8 @@ class OrtBackend(Backend):
         return {} if self.scheme is None else quantised.depends_on(bundle)
 
     def fingerprint(self) -> dict[str, str]:
-        return {"onnxruntime": self.probe().version, "isa": isa()}
+        found = {"onnxruntime": self.probe().version, "isa": isa()}
+        return found | ({"ort_ops": ort_ops.digest()} if self.winograd else {})
 
     def compile_options(self) -> Mapping[str, str]:
         made = {key: self.options[key] for key in ("level", "prepack")}
@@ -240,13 +255,15 @@ class OrtBackend(Backend):
 
     def _weight_bytes(self, bundle: Bundle, part: str) -> int:
         """Of a compiled part."""
+        from export.lower import winograd
         from export.lower.context import weight_bytes
 
-        if self.scheme is not None:
-            return quantised.weight_bytes(bundle, part, self.scheme)
         info, form = bundle.source(part), self.profile(part).context
+        added = winograd.added_bytes(info.graph) if self.winograd and form != "output" else 0
+        if self.scheme is not None:
+            return added + quantised.weight_bytes(bundle, part, self.scheme)
         stored = info.weight_bytes if form == "inline" else weight_bytes(info.graph, form)
-        return stored * (2 if bundle.dtype == "fp16" else 1)
+        return added + stored * (2 if bundle.dtype == "fp16" else 1)
 
     def disk_need(self, bundle: Bundle, part: str) -> int:
         """Bytes a compile writes: the weights, integers twice; then the kernels' layout too."""
@@ -334,6 +351,8 @@ def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
     made.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin != "never")))
     made.add_session_config_entry("session.force_spinning_stop", str(int(spin == "in-call")))
     level = LEVELS[options["level"]] if optimise else "ORT_DISABLE_ALL"
+    if options.get("winograd") == "1":
+        ort_ops.register(made)
     made.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     return made
 

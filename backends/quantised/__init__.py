@@ -59,7 +59,7 @@ def scheme_of(given: Mapping[str, str], options: Mapping[str, str], isa: str) ->
     Args:
         given: the options that the user wrote.
         options: all of OPTIONS, with the values that count.
-        isa: as `backends.ort.isa` writes it.
+        isa: as `core.isa.isa` writes it.
 
     Raises:
         UnsupportedError: options that do not go together.

@@ -13,6 +13,7 @@ A profile says what; each pass below does one of its fields and knows nothing of
                   the second
     attention.py  attention="matmul": Attention as MatMul, Softmax, MatMul; attention_block
     multihead.py  attention="multihead": Attention as onnxruntime's MultiHeadAttention
+    winograd.py   convolutions="winograd": 3x3 convolutions as an operator of the project's own
     constants.py  constants="fp16-range": no constant beyond FP16's range
     argmax.py     argmax="float32": ArgMax of integers over their FP32 values
     opset.py      opset=16..22: the operators as that older opset has them
@@ -65,6 +66,8 @@ class Profile:
             of the prompt alone, in its graph; `input` takes them as inputs `context`, `context_2`,
             ...; `output` is the graph that gives them.
         gates: `halves` makes two products of one whose result is split in two, as GEGLU's is.
+        convolutions: `winograd` makes 3x3 convolutions the project's own operator for onnxruntime
+            (backends/ort_ops), which a session must be given.
         argmax: `float32` casts what ArgMax compares, where it compares integers, for compilers that
             have it for floats only. FP32 holds every token id exactly; FP16 does not.
     """
@@ -81,6 +84,7 @@ class Profile:
     vae_divisor: int = 1
     context: Literal["inline", "input", "output"] = "inline"
     gates: Literal["as-is", "halves"] = "as-is"
+    convolutions: Literal["op", "winograd"] = "op"
     argmax: Literal["as-is", "float32"] = "as-is"
 
 
@@ -115,6 +119,7 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
         shapes,
         storage,
         vae,
+        winograd,
     )
 
     model = storage.load(graph, profile)
@@ -142,6 +147,8 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
         attention.decompose(model, profile.attention_block)
     elif profile.attention == "multihead":
         multihead.fuse(model)
+    if profile.convolutions == "winograd":
+        winograd.convolve(model)
     if profile.constants == "fp16-range":
         constants.clip(model)
     if profile.argmax == "float32":

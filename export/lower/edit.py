@@ -116,6 +116,16 @@ def constant_of(value: ir.Value | None) -> np.ndarray | None:
     return None if tensor is None else tensor.numpy()
 
 
+def initializer_of(value: ir.Value | None) -> ir.Value | None:
+    """The initializer that `value` is, or is a cast of: a weight, which a compiler folds."""
+    if value is None or value.is_initializer():
+        return value
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
+        return producer.inputs[0] if producer.inputs[0].is_initializer() else None
+    return None
+
+
 def static_dim(value: ir.Value, axis: int) -> int | None:
     """One dimension of a value where it is known as a number."""
     if value.shape is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from export.lower.edit import Edit, attribute, constant_of, operand, static_dim
+from export.lower.edit import Edit, attribute, constant_of, initializer_of, operand, static_dim
 
 
 def halve(model: ir.Model) -> None:
@@ -45,7 +45,9 @@ def _halve(model: ir.Model, node: ir.Node) -> None:
     if matmul is None or matmul.op_type != "MatMul":
         return
     x, weight = matmul.inputs
-    if weight is None or weight.shape is None or weight.shape.rank() != 2 or not _constant(weight):
+    if weight is None or weight.shape is None or weight.shape.rank() != 2:
+        return
+    if initializer_of(weight) is None:  # not a weight: nothing folds its halves
         return
     edit, half, halves = Edit(model, node), width // 2, []
     for start in (0, half):
@@ -63,11 +65,3 @@ def _read_once(value: ir.Value) -> bool:
 
 def _is_vector(value: ir.Value | None) -> bool:
     return value is not None and value.shape is not None and value.shape.rank() == 1
-
-
-def _constant(value: ir.Value) -> bool:
-    """An initializer, or the cast of one: what a compiler folds."""
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
-        value = producer.inputs[0]
-    return value.is_initializer()

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 from onnx_ir.passes import common as common_passes
 
 from core.errors import AddbenchError, PreconditionError
@@ -59,7 +60,13 @@ def load(graph: Path, profile: Profile) -> ir.Model:
 
 def reopen(graph: Path) -> ir.Model:
     """Read a graph as it is, canonical or lowered, weights left on disk."""
-    model = ir.from_proto(onnx.load(str(graph), load_external_data=False))
+    try:
+        proto = onnx.load(str(graph), load_external_data=False)
+    except DecodeError as error:
+        raise PreconditionError(
+            f"{graph} cannot be read as a graph", str(error), "export the model again"
+        ) from error
+    model = ir.from_proto(proto)
     ir.external_data.set_base_dir(model.graph, str(graph.parent))
     return model
 

@@ -63,7 +63,7 @@ def weight_bits(isa: str) -> int:
     2 * 255 * 127 is beyond, and saturates; 2 * 255 * 63 is not.
 
     Args:
-        isa: machine and instruction sets, as `backends.ort.isa` writes them.
+        isa: machine and instruction sets, as `core.isa.isa` writes them.
     """
     machine, *flags = isa.split()
     if machine not in ("x86_64", "AMD64", "i686"):

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.lower import storage
-from export.lower.edit import attribute, operand, required
+from export.lower.edit import attribute, initializer_of, operand, required
 from export.quantize import Scheme
 from export.quantize.integers import Floats
 
@@ -82,8 +82,8 @@ def find_layers(model: ir.Model, scheme: Scheme) -> list[Layer]:
 
 
 def _layer(node: ir.Node) -> Layer | None:
-    source, weight = operand(node, 0), _constant(operand(node, 1))
-    if source is None or weight is None or _constant(source) is not None:
+    source, weight = operand(node, 0), initializer_of(operand(node, 1))
+    if source is None or weight is None or initializer_of(source) is not None:
         return None
     shape, last = _shape(weight), node
     if node.op_type == "Conv":
@@ -104,7 +104,7 @@ def _layer(node: ir.Node) -> Layer | None:
         depth, columns = shape
         bias, last = _added_bias(node, columns)
     if bias is not None:
-        constant = _constant(bias)
+        constant = initializer_of(bias)
         if constant is None or _shape(constant) != (columns,):
             return None
     name = node.outputs[0].name or ""
@@ -128,20 +128,10 @@ def _added_bias(node: ir.Node, columns: int) -> tuple[ir.Value | None, ir.Node]:
         add = next(iter(users)).node
         others = [value for value in add.inputs if value is not output]
         if add.op_type == "Add" and add.domain == "" and len(others) == 1:
-            constant = _constant(others[0])
+            constant = initializer_of(others[0])
             if constant is not None and _shape(constant) == (columns,):
                 return others[0], add
     return None, node
-
-
-def _constant(value: ir.Value | None) -> ir.Value | None:
-    """The initializer that `value` is, or is a cast of."""
-    if value is None or value.is_initializer():
-        return value
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Cast" and producer.inputs[0] is not None:
-        return producer.inputs[0] if producer.inputs[0].is_initializer() else None
-    return None
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:

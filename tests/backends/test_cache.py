@@ -189,7 +189,7 @@ def test_weights_are_not_copied_for_another_batch_or_level(
     width, height = tiny_bundle.size
     made = [
         parse_backend(f"ort:level={level}").compile(
-            tiny_bundle, "taesd_decoder", Shapes(batch, width, height)
+            tiny_bundle, "vae_decoder", Shapes(batch, width, height)
         )
         for level, batch in (("basic", 1), ("basic", 4), ("extended", 1))
     ]

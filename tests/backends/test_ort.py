@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from backends import ort
+from backends import ort, ort_ops
 from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
 from backends.gate import gate_for, image_distance
 from backends.pipeline import load_pipeline
@@ -81,8 +81,12 @@ def test_a_damaged_graph_is_an_error_that_says_what_to_do(
     bundle = Bundle.open(copy)
     graph = bundle.parts["taesd_decoder"].graph
     graph.write_bytes(b"\xff" * graph.stat().st_size)
+    shapes = Shapes(1, 64, 64)
     with pytest.raises(BackendError, match="compiling taesd_decoder for onnxruntime failed"):
-        parse_backend("ort").compile(bundle, "taesd_decoder", Shapes(1, 64, 64))
+        parse_backend("ort:winograd=0").compile(bundle, "taesd_decoder", shapes)
+    for backend in ("ort:winograd=1", "ort:precision=int8"):  # it is read for the estimate
+        with pytest.raises(PreconditionError, match="cannot be read as a graph"):
+            parse_backend(backend).compile(bundle, "taesd_decoder", shapes)
     with pytest.raises(PreconditionError, match="cannot be read as a graph"):
         Bundle.open(copy)
 
@@ -136,3 +140,36 @@ def test_a_split_into_many_parts_is_written_so_that_it_loads(tmp_path: Path) -> 
         None, {"x": np.zeros(sum(range(1, count + 1)), np.float32)}
     )
     assert [len(part) for part in parts] == list(range(1, count + 1))
+
+
+def test_the_operators_are_built_once_and_where_they_can_be(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    if ort_ops.compiler() is not None:
+        built = ort_ops.library()
+        stamp = built.stat().st_mtime_ns
+        assert ort_ops.library() == built
+        assert built.stat().st_mtime_ns == stamp
+        built.unlink()
+        (tmp_path / "native" / "not-a-compiler").write_text(
+            "#!/bin/sh\necho no such flag >&2\nexit 3"
+        )
+        (tmp_path / "native" / "not-a-compiler").chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "native" / "not-a-compiler"))
+        with pytest.raises(BackendError, match="(?s)could not build.*no such flag.*winograd=0"):
+            ort_ops.library()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = parse_backend("ort")
+    assert isinstance(found, ort.OrtBackend)
+    assert found.options["winograd"] == "0"
+    assert "ort_ops" not in found.fingerprint()
+    with pytest.raises(BackendError, match="(?s)no C\\+\\+ compiler.*apt install"):
+        ort_ops.library()
+
+
+@pytest.mark.parametrize("other", ["precision=int8,conv=int8", "level=off", "graph=canonical"])
+def test_winograd_is_refused_beside_what_it_cannot_join(other: str) -> None:
+    with pytest.raises(UnsupportedError, match="winograd"):
+        parse_backend(f"ort:winograd=1,{other}")
+    assert parse_backend(f"ort:{other}").options["winograd"] == "0"

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from lowering import Arrays, model_of, normal, session
 from onnx import helper
 
-from backends.ort import isa
 from backends.quantised.recording import open_recording
 from bench.measure import PeakMemory
+from core.isa import isa
 from export.lower import CPU, lower, storage
 from export.quantize import Scheme, weight_bits
 from export.quantize.integers import (

@@ -1,0 +1,84 @@
+"""The project's own operators for onnxruntime on a CPU, in C++ (winograd.cc).
+
+They are built with the system's C++ compiler when they are first needed, as `torch.compile` does
+it, and kept under the build root. Where there is no compiler, onnxruntime's own kernels stay.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from backends.base import BackendError
+from core.files import build_root, sha256_file, sha256_json, write_atomic
+from core.isa import isa
+
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]*")))
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden")
+
+
+def compiler() -> str | None:
+    """The C++ compiler that would build them: `CXX`, or c++; None where there is none."""
+    if os.name != "posix":
+        return None
+    return shutil.which(os.environ.get("CXX") or "c++")
+
+
+@cache
+def digest() -> str:
+    """Names their code, whatever built it."""
+    return sha256_json([sha256_file(source) for source in SOURCES])[:8]
+
+
+def register(options: Any) -> None:
+    """Let a session of these SessionOptions run graphs that hold the operators."""
+    options.register_custom_ops_library(str(library()))
+
+
+def library() -> Path:
+    """The library for this CPU, built where it is not there yet.
+
+    Raises:
+        BackendError: there is no compiler, or it fails.
+    """
+    cxx, vectors = compiler(), _vectors(isa())
+    advice = "use ort:winograd=0, or install a C++ compiler (apt install g++)"
+    if cxx is None:
+        raise BackendError("the operators for onnxruntime cannot be built",
+                           "there is no C++ compiler", advice)  # fmt: skip
+    found = build_root() / "native" / f"ort_ops-{sha256_json([digest(), vectors])[:16]}.so"
+    if found.exists():
+        return found
+    found.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(found.with_suffix(".lock")):
+        if not found.exists():
+            fresh = found.with_suffix(".new")
+            units = [str(source) for source in SOURCES if source.suffix == ".cc"]
+            made = subprocess.run(
+                [cxx, *FLAGS, *vectors, *units, "-o", str(fresh)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if made.returncode:
+                raise BackendError(
+                    f"{cxx} could not build the operators for onnxruntime",
+                    made.stderr.strip()[-2000:],
+                    advice,
+                )
+            write_atomic(found, fresh.read_bytes())
+            fresh.unlink()
+    return found
+
+
+def _vectors(isa: str) -> list[str]:
+    """The compiler's flags for the widest vectors that the operators know of this CPU's."""
+    flags = isa.split()
+    wanted = {"avx512f": ["-mavx512f", "-mavx2", "-mfma"], "avx2": ["-mavx2", "-mfma"]}
+    return next((made for flag, made in wanted.items() if flag in flags and "fma" in flags), [])

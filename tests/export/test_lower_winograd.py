@@ -1,0 +1,174 @@
+"""3x3 convolutions as the project's own operator: what it computes, what it takes and leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lowering import lowered, model_of, normal, ops, reference
+from onnx import ModelProto, TensorProto, helper
+
+from backends import ort_ops
+from export.lower import Profile, winograd
+
+PROFILE = Profile("winograd", convolutions="winograd", dtype="float32")
+needs_compiler = pytest.mark.skipif(ort_ops.compiler() is None, reason="no C++ compiler")
+NEAREST = {"mode": "nearest", "nearest_mode": "floor",
+           "coordinate_transformation_mode": "asymmetric"}  # fmt: skip
+
+
+def convolution(
+    n: int = 1, channels: int = 8, filters: int = 8, size: tuple[int, int] = (16, 16),
+    *, bias: bool = True, enlarged: bool = False, residual: bool = False, relu: bool = False,
+    dtype: type = np.float32, **attributes: object,
+) -> tuple[ModelProto, dict[str, np.ndarray]]:  # fmt: skip
+    """(Resize) -> Conv -> (+ z) -> (Relu) -> Neg, so that Conv is not what the graph gives."""
+    inputs = {"x": normal(n, channels, *size, seed=1).astype(dtype)}
+    spread = (9 * channels) ** -0.5
+    constants = {"w": (spread * normal(filters, channels, 3, 3, seed=2)).astype(dtype)}
+    if bias:
+        constants["b"] = normal(filters, seed=3).astype(dtype)
+    nodes, last = [], "x"
+    if enlarged:
+        constants["scales"] = np.array([1, 1, 2, 2], np.float32)
+        nodes.append(helper.make_node("Resize", [last, "", "scales"], ["large"], **NEAREST))
+        last = "large"
+    given = {"pads": [1, 1, 1, 1]} | attributes
+    nodes.append(helper.make_node("Conv", [last, "w", *(["b"] if bias else [])], ["c"], **given))
+    last = "c"
+    if residual:
+        scale = 2 if enlarged else 1
+        inputs["z"] = normal(n, filters, *(scale * side for side in size), seed=4).astype(dtype)
+        nodes.append(helper.make_node("Add", ["z", last], ["sum"]))
+        last = "sum"
+    if relu:
+        nodes.append(helper.make_node("Relu", [last], ["positive"]))
+        last = "positive"
+    nodes.append(helper.make_node("Neg", [last], ["y"]))
+    return model_of(nodes, inputs, ["y"], constants), inputs
+
+
+def run(model: ModelProto, inputs: dict[str, np.ndarray], threads: int = 2) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    ort_ops.register(options)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, ["CPUExecutionProvider"]
+    )
+    result: np.ndarray = session.run(None, inputs)[0]
+    return result
+
+
+@needs_compiler
+@given(
+    n=st.integers(1, 3), channels=st.integers(8, 70), blocks=st.integers(1, 20),
+    height=st.integers(1, 40), width=st.integers(7, 70), threads=st.integers(1, 3),
+    bias=st.booleans(), enlarged=st.booleans(), residual=st.booleans(), relu=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_it_gives_what_a_convolution_gives(
+    n: int, channels: int, blocks: int, height: int, width: int, threads: int, bias: bool,
+    enlarged: bool, residual: bool, relu: bool,
+) -> None:  # fmt: skip
+    height += -(-winograd.SMALLEST // width)  # large enough to be taken
+    model, inputs = convolution(
+        n, channels, 8 * blocks, (height, width), bias=bias, enlarged=enlarged, residual=residual,
+        relu=relu,
+    )  # fmt: skip
+    low = lowered(model, PROFILE)
+    assert not {"Conv", "Resize", "Add", "Relu"} & set(ops(low))
+    wanted = -reference(model, inputs)[0]
+    result = -run(low, inputs, threads)
+    assert result.shape == wanted.shape
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+@needs_compiler
+def test_fp16_weights_are_transformed_in_fp32() -> None:
+    model, inputs = convolution(dtype=np.float16, residual=True)
+    low = lowered(model, PROFILE)
+    wide = {name: array.astype(np.float32) for name, array in inputs.items()}
+    wanted = reference(model, inputs)[0].astype(np.float32)
+    np.testing.assert_allclose(run(low, wide), wanted, rtol=0, atol=1e-2)
+
+
+@needs_compiler
+def test_threads_and_calls_do_not_read_each_others_tiles() -> None:
+    """Tiles are kept by the thread: another call of the same shape must not find them."""
+    model, inputs = convolution(channels=64, filters=256)
+    low = lowered(model, PROFILE)
+    options = onnxruntime.SessionOptions()
+    ort_ops.register(options)
+    session = onnxruntime.InferenceSession(low.SerializeToString(), options)
+    for seed in range(6):
+        fresh = {"x": normal(*inputs["x"].shape, seed=10 + seed)}
+        wanted = reference(model, fresh)[0]
+        np.testing.assert_allclose(session.run(None, fresh)[0], wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"strides": [2, 2]},
+        {"dilations": [2, 2], "pads": [2, 2, 2, 2]},
+        {"pads": [0, 0, 0, 0]},
+        {"filters": 12},
+        {"channels": 4},
+        {"size": (15, 16)},
+        {"auto_pad": "SAME_UPPER", "pads": None},  # None: the node is without it
+    ],
+    ids=str,
+)
+def test_other_convolutions_stay(other: dict[str, object]) -> None:
+    model, _ = convolution(**other)  # type: ignore[arg-type]
+    low = lowered(model, PROFILE)
+    assert "Conv" in ops(low)
+    assert not [item for item in low.opset_import if item.domain == winograd.DOMAIN]
+
+
+@needs_compiler
+def test_what_others_read_stays_too() -> None:
+    """An enlarged image, a sum and a Relu that something else reads are not made part of it."""
+    model, inputs = convolution(enlarged=True, residual=True, relu=True)
+    for name in ("large", "c", "sum"):
+        info = helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8, 32, 32])
+        model.graph.output.append(info)
+    low = lowered(model, PROFILE)
+    assert {"Resize", "Add", "Relu", winograd.OPERATOR} <= set(ops(low))
+    options = onnxruntime.SessionOptions()
+    ort_ops.register(options)
+    session = onnxruntime.InferenceSession(low.SerializeToString(), options)
+    for result, wanted in zip(session.run(None, inputs), reference(model, inputs), strict=True):
+        np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-4)
+
+
+@needs_compiler
+def test_two_convolutions_that_meet_in_a_sum() -> None:
+    """The first to be replaced takes the other as what it adds."""
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["left"], "left", pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["x", "v"], ["right"], "right", pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["left", "right"], ["sum"]),
+        helper.make_node("Relu", ["sum"], ["y"]),
+    ]
+    inputs = {"x": normal(1, 8, 16, 16, seed=1)}
+    weights = {name: normal(8, 8, 3, 3, seed=seed) for seed, name in enumerate("wv", 2)}
+    model = model_of(nodes, inputs, ["y"], weights)
+    low = lowered(model, PROFILE)
+    assert sorted(set(ops(low)) & {winograd.OPERATOR, "Conv", "Add", "Relu"}) == [winograd.OPERATOR]
+    np.testing.assert_allclose(
+        run(low, inputs), reference(model, inputs)[0], rtol=0, atol=1e-4
+    )  # fmt: skip
+
+
+def test_the_weights_grow_as_said(tmp_path: Path) -> None:
+    for enlarged, elements in ((False, 16), (True, 9)):
+        model, _ = convolution(channels=24, filters=16, enlarged=enlarged)
+        onnx.save(model, tmp_path / "model.onnx")
+        grown = winograd.added_bytes(tmp_path / "model.onnx")
+        assert grown == 4 * 24 * 16 * (elements - 9)
