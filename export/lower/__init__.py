@@ -19,13 +19,14 @@ A profile says what; each pass below does one of its fields and knows nothing of
     opset.py      opset=16..22: the operators as that older opset has them
     storage.py    reads, writes and checks the model files; the weights stay on disk
 
-Weights are not read, unless `constants` or `vae_divisor` ask about them: the lowered graph refers
-to a hard link (or a copy, across disks) of the same data file, so that lowering a 5 GB UNet takes
-seconds and little memory.
+Weights are not read, unless `constants`, `vae_divisor` or `convolutions` ask for them: the lowered
+graph refers to a hard link (or a copy, across disks) of the same data file, so that lowering a 5 GB
+UNet takes seconds and little memory.
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -147,12 +148,14 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
         attention.decompose(model, profile.attention_block)
     elif profile.attention == "multihead":
         multihead.fuse(model)
-    if profile.convolutions == "winograd":
-        winograd.convolve(model)
     if profile.constants == "fp16-range":
         constants.clip(model)
     if profile.argmax == "float32":
         argmax.to_float32(model)
     if profile.opset < CANONICAL_OPSET:
         opset.convert(model, profile.opset)
-    storage.save(model, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".weights-") as scratch:
+        if profile.convolutions == "winograd":
+            winograd.convolve(model, Path(scratch))
+        storage.save(model, out)

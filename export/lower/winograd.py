@@ -1,16 +1,18 @@
 """3x3 convolutions as WinogradConv, the project's own operator for onnxruntime on a CPU.
 
 F(2x2, 3x3) of Lavin and Gray (2015): 16 products where the direct form has 36, or 9 where the image
-is enlarged twice just before; `backends/ort_ops/winograd.cc` computes it. The weights of every
-convolution are transformed when the graph is compiled, and take 16/9 of the memory (enlarging: as
-much as before). What follows a convolution and only reads it, a sum with another image of its shape
-and a Relu, goes into the operator.
+is enlarged twice just before; `backends/ort_ops/winograd.cc` computes it. The weights are
+transformed here, and take 16/9 of the memory (enlarging: as much as before). What follows a
+convolution and alone reads it, a sum with another image of its shape and a Relu, goes into the
+operator.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +30,9 @@ from export.lower.edit import (
 
 DOMAIN = "addbench"
 OPERATOR = "WinogradConv"
+FILE = "winograd.data"
+PAGE = 4096
+"""Bytes. Each weight begins on a page, as maps of a file do."""
 ROWS = 8
 """Output channels that lie together in the transformed weights."""
 SMALLEST = 256
@@ -38,23 +43,42 @@ ENLARGED = WEIGHTS[[0, 1, 3]]
 """In an enlarged image the rows 1 and 2 of a tile are one: what the third makes of it is zero."""
 
 
-def convolve(model: ir.Model) -> None:
-    """Replace every convolution that the operator can take; the others stay."""
-    for node in list(model.graph.all_nodes()):
+def convolve(model: ir.Model, folder: Path) -> None:
+    """Replace every convolution that the operator can take; the others stay.
+
+    The transformed weights are written into a file in `folder`: a compiler that folds them itself
+    holds them several times (SDXL's UNet: 22 GB, not 14).
+    """
+    taken = [node for node in model.graph.all_nodes() if _fits(node)]
+    with (folder / FILE).open("wb") as file:
+        for node in taken:
+            _replace(model, node, file)
+    if taken:
+        model.graph.opset_imports[DOMAIN] = 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes, in FP32, of the weights that are transformed: as they were, and as they become."""
+
+    plain: int
+    transformed: int
+
+    @property
+    def added(self) -> int:
+        return self.transformed - self.plain
+
+
+def sizes(graph: Path) -> Sizes:
+    """Of a canonical graph; its weights are not read."""
+    plain = transformed = 0
+    for node in storage.reopen(graph).graph.all_nodes():
         if _fits(node):
-            _replace(model, node)
-            model.graph.opset_imports[DOMAIN] = 1
-
-
-def added_bytes(graph: Path) -> int:
-    """What the transformed weights of a canonical graph take in FP32 beyond the plain ones."""
-    model = storage.reopen(graph)
-    return sum(
-        4 * math.prod(each for each in weight.shape.numpy()) * 7 // 9
-        for node in model.graph.all_nodes()
-        if _fits(node) and _enlarged(node) is None
-        if (weight := node.inputs[1]) is not None and weight.shape is not None
-    )
+            filters = 4 * (static_dim(required(node, 1), 0) or 0)
+            filters *= static_dim(required(node, 1), 1) or 0
+            plain += 9 * filters
+            transformed += len(_form(node)) ** 2 * filters
+    return Sizes(plain, transformed)
 
 
 def _fits(node: ir.Node) -> bool:
@@ -83,12 +107,45 @@ def _fits(node: ir.Node) -> bool:
     )
 
 
-def _replace(model: ir.Model, node: ir.Node) -> None:
-    weight, resize = required(node, 1), _enlarged(node)
-    filters, channels = static_dim(weight, 0), static_dim(weight, 1)
-    if filters is None or channels is None:
-        return
-    form = WEIGHTS if resize is None else ENLARGED
+def _form(node: ir.Node) -> np.ndarray:
+    return WEIGHTS if _enlarged(node) is None else ENLARGED
+
+
+def _transformed(node: ir.Node, file: BinaryIO) -> ir.Value:
+    """The weights [K, C, 3, 3] as the operator wants them, [K/8, elements, C, 8], in `file`."""
+    weight = initializer_of(required(node, 1))
+    if weight is None or weight.const_value is None:
+        raise ValueError(f"{node.name} has no constant weights")
+    tensor, form = weight.const_value, _form(node)
+    plain = storage.mapped(tensor) if isinstance(tensor, ir.ExternalTensor) else tensor.numpy()
+    filters, channels = plain.shape[:2]
+    matrix = np.kron(form, form).T.astype(np.float32)  # [9, elements]
+    products = plain.reshape(-1, 9).astype(np.float32) @ matrix
+    blocks = products.reshape(filters // ROWS, ROWS, channels, -1).transpose(0, 3, 2, 1)
+    file.write(bytes(-file.tell() % PAGE))
+    offset = file.tell()
+    file.write(np.ascontiguousarray(blocks).tobytes())
+    name = f"{weight.name}_winograd{len(form)}"
+    external = ir.ExternalTensor(
+        FILE,
+        offset,
+        blocks.nbytes,
+        ir.DataType.FLOAT,
+        shape=ir.Shape(blocks.shape),
+        name=name,
+        base_dir=str(Path(file.name).parent),
+    )
+    return ir.Value(
+        name=name, shape=external.shape, type=ir.TensorType(external.dtype), const_value=external
+    )
+
+
+def _replace(model: ir.Model, node: ir.Node, file: BinaryIO) -> None:
+    resize = _enlarged(node)
+    weights = _transformed(node, file)
+    if weights.name not in model.graph.initializers:  # two convolutions may share theirs
+        model.graph.register_initializer(weights)
+    weights = model.graph.initializers[weights.name or ""]
     last, residual, gone = node, None, [node]
     if (add := _only_reader(last)) is not None and add.op_type == "Add":
         other = next((v for v in add.inputs if v is not last.outputs[0]), None)
@@ -99,14 +156,10 @@ def _replace(model: ir.Model, node: ir.Node) -> None:
         last = reader
         gone.append(reader)
     edit = Edit(model, last)
-    # As a product, which the compiler folds: [filters * channels, 9] with [9, elements].
-    matrix = np.kron(form, form).T.astype(np.float32)
-    rows = edit("MatMul", edit("Reshape", weight, [-1, 9]), matrix)
-    blocks = edit("Reshape", rows, [filters // ROWS, ROWS, channels, len(form) ** 2])
     result = edit(
         OPERATOR,
         required(node if resize is None else resize, 0),
-        edit("Transpose", blocks, perm=[0, 3, 2, 1]),
+        weights,
         operand(node, 2),
         residual,
         domain=DOMAIN,

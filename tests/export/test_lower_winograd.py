@@ -170,5 +170,5 @@ def test_the_weights_grow_as_said(tmp_path: Path) -> None:
     for enlarged, elements in ((False, 16), (True, 9)):
         model, _ = convolution(channels=24, filters=16, enlarged=enlarged)
         onnx.save(model, tmp_path / "model.onnx")
-        grown = winograd.added_bytes(tmp_path / "model.onnx")
-        assert grown == 4 * 24 * 16 * (elements - 9)
+        sizes = winograd.sizes(tmp_path / "model.onnx")
+        assert sizes == winograd.Sizes(9 * 4 * 24 * 16, elements * 4 * 24 * 16)
