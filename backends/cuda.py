@@ -31,7 +31,8 @@ from backends.base import (
     UnsupportedError,
 )
 from backends.nvidia import gpu_name, installed, missing_gpu, torch_cuda, torch_on_gpu
-from backends.ort import MODEL, TYPES, translate
+from backends.onnxrt.session import TYPES, translate
+from backends.ort import MODEL
 from core.files import require_disk
 from export.lower import Profile, lower
 

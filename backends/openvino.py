@@ -29,7 +29,8 @@ from backends.base import (
     thread_count,
 )
 from backends.child import run_child, serve
-from backends.ort import MODEL, SMALL, installed, translate
+from backends.onnxrt.session import translate
+from backends.ort import MODEL, SMALL, installed
 from core.files import require_disk
 from core.isa import cpu_flags, isa
 from core.memory import require_memory

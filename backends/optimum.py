@@ -33,7 +33,8 @@ from backends.base import (
 )
 from backends.cache import ArtifactCache
 from backends.child import HOME_PYTHON, home_python, run_child, serve
-from backends.ort import installed, plain_options, translate
+from backends.onnxrt.session import plain_options, translate
+from backends.ort import installed
 from backends.output import Output, Timings
 from backends.pipeline import Pipeline
 from backends.prompts import check_prompts, check_seeds

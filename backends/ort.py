@@ -4,7 +4,7 @@ Compiling optimises the graph once, in a process of its own, and stores it with 
 (`prepack=1`: also as they are laid out for this CPU's kernels, to be mapped into memory).
 FP16 weights are stored as FP16 in the bundle and computed in FP32; `precision=int8` and `storage`
 make the large ones integers (backends/quantised). 3x3 convolutions are an operator of our own,
-where a C++ compiler can build it (backends/ort_ops).
+where a C++ compiler can build it (backends/onnxrt).
 """
 
 from __future__ import annotations
@@ -19,41 +19,39 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backends import ort_ops, quantised
+from backends import quantised
 from backends.base import (
     Artifact,
     Backend,
     BackendError,
     Capability,
     Option,
-    OutOfMemoryError,
     Session,
     Shapes,
     UnsupportedError,
     thread_count,
 )
 from backends.child import run_child, serve
+from backends.onnxrt import operators
+from backends.onnxrt.session import (
+    LEVELS,
+    OrtSession,
+    open_session,
+    plain_options,
+    session_options,
+    translate,
+)
 from core.files import require_disk
 from core.isa import isa
 from core.memory import drop_cached, reading_ahead, require_memory
-from export.bundle import Spec
 from export.lower import CPU, Profile, lower
 from export.models import CONTEXT_PART
 
 if TYPE_CHECKING:
-    import torch
-
     from export.bundle import Bundle
     from export.lower.winograd import Sizes
 
 MODEL = "model.onnx"
-LEVELS = {
-    "off": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "all": "ORT_ENABLE_ALL",
-}
-TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 FUSED = replace(CPU, name="ort", attention="multihead", norms="layer")
 """With kernels that onnxruntime has: attention that reads heads where they lie, in place of three
 transposes before it and one after; LayerNormalization, in place of nine operators a group norm."""
@@ -68,40 +66,9 @@ def installed(package: str) -> str | None:
         return None
 
 
-class OrtSession(Session):
-    """An onnxruntime session on host tensors; inputs are shared, not copied."""
-
-    def __init__(self, session: Any, bundle: Bundle, part: str) -> None:
-        self.session = session
-        info = bundle.source(part)
-        known = {spec.name: spec.shape for spec in (*info.inputs, *info.outputs)}
-        self.inputs, self.outputs = (
-            {
-                # What is handed over between the halves of a UNet is in no bundle.
-                one.name: Spec(one.name, TYPES[one.type], known.get(one.name, tuple(one.shape)))
-                for one in values
-            }
-            for values in (self.session.get_inputs(), self.session.get_outputs())
-        )
-
-    def _run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        import torch
-
-        arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}
-        try:
-            results = self.session.run(None, arrays)
-        except Exception as error:  # onnxruntime's errors share no base class of their own
-            raise translate(error, "running the graph") from error
-        return {
-            name: torch.from_numpy(array) for name, array in zip(self.outputs, results, strict=True)
-        }
-
-    def close(self) -> None:
-        del self.session
-
-
 class OrtBackend(Backend):
     name = "ort"
+    package = "backends.onnxrt"
     summary = "ONNX Runtime on the CPU, FP32 arithmetic unless told otherwise: the embedded default"
     option_types: ClassVar[Mapping[str, Option]] = {
         "threads": Option("auto", "intra-op threads (auto: physical cores)"),
@@ -172,7 +139,7 @@ class OrtBackend(Backend):
             )
         small = self.scheme is not None and not self.scheme.dynamic
         if asked == "auto":
-            ready = ort_ops.compiler() is not None and {"avx2", "fma"} <= set(isa().split())
+            ready = operators.compiler() is not None and {"avx2", "fma"} <= set(isa().split())
             return ready and not (integers or unfolded or small)
         return asked == "1"
 
@@ -227,7 +194,7 @@ class OrtBackend(Backend):
 
     def fingerprint(self) -> dict[str, str]:
         found = {"onnxruntime": self.probe().version, "isa": isa()}
-        return found | ({"ort_ops": ort_ops.digest()} if self.winograd else {})
+        return found | ({"operators": operators.digest()} if self.winograd else {})
 
     def compile_options(self) -> Mapping[str, str]:
         made = {key: self.options[key] for key in ("level", "prepack")}
@@ -329,44 +296,6 @@ class OrtBackend(Backend):
             raise translate(error, doing) from error
 
 
-def plain_options(threads: str) -> Any:
-    """onnxruntime's defaults, but for a number of threads that was asked for."""
-    import onnxruntime
-
-    made = onnxruntime.SessionOptions()
-    made.log_severity_level = 3
-    if threads != "auto":
-        made.intra_op_num_threads = thread_count(threads)
-    return made
-
-
-def open_session(model: Path, options: Mapping[str, str]) -> Any:
-    import onnxruntime
-
-    made = session_options(options, optimise=False)
-    return onnxruntime.InferenceSession(str(model), made, ["CPUExecutionProvider"])
-
-
-def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
-    import onnxruntime
-
-    made = onnxruntime.SessionOptions()
-    made.log_severity_level = 3
-    made.intra_op_num_threads = thread_count(options["threads"])
-    made.inter_op_num_threads = 1
-    made.enable_cpu_mem_arena = options["arena"] == "1"
-    spin = options["spin"]
-    # Each part has a pool of its own: one that goes on spinning takes the cores from the next part
-    # (tiny-sdxl on 2 cores, processes in turn: in-call 4.6 ms an image, never 5.6, always 13).
-    made.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin != "never")))
-    made.add_session_config_entry("session.force_spinning_stop", str(int(spin == "in-call")))
-    level = LEVELS[options["level"]] if optimise else "ORT_DISABLE_ALL"
-    if options.get("winograd") == "1":
-        ort_ops.register(made)
-    made.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
-    return made
-
-
 def optimise(job: Mapping[str, Any]) -> None:
     """Child process: lower the graph, let onnxruntime optimise it, and write what it made.
 
@@ -406,20 +335,6 @@ def write_optimised(
     }.items():
         made.add_session_config_entry(key, value)
     onnxruntime.InferenceSession(str(source / MODEL), made, ["CPUExecutionProvider"])
-
-
-def translate(error: Exception, doing: str, library: str = "onnxruntime") -> BackendError:
-    """A library's exception as ours; allocation failures become OutOfMemoryError."""
-    text = str(error)
-    if isinstance(error, MemoryError) or "bad_alloc" in text or "Failed to allocate" in text:
-        return OutOfMemoryError(
-            f"{library} ran out of memory {doing}",
-            text[:500],
-            "use a smaller batch, or close other programs",
-        )
-    return BackendError(
-        f"{library} failed {doing}", text[:2000], "`python -m backends cache verify`, then retry"
-    )
 
 
 if __name__ == "__main__":

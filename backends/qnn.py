@@ -27,7 +27,8 @@ from backends.base import (
     Shapes,
     UnsupportedError,
 )
-from backends.ort import MODEL, OrtSession, installed, translate
+from backends.onnxrt.session import OrtSession, translate
+from backends.ort import MODEL, installed
 from export.lower import Profile, lower
 
 if TYPE_CHECKING:

@@ -125,7 +125,7 @@ def cpu_session(
     """The UNet in FP32, with the pairs of `scales` or without any."""
     import onnxruntime
 
-    from backends.ort import OrtSession, session_options
+    from backends.onnxrt.session import OrtSession, session_options
     from core.files import build_root
     from export.lower import CPU, lower
     from export.qdq import insert

@@ -50,7 +50,8 @@ def uncached(bundle: Bundle, part: str) -> float:
 
     import onnxruntime
 
-    from backends.ort import MODEL, OrtBackend, session_options
+    from backends.onnxrt.session import session_options
+    from backends.ort import MODEL, OrtBackend
     from export.lower import lower
 
     drop(bundle.path)

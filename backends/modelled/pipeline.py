@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     from export.bundle import Bundle
 
 IMAGE, FACTS = "image.npy", "facts.json"
-CODE = ("backends/modelled/pipeline.py", "backends/pipeline.py", "backends/ort.py")
+CODE = (
+    "backends/modelled/pipeline.py",
+    "backends/pipeline.py",
+    "backends/ort.py",
+    "backends/onnxrt/winograd.cc",
+)
 """Our own code that decides what an image looks like."""
 
 

@@ -141,7 +141,7 @@ def depends_on(bundle: Bundle) -> dict[str, str]:
     """Layers are measured on an image of the whole bundle, by the code here."""
     from backends.cache import compiler_code
 
-    code = compiler_code("backends.ort", __name__, "export.quantize")
+    code = compiler_code("backends.ort", "backends.onnxrt", __name__, "export.quantize")
     return {"bundle": bundle.hash, "code": code}
 
 

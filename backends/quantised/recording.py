@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.base import Artifact, Session, Shapes
-from backends.ort import MODEL, OrtBackend, session_options, translate
+from backends.onnxrt.session import session_options, translate
+from backends.ort import MODEL, OrtBackend
 from backends.parity import SEED
 from core.memory import give_memory_back
 from export.lower import CPU, lower, storage

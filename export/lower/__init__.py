@@ -68,7 +68,7 @@ class Profile:
             ...; `output` is the graph that gives them.
         gates: `halves` makes two products of one whose result is split in two, as GEGLU's is.
         convolutions: `winograd` makes 3x3 convolutions the project's own operator for onnxruntime
-            (backends/ort_ops), which a session must be given.
+            (backends/onnxrt), which a session must be given.
         argmax: `float32` casts what ArgMax compares, where it compares integers, for compilers that
             have it for floats only. FP32 holds every token id exactly; FP16 does not.
     """

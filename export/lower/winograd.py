@@ -1,7 +1,7 @@
 """3x3 convolutions as WinogradConv, the project's own operator for onnxruntime on a CPU.
 
 F(2x2, 3x3) of Lavin and Gray (2015): 16 products where the direct form has 36, or 9 where the image
-is enlarged twice just before; `backends/ort_ops/winograd.cc` computes it. The weights are
+is enlarged twice just before; `backends/onnxrt/winograd.cc` computes it. The weights are
 transformed here, and take 16/9 of the memory (enlarging: as much as before). What follows a
 convolution and alone reads it, a sum with another image of its shape and a Relu, goes into the
 operator.

@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 import pytest
 
-from backends import ort, ort_ops
+from backends import ort
 from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
 from backends.gate import gate_for, image_distance
+from backends.onnxrt import operators, session
 from backends.pipeline import load_pipeline
 from core.errors import PreconditionError
 from export.bundle import Bundle
@@ -136,7 +137,7 @@ def test_a_split_into_many_parts_is_written_so_that_it_loads(tmp_path: Path) -> 
     )
     options = ort.OrtBackend().options
     ort.write_optimised(tmp_path, tmp_path / "out", options, prepacked=False)
-    parts = ort.open_session(tmp_path / "out" / ort.MODEL, options).run(
+    parts = session.open_session(tmp_path / "out" / ort.MODEL, options).run(
         None, {"x": np.zeros(sum(range(1, count + 1)), np.float32)}
     )
     assert [len(part) for part in parts] == list(range(1, count + 1))
@@ -146,10 +147,10 @@ def test_the_operators_are_built_once_and_where_they_can_be(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
-    if ort_ops.compiler() is not None:
-        built = ort_ops.library()
+    if operators.compiler() is not None:
+        built = operators.library()
         stamp = built.stat().st_mtime_ns
-        assert ort_ops.library() == built
+        assert operators.library() == built
         assert built.stat().st_mtime_ns == stamp
         built.unlink()
         (tmp_path / "native" / "not-a-compiler").write_text(
@@ -158,14 +159,14 @@ def test_the_operators_are_built_once_and_where_they_can_be(
         (tmp_path / "native" / "not-a-compiler").chmod(0o755)
         monkeypatch.setenv("CXX", str(tmp_path / "native" / "not-a-compiler"))
         with pytest.raises(BackendError, match="(?s)could not build.*no such flag.*winograd=0"):
-            ort_ops.library()
+            operators.library()
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = parse_backend("ort")
     assert isinstance(found, ort.OrtBackend)
     assert found.options["winograd"] == "0"
-    assert "ort_ops" not in found.fingerprint()
+    assert "operators" not in found.fingerprint()
     with pytest.raises(BackendError, match="(?s)no C\\+\\+ compiler.*apt install"):
-        ort_ops.library()
+        operators.library()
 
 
 @pytest.mark.parametrize("other", ["precision=int8,conv=int8", "level=off", "graph=canonical"])

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from lowering import lowered, model_of, normal, ops, reference
 from onnx import ModelProto, TensorProto, helper
 
-from backends import ort_ops
+from backends.onnxrt import operators
 from export.lower import Profile, winograd
 
 PROFILE = Profile("winograd", convolutions="winograd", dtype="float32")
-needs_compiler = pytest.mark.skipif(ort_ops.compiler() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(operators.compiler() is None, reason="no C++ compiler")
 NEAREST = {"mode": "nearest", "nearest_mode": "floor",
            "coordinate_transformation_mode": "asymmetric"}  # fmt: skip
 
@@ -56,7 +56,7 @@ def convolution(
 def run(model: ModelProto, inputs: dict[str, np.ndarray], threads: int = 2) -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    ort_ops.register(options)
+    operators.register(options)
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, ["CPUExecutionProvider"]
     )
@@ -103,7 +103,7 @@ def test_threads_and_calls_do_not_read_each_others_tiles() -> None:
     model, inputs = convolution(channels=64, filters=256)
     low = lowered(model, PROFILE)
     options = onnxruntime.SessionOptions()
-    ort_ops.register(options)
+    operators.register(options)
     session = onnxruntime.InferenceSession(low.SerializeToString(), options)
     for seed in range(6):
         fresh = {"x": normal(*inputs["x"].shape, seed=10 + seed)}
@@ -141,7 +141,7 @@ def test_what_others_read_stays_too() -> None:
     low = lowered(model, PROFILE)
     assert {"Resize", "Add", "Relu", winograd.OPERATOR} <= set(ops(low))
     options = onnxruntime.SessionOptions()
-    ort_ops.register(options)
+    operators.register(options)
     session = onnxruntime.InferenceSession(low.SerializeToString(), options)
     for result, wanted in zip(session.run(None, inputs), reference(model, inputs), strict=True):
         np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-4)

@@ -52,7 +52,7 @@ def library() -> Path:
     if cxx is None:
         raise BackendError("the operators for onnxruntime cannot be built",
                            "there is no C++ compiler", advice)  # fmt: skip
-    found = build_root() / "native" / f"ort_ops-{sha256_json([digest(), vectors])[:16]}.so"
+    found = build_root() / "native" / f"operators-{sha256_json([digest(), vectors])[:16]}.so"
     if found.exists():
         return found
     found.parent.mkdir(parents=True, exist_ok=True)
