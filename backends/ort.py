@@ -161,7 +161,12 @@ class OrtBackend(Backend):
                 False, "this CPU has no fast INT8 arithmetic", "it lacks avx2",
                 "drop precision: FP32 is the default",
             )  # fmt: skip
-        return Capability(True, self.summary, version=cpu or gpu or "unknown", devices=("cpu",))
+        words = self.summary
+        if not (self.plain or operators.compiler()):
+            words += (
+                "; no C++ compiler, so that convolutions are onnxruntime's own, which are slower"
+            )
+        return Capability(True, words, version=cpu or gpu or "unknown", devices=("cpu",))
 
     def parts(self, bundle: Bundle) -> tuple[str, ...]:
         names = super().parts(bundle)

@@ -7,6 +7,7 @@ it, and kept under the build root. Where there is no compiler, onnxruntime's own
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from functools import cache
@@ -23,11 +24,10 @@ SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]*")))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden")
 
 
-def compiler() -> str | None:
+def compiler() -> list[str] | None:
     """The C++ compiler that would build them: `CXX`, or c++; None where there is none."""
-    if os.name != "posix":
-        return None
-    return shutil.which(os.environ.get("CXX") or "c++")
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    return command if os.name == "posix" and shutil.which(command[0]) else None
 
 
 @cache
@@ -61,14 +61,14 @@ def library() -> Path:
             fresh = found.with_suffix(".new")
             units = [str(source) for source in SOURCES if source.suffix == ".cc"]
             made = subprocess.run(
-                [cxx, *FLAGS, *vectors, *units, "-o", str(fresh)],
+                [*cxx, *FLAGS, *vectors, *units, "-o", str(fresh)],
                 capture_output=True,
                 text=True,
                 check=False,
             )
             if made.returncode:
                 raise BackendError(
-                    f"{cxx} could not build the operators for onnxruntime",
+                    f"{shlex.join(cxx)} could not build the operators for onnxruntime",
                     made.stderr.strip()[-2000:],
                     advice,
                 )

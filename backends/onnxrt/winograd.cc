@@ -22,7 +22,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <mutex>
 #include <new>
 
 namespace {
@@ -428,10 +428,14 @@ const OrtCustomOp kWinogradConv = [] {
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     OrtSessionOptions* options, const OrtApiBase* base) {
   Api api{base->GetApi(kApiVersion)};
+  static std::mutex one_at_a_time;
   static OrtCustomOpDomain* domain = nullptr;  // lives as long as the library
+  std::lock_guard<std::mutex> lock(one_at_a_time);
   if (domain == nullptr) {
-    if (auto* error = api.CreateCustomOpDomain("addbench", &domain)) return error;
-    if (auto* error = api.CustomOpDomain_Add(domain, &kWinogradConv)) return error;
+    OrtCustomOpDomain* fresh = nullptr;
+    if (auto* error = api.CreateCustomOpDomain("addbench", &fresh)) return error;
+    if (auto* error = api.CustomOpDomain_Add(fresh, &kWinogradConv)) return error;
+    domain = fresh;
   }
   return api.AddCustomOpDomain(options, domain);
 }

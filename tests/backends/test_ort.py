@@ -164,6 +164,7 @@ def test_the_operators_are_built_once_and_where_they_can_be(
     found = parse_backend("ort")
     assert isinstance(found, ort.OrtBackend)
     assert found.options["winograd"] == "0"
+    assert "no C++ compiler" in found.probe().what
     assert "operators" not in found.fingerprint()
     with pytest.raises(BackendError, match="(?s)no C\\+\\+ compiler.*apt install"):
         operators.library()
