@@ -4,13 +4,13 @@
 // ("the ordering of these fields must not change after that version has shipped", onnxruntime,
 // core/session/onnxruntime_c_api.cc), so that positions hold for every later release. Names,
 // signatures and order are those of include/onnxruntime/core/session/onnxruntime_c_api.h at API
-// version 17 (onnxruntime 1.17, https://github.com/microsoft/onnxruntime).
+// version 18 (onnxruntime 1.18, https://github.com/microsoft/onnxruntime).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-constexpr uint32_t kApiVersion = 17;
+constexpr uint32_t kApiVersion = 18;
 
 struct OrtStatus;
 struct OrtValue;
@@ -57,6 +57,10 @@ struct OrtCustomOp {
   OrtStatus* (*InferOutputShapeFn)(const OrtCustomOp*, OrtShapeInferContext*);
   int (*GetStartVersion)(const OrtCustomOp*);
   int (*GetEndVersion)(const OrtCustomOp*);
+  size_t (*GetMayInplace)(int** inputs, int** outputs);  // since version 18, as what follows
+  void (*ReleaseMayInplace)(int*, int*);
+  size_t (*GetAliasMap)(int** inputs, int** outputs);
+  void (*ReleaseAliasMap)(int*, int*);
 };
 
 // Entry Position of the table, as a function of the type that it has.

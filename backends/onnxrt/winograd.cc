@@ -244,16 +244,17 @@ void transform_output(const Problem& p, const float* m, int64_t filter, int64_t 
     int64_t plane = (row / p.rows * p.filters + filter) * height * width;
     for (int half = 0; half < 2 && y + half < height; ++half) {
       int64_t at = plane + (y + half) * width + 2 * column;
-      float* __restrict out = p.y + at;
       const float* left = result[2 * half] + first;
       const float* right = result[2 * half + 1] + first;
-      for (int64_t i = 0; i < whole; ++i) out[2 * i] = left[i], out[2 * i + 1] = right[i];
-      if (whole < run) out[2 * whole] = left[whole];  // an odd width's last column
+      float line[2 * kTiles];  // not in place: the output may be the memory of what is added
+      for (int64_t i = 0; i < whole; ++i) line[2 * i] = left[i], line[2 * i + 1] = right[i];
+      if (whole < run) line[2 * whole] = left[whole];  // an odd width's last column
       int64_t length = whole + run;
       if (p.residual)
-        for (int64_t i = 0; i < length; ++i) out[i] += p.residual[at + i];
+        for (int64_t i = 0; i < length; ++i) line[i] += p.residual[at + i];
       if (p.relu)
-        for (int64_t i = 0; i < length; ++i) out[i] = std::max(out[i], 0.0f);
+        for (int64_t i = 0; i < length; ++i) line[i] = std::max(line[i], 0.0f);
+      std::memcpy(p.y + at, line, sizeof(float) * length);
     }
     tile += run;
   }
@@ -416,6 +417,12 @@ const OrtCustomOp kWinogradConv = [] {
   };
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return int{kRequired}; };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return int{kDefaultMemory}; };
+  op.GetMayInplace = [](int** input, int** output) {  // the sum in the memory of what is added
+    static int sum = 3, result = 0;
+    *input = &sum, *output = &result;
+    return size_t{1};
+  };
+  op.ReleaseMayInplace = [](int*, int*) {};
   op.CreateKernelV2 = create;
   op.KernelComputeV2 = compute;
   op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };

@@ -166,6 +166,25 @@ def test_two_convolutions_that_meet_in_a_sum() -> None:
     )  # fmt: skip
 
 
+@needs_compiler
+@pytest.mark.parametrize("read_again", [False, True])
+def test_what_is_added_is_overwritten_only_if_nothing_else_reads_it(read_again: bool) -> None:
+    last = ["sum", "r"] if read_again else ["sum", "x"]
+    nodes = [
+        helper.make_node("Neg", ["z"], ["r"], "neg"),
+        helper.make_node("Conv", ["x", "w"], ["c"], "conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["c", "r"], ["sum"], "add"),
+        helper.make_node("Mul", last, ["y"], "mul"),
+    ]
+    inputs = {name: normal(2, 16, 33, 17, seed=seed) for seed, name in enumerate("xz", 1)}
+    model = model_of(nodes, inputs, ["y"], {"w": normal(16, 16, 3, 3, seed=5)})
+    low = lowered(model, PROFILE)
+    assert "Add" not in ops(low)
+    np.testing.assert_allclose(
+        run(low, inputs), reference(model, inputs)[0], rtol=0, atol=1e-4
+    )  # fmt: skip
+
+
 def test_the_weights_grow_as_said(tmp_path: Path) -> None:
     for enlarged, elements in ((False, 16), (True, 9)):
         model, _ = convolution(channels=24, filters=16, enlarged=enlarged)
