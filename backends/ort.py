@@ -3,8 +3,8 @@
 Compiling optimises the graph once, in a process of its own, and stores it with its weights in FP32
 (`prepack=1`: also as they are laid out for this CPU's kernels, to be mapped into memory).
 FP16 weights are stored as FP16 in the bundle and computed in FP32; `precision=int8` and `storage`
-make the large ones integers (backends/quantised). 3x3 convolutions are an operator of our own,
-where a C++ compiler can build it (backends/onnxrt).
+make the large ones integers (backends/quantised). 3x3 convolutions and products with FP16 weights
+are operators of our own, where a C++ compiler can build them (backends/onnxrt).
 """
 
 from __future__ import annotations
@@ -96,6 +96,12 @@ class OrtBackend(Backend):
             " compiler builds; auto: where there is one and AVX2, but not to make weights small",
             ("auto", "0", "1"),
         ),
+        "linear": Option(
+            "auto",
+            "products whose FP16 weights stay so in memory, by an operator that your C++ compiler"
+            " builds; auto: where there is one and AVX2, and weights are not made integers",
+            ("auto", "0", "1"),
+        ),
         "graph": Option(
             "optimised",
             "optimised: compiled once, as above; canonical: the bundle's own file in a session with"
@@ -120,8 +126,21 @@ class OrtBackend(Backend):
                     f"drop {', '.join(others)}, or drop graph=canonical",
                 )
         self.scheme = quantised.scheme_of(self.given, self.options, isa())
-        self.winograd = self._winograd()
-        self.options |= {"winograd": str(int(self.winograd))}
+        self.winograd, self.linear = self._winograd(), self._linear()
+        self.options |= {"winograd": str(int(self.winograd)), "linear": str(int(self.linear))}
+
+    def _linear(self) -> bool:
+        """Whether products with FP16 weights become the operator of our own."""
+        if self.plain:
+            return False
+        asked = self.options["linear"]
+        if asked == "1" and self.scheme is not None:
+            raise UnsupportedError(
+                f"ort:linear=1 does not go with {self.scheme.name}",
+                "the operator takes FP16 weights, which that makes integers",
+                "drop linear=1, or drop precision and storage",
+            )
+        return _ready() and self.scheme is None if asked == "auto" else asked == "1"
 
     def _winograd(self) -> bool:
         """Whether 3x3 convolutions become the operator of our own."""
@@ -139,8 +158,7 @@ class OrtBackend(Backend):
             )
         small = self.scheme is not None and not self.scheme.dynamic
         if asked == "auto":
-            ready = operators.compiler() is not None and {"avx2", "fma"} <= set(isa().split())
-            return ready and not (integers or unfolded or small)
+            return _ready() and not (integers or unfolded or small)
         return asked == "1"
 
     def probe(self) -> Capability:
@@ -164,7 +182,8 @@ class OrtBackend(Backend):
         words = self.summary
         if not (self.plain or operators.compiler()):
             words += (
-                "; no C++ compiler, so that convolutions are onnxruntime's own, which are slower"
+                "; no C++ compiler, so that convolutions and products are onnxruntime's own, which"
+                " are slower"
             )
         return Capability(True, words, version=cpu or gpu or "unknown", devices=("cpu",))
 
@@ -179,6 +198,7 @@ class OrtBackend(Backend):
         # The integer kernels want a weight whole: one that is cut is not theirs any more.
         form = FUSED if self.scheme else replace(FUSED, gates="halves")
         form = replace(form, convolutions="winograd") if self.winograd else form
+        form = replace(form, products="linear") if self.linear else form
         if part == CONTEXT_PART:
             return replace(form, context="output")
         if part == "unet" and self.options["context"] == "split":
@@ -199,7 +219,7 @@ class OrtBackend(Backend):
 
     def fingerprint(self) -> dict[str, str]:
         found = {"onnxruntime": self.probe().version, "isa": isa()}
-        return found | ({"operators": operators.digest()} if self.winograd else {})
+        return found | ({"operators": operators.digest()} if self.winograd or self.linear else {})
 
     def compile_options(self) -> Mapping[str, str]:
         made = {key: self.options[key] for key in ("level", "prepack")}
@@ -235,6 +255,7 @@ class OrtBackend(Backend):
 
     def _weight_bytes(self, bundle: Bundle, part: str) -> int:
         """Of a compiled part."""
+        from export.lower import linear
         from export.lower.context import weight_bytes
 
         added = self._transformed(bundle, part).added
@@ -242,7 +263,10 @@ class OrtBackend(Backend):
             return added + quantised.weight_bytes(bundle, part, self.scheme)
         info, form = bundle.source(part), self.profile(part).context
         stored = info.weight_bytes if form == "inline" else weight_bytes(info.graph, form)
-        return added + stored * (2 if bundle.dtype == "fp16" else 1)
+        widened = stored * (2 if bundle.dtype == "fp16" else 1)
+        # Of half a UNet: in proportion.
+        kept = linear.saved(info.graph) * stored // info.weight_bytes if self.linear else 0
+        return added + widened - kept
 
     def disk_need(self, bundle: Bundle, part: str) -> int:
         """Bytes a compile writes: the weights, integers and convolutions' twice; then the kernels'
@@ -299,6 +323,11 @@ class OrtBackend(Backend):
             return OrtSession(session, bundle, part)
         except Exception as error:
             raise translate(error, doing) from error
+
+
+def _ready() -> bool:
+    """Whether the operators of our own can be built and pay."""
+    return operators.compiler() is not None and {"avx2", "fma", "f16c"} <= set(isa().split())
 
 
 def optimise(job: Mapping[str, Any]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-FLAGS = ("avx2", "fma", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile",
-         "amx_int8")  # fmt: skip
+FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16",
+         "amx_tile", "amx_int8", "amx_bf16")  # fmt: skip
 
 
 def cpu_flags() -> set[str]:

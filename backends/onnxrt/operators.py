@@ -1,4 +1,4 @@
-"""The project's own operators for onnxruntime on a CPU, in C++ (winograd.cc).
+"""The project's own operators for onnxruntime on a CPU, in C++ (winograd.cc, linear.cc).
 
 They are built with the system's C++ compiler when they are first needed, as `torch.compile` does
 it, and kept under the build root. Where there is no compiler, onnxruntime's own kernels stay.
@@ -22,6 +22,16 @@ from core.isa import isa
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]*")))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden")
+
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_TILES = ["-mavx512f", "-mavx512bw", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+VECTORS = (
+    ({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16"},
+     [*_AVX2, *_TILES]),
+    ({"avx2", "fma", "f16c", "avx512f"}, [*_AVX2, "-mavx512f"]),
+    ({"avx2", "fma", "f16c"}, _AVX2),
+)  # fmt: skip
+"""What a CPU has, and the compiler's flags for it; the widest first."""
 
 
 def compiler() -> list[str] | None:
@@ -79,6 +89,11 @@ def library() -> Path:
 
 def _vectors(isa: str) -> list[str]:
     """The compiler's flags for the widest vectors that the operators know of this CPU's."""
-    flags = isa.split()
-    wanted = {"avx512f": ["-mavx512f", "-mavx2", "-mfma"], "avx2": ["-mavx2", "-mfma"]}
-    return next((made for flag, made in wanted.items() if flag in flags and "fma" in flags), [])
+    flags = set(isa.split())
+    return next((made for needed, made in VECTORS if needed <= flags and _takes(made)), [])
+
+
+def _takes(flags: list[str]) -> bool:
+    """Whether the compiler, which may be older than the CPU, knows these."""
+    test = [*(compiler() or []), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(test, capture_output=True, check=False).returncode == 0

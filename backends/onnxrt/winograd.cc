@@ -16,24 +16,16 @@
 //
 // Tiles go in panels of two vectors. The products of one element of Bt d B, over all tiles, are a
 // matrix product of their own: weights [K, C] with tiles [C, T].
-#include "ort_abi.h"
+#include "kernel.h"
+#include "vectors.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <mutex>
-#include <new>
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kStep = 8;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kStep = 4;
-#else
-constexpr int kLanes = 4, kStep = 8;
-#endif
+constexpr int kStep = kLanes == 8 ? 4 : 8;  // filters that meet two vectors in registers
 constexpr int kRows = 8;             // output channels that lie together in the weights
 constexpr int kTiles = 2 * kLanes;   // tiles of a panel
 constexpr int kPanels = 2;           // panels that weights meet before the next ones, in large images
@@ -43,8 +35,6 @@ constexpr int kAhead = 2;            // blocks of weights that are fetched early
 constexpr int kDepth = 64;           // channels of a panel that stay in the first cache
 constexpr int kProduct = kRows * kTiles;
 constexpr int64_t kUnits = 16;       // pieces of work, at least, for machines with many cores
-
-typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 struct Problem {
   const float *x, *weights, *bias, *residual;
@@ -63,26 +53,6 @@ struct Problem {
     elements = upsample ? 9 : 16;
     span = panels < kLarge ? 1 : kPanels;
   }
-};
-
-// Memory that a thread keeps for its next call: fresh pages would cost more than the transform.
-class Scratch {
- public:
-  float* of(size_t floats) {
-    if (floats > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64));
-      if (data_ == nullptr) throw std::bad_alloc();
-      size_ = floats;
-    }
-    return data_;
-  }
-  ~Scratch() { std::free(data_); }
-
- private:
-  float* data_ = nullptr;
-  size_t size_ = 0;
 };
 
 // A row of an image, padded: columns 2c - 1 + 2i (odd) and 2c + 2i (even) for i in 0..count.
@@ -310,8 +280,8 @@ void work(void* data, size_t index) noexcept {
   int count = static_cast<int>(std::min<int64_t>(p.span, p.panels - first));
   int64_t blocks = p.filters / kRows, stride = count * p.channels * kTiles;
   try {
-    float* v = tiles.of(p.elements * stride);
-    float* m = products.of(size_t{kGroup} * kPanels * p.elements * kProduct);
+    float* v = tiles.of<float>(p.elements * stride);
+    float* m = products.of<float>(size_t{kGroup} * kPanels * p.elements * kProduct);
     if (held_call != job.number || held_first != first) {
       transform_input(p, first, count, v);
       held_call = job.number, held_first = first;
@@ -337,112 +307,48 @@ OrtStatus* convolve(const Api& api, OrtKernelContext* context, const Problem& p)
   return nullptr;
 }
 
-struct Kernel {
+struct WinogradConv {
+  static constexpr const char* kName = "WinogradConv";
+  static constexpr int kInputs[] = {kFloat, kFloat, kFloat, kFloat};
+  static constexpr size_t kNeeded = 2;
+  static constexpr int kOverwritten = 3;  // the sum in the memory of what is added
+
   Api api;
-  int64_t upsample, relu;
+  int64_t upsample = 0, relu = 0;
+
+  OrtStatus* configure(const OrtKernelInfo* info) {
+    if (auto* error = api.KernelInfoGetAttribute_int64(info, "upsample", &upsample)) return error;
+    return api.KernelInfoGetAttribute_int64(info, "relu", &relu);
+  }
+
+  OrtStatus* compute(OrtKernelContext* context) const {
+    Tensor x, weights, bias, residual;
+    if (auto* error = read(api, context, 0, &x)) return error;
+    if (auto* error = read(api, context, 1, &weights)) return error;
+    if (auto* error = read(api, context, 2, &bias)) return error;
+    if (auto* error = read(api, context, 3, &residual)) return error;
+    Problem p{};
+    p.x = x.floats(), p.weights = weights.floats(), p.bias = bias.floats();
+    p.residual = residual.floats();
+    p.channels = x.dims[1], p.height = x.dims[2], p.width = x.dims[3];
+    p.filters = weights.dims[0] * kRows;
+    p.upsample = upsample != 0, p.relu = relu != 0;
+    p.finish(x.dims[0]);
+    int64_t scale = p.upsample ? 2 : 1;
+    int64_t dims[4] = {x.dims[0], p.filters, scale * p.height, scale * p.width};
+    if (x.rank != 4 || weights.rank != 4 || weights.dims[1] != p.elements ||
+        weights.dims[2] != p.channels || weights.dims[3] != kRows ||
+        (bias.data && (bias.rank != 1 || bias.dims[0] != p.filters)) ||
+        (residual.data && (residual.rank != 4 || !std::equal(dims, dims + 4, residual.dims))))
+      return api.CreateStatus(kInvalidArgument,
+                              "WinogradConv wants x [N, C, H, W], weights [K/8, 16 (9 with"
+                              " upsample), C, 8], bias [K], and what is added in the shape of the"
+                              " output");
+    if (auto* error = write(api, context, dims, 4, &p.y)) return error;
+    return p.tiles ? convolve(api, context, p) : nullptr;
+  }
 };
-
-// An input; without data, one that is left out.
-struct Tensor {
-  const float* data = nullptr;
-  int64_t dims[4] = {};
-  size_t rank = 0;
-};
-
-OrtStatus* read(const Api& api, OrtKernelContext* context, size_t index, Tensor* out) {
-  const OrtValue* value = nullptr;
-  if (auto* error = api.KernelContext_GetInput(context, index, &value)) return error;
-  if (value == nullptr) return nullptr;
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  if (auto* error = api.GetTensorTypeAndShape(value, &info)) return error;
-  OrtStatus* error = api.GetDimensionsCount(info, &out->rank);
-  if (!error && out->rank <= 4) error = api.GetDimensions(info, out->dims, out->rank);
-  api.ReleaseTensorTypeAndShapeInfo(info);
-  void* data = nullptr;
-  if (!error) error = api.GetTensorMutableData(const_cast<OrtValue*>(value), &data);
-  out->data = static_cast<const float*>(data);
-  return error;
-}
-
-OrtStatus* compute(void* kernel, OrtKernelContext* context) {
-  const auto& [api, upsample, relu] = *static_cast<Kernel*>(kernel);
-  Tensor x, weights, bias, residual;
-  if (auto* error = read(api, context, 0, &x)) return error;
-  if (auto* error = read(api, context, 1, &weights)) return error;
-  if (auto* error = read(api, context, 2, &bias)) return error;
-  if (auto* error = read(api, context, 3, &residual)) return error;
-  Problem p{};
-  p.x = x.data, p.weights = weights.data, p.bias = bias.data, p.residual = residual.data;
-  p.channels = x.dims[1], p.height = x.dims[2], p.width = x.dims[3];
-  p.filters = weights.dims[0] * kRows;
-  p.upsample = upsample != 0, p.relu = relu != 0;
-  p.finish(x.dims[0]);
-  int64_t scale = p.upsample ? 2 : 1;
-  int64_t dims[4] = {x.dims[0], p.filters, scale * p.height, scale * p.width};
-  if (x.rank != 4 || weights.rank != 4 || weights.dims[1] != p.elements ||
-      weights.dims[2] != p.channels || weights.dims[3] != kRows ||
-      (bias.data && (bias.rank != 1 || bias.dims[0] != p.filters)) ||
-      (residual.data && (residual.rank != 4 || !std::equal(dims, dims + 4, residual.dims))))
-    return api.CreateStatus(kInvalidArgument,
-                            "WinogradConv wants x [N, C, H, W], weights [K/8, 16 (9 with upsample),"
-                            " C, 8], bias [K], and what is added in the shape of the output");
-  OrtValue* y = nullptr;
-  if (auto* error = api.KernelContext_GetOutput(context, 0, dims, 4, &y)) return error;
-  void* data = nullptr;
-  if (auto* error = api.GetTensorMutableData(y, &data)) return error;
-  p.y = static_cast<float*>(data);
-  return p.tiles ? convolve(api, context, p) : nullptr;
-}
-
-OrtStatus* create(const OrtCustomOp*, OrtApi* table, const OrtKernelInfo* info, void** out) {
-  auto* kernel = new (std::nothrow) Kernel{Api{table}, 0, 0};
-  if (kernel == nullptr) return Api{table}.CreateStatus(kFail, "bad_alloc");
-  *out = kernel;
-  if (auto* error = kernel->api.KernelInfoGetAttribute_int64(info, "upsample", &kernel->upsample))
-    return error;
-  return kernel->api.KernelInfoGetAttribute_int64(info, "relu", &kernel->relu);
-}
-
-const OrtCustomOp kWinogradConv = [] {
-  OrtCustomOp op{};
-  op.version = kApiVersion;
-  op.GetName = [](const OrtCustomOp*) { return "WinogradConv"; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) { return "CPUExecutionProvider"; };
-  op.GetInputType = [](const OrtCustomOp*, size_t) { return int{kFloat}; };
-  op.GetInputTypeCount = [](const OrtCustomOp*) { return size_t{4}; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t) { return int{kFloat}; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) { return size_t{1}; };
-  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
-    return index >= 2 ? int{kOptional} : int{kRequired};
-  };
-  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return int{kRequired}; };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return int{kDefaultMemory}; };
-  op.GetMayInplace = [](int** input, int** output) {  // the sum in the memory of what is added
-    static int sum = 3, result = 0;
-    *input = &sum, *output = &result;
-    return size_t{1};
-  };
-  op.ReleaseMayInplace = [](int*, int*) {};
-  op.CreateKernelV2 = create;
-  op.KernelComputeV2 = compute;
-  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  return op;
-}();
 
 }  // namespace
 
-// What onnxruntime calls when the library is registered with a session's options.
-extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
-    OrtSessionOptions* options, const OrtApiBase* base) {
-  Api api{base->GetApi(kApiVersion)};
-  static std::mutex one_at_a_time;
-  static OrtCustomOpDomain* domain = nullptr;  // lives as long as the library
-  std::lock_guard<std::mutex> lock(one_at_a_time);
-  if (domain == nullptr) {
-    OrtCustomOpDomain* fresh = nullptr;
-    if (auto* error = api.CreateCustomOpDomain("addbench", &fresh)) return error;
-    if (auto* error = api.CustomOpDomain_Add(fresh, &kWinogradConv)) return error;
-    domain = fresh;
-  }
-  return api.AddCustomOpDomain(options, domain);
-}
+extern const OrtCustomOp kWinogradConv = describe<WinogradConv>();

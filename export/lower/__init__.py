@@ -14,14 +14,15 @@ A profile says what; each pass below does one of its fields and knows nothing of
     attention.py  attention="matmul": Attention as MatMul, Softmax, MatMul; attention_block
     multihead.py  attention="multihead": Attention as onnxruntime's MultiHeadAttention
     winograd.py   convolutions="winograd": 3x3 convolutions as an operator of the project's own
+    linear.py     products="linear": products with FP16 weights as another
     constants.py  constants="fp16-range": no constant beyond FP16's range
     argmax.py     argmax="float32": ArgMax of integers over their FP32 values
     opset.py      opset=16..22: the operators as that older opset has them
     storage.py    reads, writes and checks the model files; the weights stay on disk
 
-Weights are not read, unless `constants`, `vae_divisor` or `convolutions` ask for them: the lowered
-graph refers to a hard link (or a copy, across disks) of the same data file, so that lowering a 5 GB
-UNet takes seconds and little memory.
+Weights are not read, unless `constants`, `vae_divisor`, `convolutions` or `products` ask for them:
+the lowered graph refers to a hard link (or a copy, across disks) of the same data file, so that
+lowering a 5 GB UNet takes seconds and little memory.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Profile:
         gates: `halves` makes two products of one whose result is split in two, as GEGLU's is.
         convolutions: `winograd` makes 3x3 convolutions the project's own operator for onnxruntime
             (backends/onnxrt), which a session must be given.
+        products: `linear` makes products with FP16 weights another such operator, which reads them
+            as they are stored.
         argmax: `float32` casts what ArgMax compares, where it compares integers, for compilers that
             have it for floats only. FP32 holds every token id exactly; FP16 does not.
     """
@@ -86,6 +89,7 @@ class Profile:
     context: Literal["inline", "input", "output"] = "inline"
     gates: Literal["as-is", "halves"] = "as-is"
     convolutions: Literal["op", "winograd"] = "op"
+    products: Literal["op", "linear"] = "op"
     argmax: Literal["as-is", "float32"] = "as-is"
 
 
@@ -114,6 +118,7 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
         context,
         dtypes,
         gates,
+        linear,
         multihead,
         norms,
         opset,
@@ -158,4 +163,6 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".weights-") as scratch:
         if profile.convolutions == "winograd":
             winograd.convolve(model, Path(scratch))
+        if profile.products == "linear":
+            linear.replace(model, Path(scratch))
         storage.save(model, out)

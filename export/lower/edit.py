@@ -143,3 +143,17 @@ def dtype_and_rank(node: ir.Node, value: ir.Value) -> tuple[ir.DataType, int]:
             "export the graph again with shapes on every value",
         )
     return value.dtype, value.shape.rank()
+
+
+def only_reader(node: ir.Node) -> ir.Node | None:
+    """The one node that reads the output of `node`, if nothing else does."""
+    value = node.outputs[0]
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    reader = next(iter(uses)).node
+    return None if reader.domain else reader
+
+
+def same_shape(one: ir.Value, other: ir.Value) -> bool:
+    return one.shape is not None and other.shape is not None and one.shape == other.shape

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -25,6 +26,8 @@ from export.lower import CANONICAL_OPSET, OLDEST_OPSET, Profile
 
 _READ_LIMIT = 1 << 20
 """Bytes. Integers and booleans beyond are data, not shape arithmetic, and stay on disk."""
+_PAGE = 4096
+"""Bytes. Each weight begins on a page, as maps of a file do."""
 _NODE_METADATA_IR = 10
 """The IR version that brought metadata on nodes and values (torch writes stack traces there)."""
 
@@ -93,6 +96,25 @@ def mapped(tensor: ir.ExternalTensor) -> np.ndarray:
         "r",
         offset=tensor.offset or 0,
         shape=tuple(tensor.shape.numpy()),
+    )
+
+
+def written(file: BinaryIO, array: np.ndarray, name: str) -> ir.Value:
+    """An initializer that holds `array`, written to the end of a file beside the graph."""
+    file.write(bytes(-file.tell() % _PAGE))
+    offset = file.tell()
+    file.write(np.ascontiguousarray(array).data)
+    external = ir.ExternalTensor(
+        Path(file.name).name,
+        offset,
+        array.nbytes,
+        ir.DataType.from_numpy(array.dtype),
+        shape=ir.Shape(array.shape),
+        name=name,
+        base_dir=str(Path(file.name).parent),
+    )
+    return ir.Value(
+        name=name, shape=external.shape, type=ir.TensorType(external.dtype), const_value=external
     )
 
 

@@ -23,16 +23,16 @@ from export.lower.edit import (
     attribute,
     constant_of,
     initializer_of,
+    only_reader,
     operand,
     required,
+    same_shape,
     static_dim,
 )
 
 DOMAIN = "addbench"
 OPERATOR = "WinogradConv"
 FILE = "winograd.data"
-PAGE = 4096
-"""Bytes. Each weight begins on a page, as maps of a file do."""
 ROWS = 8
 """Output channels that lie together in the transformed weights."""
 SMALLEST = 256
@@ -122,22 +122,7 @@ def _transformed(node: ir.Node, file: BinaryIO) -> ir.Value:
     matrix = np.kron(form, form).T.astype(np.float32)  # [9, elements]
     products = plain.reshape(-1, 9).astype(np.float32) @ matrix
     blocks = products.reshape(filters // ROWS, ROWS, channels, -1).transpose(0, 3, 2, 1)
-    file.write(bytes(-file.tell() % PAGE))
-    offset = file.tell()
-    file.write(np.ascontiguousarray(blocks).tobytes())
-    name = f"{weight.name}_winograd{len(form)}"
-    external = ir.ExternalTensor(
-        FILE,
-        offset,
-        blocks.nbytes,
-        ir.DataType.FLOAT,
-        shape=ir.Shape(blocks.shape),
-        name=name,
-        base_dir=str(Path(file.name).parent),
-    )
-    return ir.Value(
-        name=name, shape=external.shape, type=ir.TensorType(external.dtype), const_value=external
-    )
+    return storage.written(file, blocks, f"{weight.name}_winograd{len(form)}")
 
 
 def _replace(model: ir.Model, node: ir.Node, file: BinaryIO) -> None:
@@ -147,12 +132,12 @@ def _replace(model: ir.Model, node: ir.Node, file: BinaryIO) -> None:
         model.graph.register_initializer(weights)
     weights = model.graph.initializers[weights.name or ""]
     last, residual, gone = node, None, [node]
-    if (add := _only_reader(last)) is not None and add.op_type == "Add":
+    if (add := only_reader(last)) is not None and add.op_type == "Add":
         other = next((v for v in add.inputs if v is not last.outputs[0]), None)
-        if other is not None and _same_shape(other, last.outputs[0]):
+        if other is not None and same_shape(other, last.outputs[0]):
             last, residual = add, other
             gone.append(add)
-    if relu := (reader := _only_reader(last)) is not None and reader.op_type == "Relu":
+    if relu := (reader := only_reader(last)) is not None and reader.op_type == "Relu":
         last = reader
         gone.append(reader)
     edit = Edit(model, last)
@@ -172,16 +157,6 @@ def _replace(model: ir.Model, node: ir.Node, file: BinaryIO) -> None:
             each.graph.remove(each, safe=True)
 
 
-def _only_reader(node: ir.Node) -> ir.Node | None:
-    """The one node that reads the output of `node`, if nothing else does."""
-    value = node.outputs[0]
-    uses = value.uses()
-    if len(uses) != 1 or value.is_graph_output():
-        return None
-    reader = next(iter(uses)).node
-    return None if reader.domain else reader
-
-
 def _enlarged(node: ir.Node) -> ir.Node | None:
     """The Resize before a convolution, where all it does is to enlarge twice, nearest neighbour."""
     resize = required(node, 0).producer()
@@ -198,10 +173,6 @@ def _enlarged(node: ir.Node) -> ir.Node | None:
         and scales.tolist() == [1, 1, 2, 2]
         and all(attribute(resize, name, None) == value for name, value in plain.items())
         and attribute(resize, "axes", None) is None
-        and _only_reader(resize) is node
+        and only_reader(resize) is node
     )
     return resize if fits else None
-
-
-def _same_shape(one: ir.Value, other: ir.Value) -> bool:
-    return one.shape is not None and other.shape is not None and one.shape == other.shape

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowering import lowered, model_of, normal, ops, reference
+from lowering import lowered, model_of, normal, ops, reference, session_of
 from onnx import ModelProto, TensorProto, helper
 
 from backends.onnxrt import operators
@@ -54,13 +53,7 @@ def convolution(
 
 
 def run(model: ModelProto, inputs: dict[str, np.ndarray], threads: int = 2) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    operators.register(options)
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, ["CPUExecutionProvider"]
-    )
-    result: np.ndarray = session.run(None, inputs)[0]
+    result: np.ndarray = session_of(model, threads).run(None, inputs)[0]
     return result
 
 
@@ -102,9 +95,7 @@ def test_threads_and_calls_do_not_read_each_others_tiles() -> None:
     """Tiles are kept by the thread: another call of the same shape must not find them."""
     model, inputs = convolution(channels=64, filters=256)
     low = lowered(model, PROFILE)
-    options = onnxruntime.SessionOptions()
-    operators.register(options)
-    session = onnxruntime.InferenceSession(low.SerializeToString(), options)
+    session = session_of(low, 2)
     for seed in range(6):
         fresh = {"x": normal(*inputs["x"].shape, seed=10 + seed)}
         wanted = reference(model, fresh)[0]
@@ -140,9 +131,7 @@ def test_what_others_read_stays_too() -> None:
         model.graph.output.append(info)
     low = lowered(model, PROFILE)
     assert {"Resize", "Add", "Relu", winograd.OPERATOR} <= set(ops(low))
-    options = onnxruntime.SessionOptions()
-    operators.register(options)
-    session = onnxruntime.InferenceSession(low.SerializeToString(), options)
+    session = session_of(low, 2)
     for result, wanted in zip(session.run(None, inputs), reference(model, inputs), strict=True):
         np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-4)
 

@@ -1,0 +1,317 @@
+// A matrix product with weights that stay in FP16, as an operator of onnxruntime: y = x w + bias.
+//
+//   x [..., K] FP32, weights [N/32, K/2, 32, 2] FP16 (N and K filled up with zeros to multiples of
+//   32), bias [N] FP32, and what is added, in the shape of y -> y [..., N] FP32. `features` is N.
+//
+// The arithmetic is that of FP32 weights: an FP16 number is one of FP32 and of BF16 pairs too.
+//
+// Where the CPU has tiles (AMX), x is cut into three BF16 numbers whose sum it is, a weight into
+// two, and their products, which are exact, are summed in FP32: 15 times the arithmetic a second for
+// 5 times the products. The sixth, of the last parts, is below half a unit in the last place of
+// x w, and left out. Tiles sum 32 products before they round into the total, so that the
+// result is nearer to the exact one than a chain of FP32's is. Henry, Tang and Heinecke, "Leveraging
+// the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations" (2019).
+//
+// Elsewhere a block of weights is widened to FP32 in the first cache, and met by all rows of x.
+#include "amx.h"
+#include "kernel.h"
+#include "vectors.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <thread>
+
+namespace {
+
+constexpr int kPanel = 32;            // columns of y that lie together in the weights
+constexpr int64_t kBlock = 256;       // rows of x that meet a block of weights while it is near
+constexpr int64_t kFewRows = 8;       // up to these, tiles would stay empty
+constexpr int64_t kGroup = 16;        // panels of a piece of work, at least, if cores allow it
+
+struct Problem {
+  const float *x, *bias, *residual;
+  const Half* weights;
+  float* y;
+  int64_t rows, inputs, features;  // of x; K; N
+  int64_t depth, panels;           // K in steps of 32; of 32 columns
+
+  const Half* panel(int64_t number, int64_t k) const {
+    return weights + (number * depth + k) * kPanel;
+  }
+};
+
+// The sums of some rows and one panel, finished: y = part + bias + residual.
+void finish(const Problem& p, const float* part, int64_t row, int64_t rows, int64_t column) {
+  int64_t columns = std::min<int64_t>(kPanel, p.features - column);
+  float bias[kPanel] = {};
+  if (p.bias) std::memcpy(bias, p.bias + column, 4 * columns);
+  for (int64_t r = 0; r < rows; ++r, part += kPanel) {
+    int64_t at = (row + r) * p.features + column;
+    for (int64_t i = 0; i < columns; ++i) {
+      float sum = part[i] + bias[i];
+      p.y[at + i] = p.residual ? sum + p.residual[at + i] : sum;
+    }
+  }
+}
+
+// Sums so far, of a block whose depth is in pieces, between y and `part`.
+void fetch(const Problem& p, float* part, int64_t row, int64_t rows, int64_t column) {
+  int64_t bytes = 4 * std::min<int64_t>(kPanel, p.features - column);
+  for (int64_t r = 0; r < rows; ++r)
+    std::memcpy(part + r * kPanel, p.y + (row + r) * p.features + column, bytes);
+}
+void keep(const Problem& p, const float* part, int64_t row, int64_t rows, int64_t column) {
+  int64_t bytes = 4 * std::min<int64_t>(kPanel, p.features - column);
+  for (int64_t r = 0; r < rows; ++r)
+    std::memcpy(p.y + (row + r) * p.features + column, part + r * kPanel, bytes);
+}
+
+#ifdef ADDBENCH_AMX
+
+constexpr int64_t kNear = 1 << 20;  // bytes of cut rows that stay in the second cache
+constexpr int64_t kShallow = 256;   // of the depth, at least, before a sum is put away
+constexpr int kRowTile = 3 * kTile, kWeightTile = 4 * kTile;  // bytes of 32 of the depth
+
+// Rows [0, rows) of x, `depth` long: out [16 rows][32 of the depth][part] tiles.
+void cut_rows(const float* x, int64_t stride, int64_t rows, int64_t depth, char* out) {
+  int64_t steps = (depth + 31) / 32;
+  for (int64_t r = 0; r < (rows + 15) / 16 * 16; ++r) {
+    char* to = out + r / 16 * steps * kRowTile + r % 16 * 64;
+    const float* from = x + r * stride;
+    for (int64_t s = 0; s < steps; ++s, to += kRowTile, from += 32) {
+      int64_t left = r < rows ? depth - s * 32 : 0;
+      cut_in_three(load(from, left), load(from + 16, left - 16), to, kTile);
+    }
+  }
+}
+
+// A panel of weights as it is cut, bit by bit, while the one before it is multiplied.
+struct Cutting {
+  const Half* weights;
+  char* out;  // [32 of the depth][part][16 columns] tiles
+  int64_t done, count;  // vectors of 32 weights
+  int64_t ahead;        // weights that are fetched early
+
+  void some(int64_t until) {
+    for (until = std::min(until, count); done < until; ++done) {
+      const Half* from = weights + done * 32;
+      __builtin_prefetch(from + ahead, 0, 2);
+      char* to = out + done / 32 * kWeightTile + done % 2 * kTile + done % 32 / 2 * 64;
+      cut_in_two(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))),
+                 _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 16))),
+                 to, 2 * kTile);
+    }
+  }
+};
+
+// Adds 16 or, if Two, 32 rows times 32 columns to the sums in tiles 0 to 3.
+template <bool Two>
+inline void multiply_tiles(const char* rows, int64_t stride, const char* weights, int64_t steps,
+                           Cutting& next, int64_t share) {
+  for (int64_t s = 0; s < steps; ++s, rows += kRowTile, weights += kWeightTile) {
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; ++part) {
+      _tile_loadd(6, weights + 2 * part * kTile, 64);
+      _tile_loadd(7, weights + (2 * part + 1) * kTile, 64);
+#pragma GCC unroll 3
+      for (int i = 0; i < 3 - part; ++i) {
+        _tile_loadd(4, rows + i * kTile, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (Two) {
+          _tile_loadd(5, rows + stride + i * kTile, 64);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      next.some(next.done + (share + 1) / 2);
+    }
+  }
+}
+
+// Rows [from, to) times panels [first, end).
+void multiply_with_tiles(const Problem& p, int64_t from, int64_t to, int64_t first, int64_t end) {
+  static thread_local Scratch rows_memory, weights_memory;
+  Tiles tiles;
+  alignas(64) float part[32 * kPanel];
+  int64_t blocks = (to - from + 15) / 16, most = std::max(kShallow, kNear / (blocks * 96) / 32 * 32);
+  int64_t pieces = (p.depth + most - 1) / most, piece = ((p.depth + pieces - 1) / pieces + 31) / 32;
+  char* rows = rows_memory.of<char>(blocks * piece * kRowTile);
+  char* weights = weights_memory.of<char>(2 * piece * kWeightTile);
+  char* other = weights + piece * kWeightTile;
+  for (int64_t k = 0; k < p.depth; k += piece * 32) {
+    int64_t steps = std::min(piece, (p.depth - k) / 32), ahead = p.depth * kPanel;
+    bool last = k + piece * 32 >= p.depth;
+    cut_rows(p.x + from * p.inputs + k, p.inputs, to - from, std::min(p.inputs - k, piece * 32),
+             rows);
+    Cutting now{p.panel(first, k), weights, 0, steps * 32, ahead};
+    now.some(now.count);
+    for (int64_t panel = first; panel < end; ++panel, std::swap(weights, other)) {
+      int64_t count = panel + 1 < end ? steps * 32 : 0;
+      Cutting next{p.panel(panel + 1, k), other, 0, count, panel + 2 < end ? ahead : 0};
+      int64_t share = (64 + blocks - 1) / blocks, column = panel * kPanel;
+      for (int64_t b = 0; b < blocks; b += 2) {
+        int64_t row = from + b * 16, height = std::min<int64_t>(to - row, 32);
+        bool two = b + 1 < blocks;
+        bool whole = column + kPanel <= p.features && height == (two ? 32 : 16);
+        float* at = whole ? p.y + row * p.features + column : part;
+        int64_t stride = 4 * (whole ? p.features : kPanel);
+        if (k > 0 && !whole) fetch(p, part, row, height, column);
+        if (k > 0) load_sums(at, stride, two);
+        else clear_sums();
+        const char* cut = rows + b * steps * kRowTile;
+        if (two) multiply_tiles<true>(cut, steps * kRowTile, weights, steps, next, share);
+        else multiply_tiles<false>(cut, 0, weights, steps, next, share);
+        if (!last) {
+          store_sums(at, stride, two);
+          if (!whole) keep(p, part, row, height, column);
+        } else {
+          store_sums(part, 4 * kPanel, two);
+          finish(p, part, row, height, column);
+        }
+      }
+      next.some(count);
+    }
+  }
+}
+
+#endif
+
+constexpr int64_t kPiece = 256;                    // of the depth, whose widened panel is near
+constexpr int kHalves = kPanel / (2 * kLanes);     // of a panel, of two vectors
+constexpr int kRows = kLanes == 16 ? 12 : 6;       // of x that meet two vectors in registers
+
+// Adds R rows of x times two vectors of columns to `sums` [R][32].
+template <int R>
+void multiply_rows(const float* x, int64_t stride, const float* weights, int64_t depth,
+                   float* sums) {
+  Vec sum[R][2] = {};
+  for (int64_t k = 0; k < depth; ++k, weights += 2 * kLanes) {
+    Vec left = *reinterpret_cast<const Vec*>(weights);
+    Vec right = *reinterpret_cast<const Vec*>(weights + kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < R; ++i) {
+      sum[i][0] += x[i * stride + k] * left;
+      sum[i][1] += x[i * stride + k] * right;
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < 2; ++j)
+      *reinterpret_cast<Vec*>(sums + i * kPanel + j * kLanes) += sum[i][j];
+}
+
+// As many rows as are left, at most R.
+template <int R>
+void multiply_some(int64_t rows, const float* x, int64_t stride, const float* weights,
+                   int64_t depth, float* sums) {
+  if constexpr (R > 1)
+    if (rows < R) return multiply_some<R - 1>(rows, x, stride, weights, depth, sums);
+  multiply_rows<R>(x, stride, weights, depth, sums);
+}
+
+void multiply_with_vectors(const Problem& p, int64_t from, int64_t to, int64_t first,
+                           int64_t end) {
+  static thread_local Scratch memory;
+  float* wide = memory.of<float>(kPiece * kPanel);  // [half][depth][2 vectors]
+  float part[kRows * kPanel];
+  for (int64_t k = 0; k < p.depth; k += kPiece) {
+    int64_t piece = std::min(kPiece, p.depth - k), depth = std::min(piece, p.inputs - k);
+    for (int64_t panel = first; panel < end; ++panel) {
+      widen_pairs(p.panel(panel, k), piece, kPanel, wide);
+      for (int64_t row = from; row < to; row += kRows) {
+        int64_t rows = std::min<int64_t>(kRows, to - row), column = panel * kPanel;
+        if (k > 0) fetch(p, part, row, rows, column);
+        else std::memset(part, 0, sizeof part);
+        for (int half = 0; half < kHalves; ++half)
+          multiply_some<kRows>(rows, p.x + row * p.inputs + k, p.inputs,
+                               wide + half * piece * 2 * kLanes, depth,
+                               part + half * 2 * kLanes);
+        if (k + kPiece < p.depth) keep(p, part, row, rows, column);
+        else finish(p, part, row, rows, column);
+      }
+    }
+  }
+}
+
+struct Job {
+  const Problem* problem;
+  int64_t blocks, groups;  // of rows, of panels
+  std::atomic<bool> failed{false};
+};
+
+void work(void* data, size_t index) noexcept {
+  auto& job = *static_cast<Job*>(data);
+  const Problem& p = *job.problem;
+  int64_t block = static_cast<int64_t>(index) / job.groups;
+  int64_t group = static_cast<int64_t>(index) % job.groups;
+  int64_t from = block * kBlock, to = std::min(p.rows, from + kBlock);
+  int64_t first = p.panels * group / job.groups, end = p.panels * (group + 1) / job.groups;
+  try {
+#ifdef ADDBENCH_AMX
+    if (p.rows > kFewRows && may_use_tiles())
+      return multiply_with_tiles(p, from, to, first, end);
+#endif
+    multiply_with_vectors(p, from, to, first, end);
+  } catch (const std::bad_alloc&) {
+    job.failed = true;
+  }
+}
+
+struct Linear {
+  static constexpr const char* kName = "Linear";
+  static constexpr int kInputs[] = {kFloat, kHalf, kFloat, kFloat};
+  static constexpr size_t kNeeded = 2;
+  static constexpr int kOverwritten = -1;  // sums so far are kept in the output
+
+  Api api;
+  int64_t features = 0;
+
+  OrtStatus* configure(const OrtKernelInfo* info) {
+    return api.KernelInfoGetAttribute_int64(info, "features", &features);
+  }
+
+  OrtStatus* compute(OrtKernelContext* context) const {
+    Tensor x, weights, bias, residual;
+    if (auto* error = read(api, context, 0, &x)) return error;
+    if (auto* error = read(api, context, 1, &weights)) return error;
+    if (auto* error = read(api, context, 2, &bias)) return error;
+    if (auto* error = read(api, context, 3, &residual)) return error;
+    bool fits = x.rank >= 1 && x.rank <= Tensor::kMost && weights.rank == 4;
+    Problem p{};
+    p.inputs = fits ? x.dims[x.rank - 1] : 0, p.features = features;
+    p.depth = 2 * weights.dims[1], p.panels = weights.dims[0];
+    int64_t dims[Tensor::kMost];
+    std::copy(x.dims, x.dims + Tensor::kMost, dims);
+    if (fits) dims[x.rank - 1] = features;
+    if (!fits || p.depth != (p.inputs + 31) / 32 * 32 || p.panels != (features + 31) / 32 ||
+        weights.dims[2] != kPanel || weights.dims[3] != 2 ||
+        (bias.data && (bias.rank != 1 || bias.dims[0] != features)) ||
+        (residual.data &&
+         (residual.rank != x.rank || !std::equal(dims, dims + x.rank, residual.dims))))
+      return api.CreateStatus(kInvalidArgument,
+                              "Linear wants x [..., K], weights [N/32, K/2, 32, 2], bias [N], and"
+                              " what is added in the shape of the output");
+    p.rows = 1;
+    for (size_t i = 0; i + 1 < x.rank; ++i) p.rows *= x.dims[i];
+    p.x = x.floats(), p.bias = bias.floats(), p.residual = residual.floats();
+    p.weights = static_cast<const Half*>(weights.data);
+    if (auto* error = write(api, context, dims, x.rank, &p.y)) return error;
+    if (p.rows == 0) return nullptr;
+    // Rows are cut again in each group: few groups, but work for all cores.
+    int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
+    int64_t blocks = (p.rows + kBlock - 1) / kBlock;
+    int64_t wanted = std::clamp(p.panels / kGroup, cores, 4 * cores);
+    Job job{&p, blocks, std::min(p.panels, (wanted + blocks - 1) / blocks)};
+    if (auto* error = api.KernelContext_ParallelFor(
+            context, work, static_cast<size_t>(job.blocks * job.groups), 0, &job))
+      return error;
+    return job.failed ? api.CreateStatus(kFail, "bad_alloc: no memory for the rows of a product")
+                      : nullptr;
+  }
+};
+
+}  // namespace
+
+extern const OrtCustomOp kLinear = describe<Linear>();
