@@ -49,7 +49,7 @@ from export.models import CONTEXT_PART
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
-    from export.lower.winograd import Sizes
+    from export.lower.convolutions import Sizes
 
 MODEL = "model.onnx"
 FUSED = replace(CPU, name="ort", attention="multihead", norms="layer")
@@ -90,17 +90,17 @@ class OrtBackend(Backend):
             " UNet evaluation; split, once a prompt, in a graph of their own",
             ("inline", "split"),
         ),
-        "winograd": Option(
+        "convolutions": Option(
             "auto",
-            "3x3 convolutions in 16 products for 36 (F(2x2, 3x3)), by an operator that your C++"
-            " compiler builds; auto: where there is one and AVX2, but not to make weights small",
-            ("auto", "0", "1"),
+            "by operators that your C++ compiler builds: winograd, those of 3x3 in 16 products for"
+            " 36 (F(2x2, 3x3)); tiles, those with FP16 weights on AMX; op, onnxruntime's own",
+            ("auto", "op", "winograd", "tiles"),
         ),
-        "linear": Option(
+        "products": Option(
             "auto",
-            "products whose FP16 weights stay so in memory, by an operator that your C++ compiler"
-            " builds; auto: where there is one and AVX2, and weights are not made integers",
-            ("auto", "0", "1"),
+            "linear: those with FP16 weights, which stay so in memory, by an operator that your C++"
+            " compiler builds; op, onnxruntime's own, whose weights are FP32",
+            ("auto", "op", "linear"),
         ),
         "graph": Option(
             "optimised",
@@ -126,40 +126,45 @@ class OrtBackend(Backend):
                     f"drop {', '.join(others)}, or drop graph=canonical",
                 )
         self.scheme = quantised.scheme_of(self.given, self.options, isa())
-        self.winograd, self.linear = self._winograd(), self._linear()
-        self.options |= {"winograd": str(int(self.winograd)), "linear": str(int(self.linear))}
+        self._choose_operators()
 
-    def _linear(self) -> bool:
-        """Whether products with FP16 weights become the operator of our own."""
-        if self.plain:
-            return False
-        asked = self.options["linear"]
-        if asked == "1" and self.scheme is not None:
-            raise UnsupportedError(
-                f"ort:linear=1 does not go with {self.scheme.name}",
-                "the operator takes FP16 weights, which that makes integers",
-                "drop linear=1, or drop precision and storage",
-            )
-        return _ready() and self.scheme is None if asked == "auto" else asked == "1"
+    def _choose_operators(self) -> None:
+        """Operators of our own where they can be built and pay; refused where they cannot be had.
 
-    def _winograd(self) -> bool:
-        """Whether 3x3 convolutions become the operator of our own."""
-        if self.plain:
-            return False
-        asked = self.options["winograd"]
+        Weights that are transformed when the graph is lowered cannot become integers after it, and
+        integers for a small memory should not stand beside larger ones.
+        """
         integers = self.scheme is not None and self.scheme.convolutions
-        unfolded = self.options["level"] == "off"  # weights would be transformed in every call
-        if asked == "1" and (integers or unfolded):
-            other = "conv=int8" if integers else "level=off"
-            raise UnsupportedError(
-                f"ort:winograd=1 does not go with {other}",
-                "the operator takes FP32 weights, transformed when the graph is optimised",
-                f"drop winograd=1, or drop {other}",
-            )
         small = self.scheme is not None and not self.scheme.dynamic
-        if asked == "auto":
-            return _ready() and not (integers or unfolded or small)
-        return asked == "1"
+        built = operators.compiler() is not None and not self.plain
+        vectors = built and {"avx2", "fma", "f16c"} <= set(isa().split())
+        tiles = built and operators.may_use_tiles()
+        best = "tiles" if tiles else "winograd" if vectors and not small else "op"
+        linear = "linear" if vectors else "op"
+        for key, chosen, refused in (
+            ("convolutions", best, integers),
+            ("products", linear, self.scheme is not None),
+        ):
+            asked = self.options[key]
+            if asked == "auto":
+                self.options[key] = "op" if refused else chosen
+            elif asked != "op" and refused and self.scheme is not None:
+                raise UnsupportedError(
+                    f"ort:{key}={asked} does not go with {self.scheme.name}",
+                    "the operator takes weights that this makes integers",
+                    f"drop {key}={asked}, or drop precision, storage and conv",
+                )
+        if self.options["convolutions"] == "tiles" and not tiles:
+            raise UnsupportedError(
+                "ort:convolutions=tiles cannot be had",
+                "this CPU has no AMX, Linux does not let it be used, or there is no C++ compiler",
+                "use ort:convolutions=winograd, or auto",
+            )
+
+    @property
+    def own_operators(self) -> bool:
+        """Whether graphs hold operators of our own."""
+        return (self.options["convolutions"], self.options["products"]) != ("op", "op")
 
     def probe(self) -> Capability:
         cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
@@ -197,8 +202,9 @@ class OrtBackend(Backend):
     def profile(self, part: str) -> Profile:
         # The integer kernels want a weight whole: one that is cut is not theirs any more.
         form = FUSED if self.scheme else replace(FUSED, gates="halves")
-        form = replace(form, convolutions="winograd") if self.winograd else form
-        form = replace(form, products="linear") if self.linear else form
+        form = replace(
+            form, convolutions=self.options["convolutions"], products=self.options["products"]
+        )
         if part == CONTEXT_PART:
             return replace(form, context="output")
         if part == "unet" and self.options["context"] == "split":
@@ -219,7 +225,7 @@ class OrtBackend(Backend):
 
     def fingerprint(self) -> dict[str, str]:
         found = {"onnxruntime": self.probe().version, "isa": isa()}
-        return found | ({"operators": operators.digest()} if self.winograd or self.linear else {})
+        return found | ({"operators": operators.digest()} if self.own_operators else {})
 
     def compile_options(self) -> Mapping[str, str]:
         made = {key: self.options[key] for key in ("level", "prepack")}
@@ -246,26 +252,30 @@ class OrtBackend(Backend):
             advice="try ort:level=basic; `python -m export verify` checks the bundle",
         )
 
-    def _transformed(self, bundle: Bundle, part: str) -> Sizes:
-        """Weights of convolutions that the operator of our own takes."""
-        from export.lower import winograd
+    def _laid_out(self, bundle: Bundle, part: str) -> Sizes:
+        """Weights of convolutions that operators of our own take."""
+        from export.lower import convolutions
 
-        taken = self.winograd and part != CONTEXT_PART
-        return winograd.sizes(bundle.source(part).graph) if taken else winograd.Sizes(0, 0)
+        kind = self.options["convolutions"]
+        if kind == "op" or part == CONTEXT_PART:
+            return convolutions.Sizes(0, 0)
+        return convolutions.sizes(bundle.source(part).graph, kind)
 
     def _weight_bytes(self, bundle: Bundle, part: str) -> int:
         """Of a compiled part."""
         from export.lower import linear
         from export.lower.context import weight_bytes
 
-        added = self._transformed(bundle, part).added
+        added = self._laid_out(bundle, part).added
         if self.scheme is not None:
             return added + quantised.weight_bytes(bundle, part, self.scheme)
         info, form = bundle.source(part), self.profile(part).context
         stored = info.weight_bytes if form == "inline" else weight_bytes(info.graph, form)
         widened = stored * (2 if bundle.dtype == "fp16" else 1)
         # Of half a UNet: in proportion.
-        kept = linear.saved(info.graph) * stored // info.weight_bytes if self.linear else 0
+        kept = 0
+        if self.options["products"] == "linear":
+            kept = linear.saved(info.graph) * stored // info.weight_bytes
         return added + widened - kept
 
     def disk_need(self, bundle: Bundle, part: str) -> int:
@@ -273,12 +283,12 @@ class OrtBackend(Backend):
         layout too."""
         copies = 3 if self.options["prepack"] == "1" else 1
         weights = (copies + (self.scheme is not None)) * self._weight_bytes(bundle, part)
-        return weights + self._transformed(bundle, part).transformed + SMALL
+        return weights + self._laid_out(bundle, part).laid_out + SMALL
 
     def memory_need(self, bundle: Bundle, part: str) -> int:
         """Peak bytes of a compile (SDXL's UNet: 12.9 GB for 11.2 GB of FP32 weights, 14.1 for
         10.3 where onnxruntime folds those of convolutions)."""
-        need = int((1.2 if self.winograd else 1.4) * self._weight_bytes(bundle, part)) + SMALL
+        need = int((1.2 if self.own_operators else 1.4) * self._weight_bytes(bundle, part)) + SMALL
         if self.scheme is None:
             return need
         return max(need, quantised.recording_bytes(bundle, part, self.scheme))
@@ -323,11 +333,6 @@ class OrtBackend(Backend):
             return OrtSession(session, bundle, part)
         except Exception as error:
             raise translate(error, doing) from error
-
-
-def _ready() -> bool:
-    """Whether the operators of our own can be built and pay."""
-    return operators.compiler() is not None and {"avx2", "fma", "f16c"} <= set(isa().split())
 
 
 def optimise(job: Mapping[str, Any]) -> None:

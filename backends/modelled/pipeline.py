@@ -19,6 +19,7 @@ from backends.base import Shapes
 from backends.cache import ArtifactCache
 from backends.modelled.card import estimate
 from backends.modelled.costs import bundle_costs
+from backends.onnxrt import operators
 from backends.ort import OrtBackend
 from backends.output import Output, Timings
 from backends.pipeline import Pipeline
@@ -37,7 +38,7 @@ CODE = (
     "backends/modelled/pipeline.py",
     "backends/pipeline.py",
     "backends/ort.py",
-    "backends/onnxrt/winograd.cc",
+    *(str(source.relative_to(ROOT)) for source in operators.SOURCES),
 )
 """Our own code that decides what an image looks like."""
 

@@ -93,14 +93,12 @@ struct Cutting {
   int64_t done, count;  // vectors of 32 weights
   int64_t ahead;        // weights that are fetched early
 
-  void some(int64_t until) {
-    for (until = std::min(until, count); done < until; ++done) {
+  void some(int64_t more) {
+    for (int64_t until = std::min(done + more, count); done < until; ++done) {
       const Half* from = weights + done * 32;
       __builtin_prefetch(from + ahead, 0, 2);
-      char* to = out + done / 32 * kWeightTile + done % 2 * kTile + done % 32 / 2 * 64;
-      cut_in_two(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))),
-                 _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 16))),
-                 to, 2 * kTile);
+      cut_halves(from, out + done / 32 * kWeightTile + done % 2 * kTile + done % 32 / 2 * 64,
+                 2 * kTile);
     }
   }
 };
@@ -125,7 +123,7 @@ inline void multiply_tiles(const char* rows, int64_t stride, const char* weights
           _tile_dpbf16ps(3, 5, 7);
         }
       }
-      next.some(next.done + (share + 1) / 2);
+      next.some((share + 1) / 2);
     }
   }
 }

@@ -1,4 +1,4 @@
-"""The project's own operators for onnxruntime on a CPU, in C++ (winograd.cc, linear.cc).
+"""The project's own operators for onnxruntime on a CPU, in C++ (backends/onnxrt/*.cc).
 
 They are built with the system's C++ compiler when they are first needed, as `torch.compile` does
 it, and kept under the build root. Where there is no compiler, onnxruntime's own kernels stay.
@@ -6,6 +6,7 @@ it, and kept under the build root. Where there is no compiler, onnxruntime's own
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -46,6 +47,17 @@ def digest() -> str:
     return sha256_json([sha256_file(source) for source in SOURCES])[:8]
 
 
+def may_use_tiles() -> bool:
+    """Whether this CPU has AMX for BF16, Linux lets this process use it, and the compiler knows it.
+
+    Linux keeps the tiles' state for processes that have asked for it (arch_prctl(2)).
+    """
+    if "-mamx-bf16" not in _vectors(isa()):
+        return False
+    arch_prctl, ask_for_state, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, ask_for_state, tile_data) == 0
+
+
 def register(options: Any) -> None:
     """Let a session of these SessionOptions run graphs that hold the operators."""
     options.register_custom_ops_library(str(library()))
@@ -58,7 +70,7 @@ def library() -> Path:
         BackendError: there is no compiler, or it fails.
     """
     cxx, vectors = compiler(), _vectors(isa())
-    advice = "use ort:winograd=0, or install a C++ compiler (apt install g++)"
+    advice = "use ort:convolutions=op,products=op, or install a C++ compiler (apt install g++)"
     if cxx is None:
         raise BackendError("the operators for onnxruntime cannot be built",
                            "there is no C++ compiler", advice)  # fmt: skip
@@ -95,5 +107,8 @@ def _vectors(isa: str) -> list[str]:
 
 def _takes(flags: list[str]) -> bool:
     """Whether the compiler, which may be older than the CPU, knows these."""
-    test = [*(compiler() or []), *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    cxx = compiler()
+    if cxx is None:
+        return False
+    test = [*cxx, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
     return subprocess.run(test, capture_output=True, check=False).returncode == 0

@@ -13,7 +13,8 @@ A profile says what; each pass below does one of its fields and knows nothing of
                   the second
     attention.py  attention="matmul": Attention as MatMul, Softmax, MatMul; attention_block
     multihead.py  attention="multihead": Attention as onnxruntime's MultiHeadAttention
-    winograd.py   convolutions="winograd": 3x3 convolutions as an operator of the project's own
+    convolutions.py  convolutions="winograd" or "tiles": those of 3x3 and 1x1 as operators of the
+                  project's own
     linear.py     products="linear": products with FP16 weights as another
     constants.py  constants="fp16-range": no constant beyond FP16's range
     argmax.py     argmax="float32": ArgMax of integers over their FP32 values
@@ -69,7 +70,8 @@ class Profile:
             ...; `output` is the graph that gives them.
         gates: `halves` makes two products of one whose result is split in two, as GEGLU's is.
         convolutions: `winograd` makes 3x3 convolutions the project's own operator for onnxruntime
-            (backends/onnxrt), which a session must be given.
+            (backends/onnxrt), which a session must be given; `tiles` makes those of 3x3 and 1x1
+            with FP16 weights another one, for CPUs with AMX, and the former of what is enlarged.
         products: `linear` makes products with FP16 weights another such operator, which reads them
             as they are stored.
         argmax: `float32` casts what ArgMax compares, where it compares integers, for compilers that
@@ -88,7 +90,7 @@ class Profile:
     vae_divisor: int = 1
     context: Literal["inline", "input", "output"] = "inline"
     gates: Literal["as-is", "halves"] = "as-is"
-    convolutions: Literal["op", "winograd"] = "op"
+    convolutions: Literal["op", "winograd", "tiles"] = "op"
     products: Literal["op", "linear"] = "op"
     argmax: Literal["as-is", "float32"] = "as-is"
 
@@ -116,6 +118,7 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
         attention,
         constants,
         context,
+        convolutions,
         dtypes,
         gates,
         linear,
@@ -125,7 +128,6 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
         shapes,
         storage,
         vae,
-        winograd,
     )
 
     model = storage.load(graph, profile)
@@ -161,8 +163,8 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
         opset.convert(model, profile.opset)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".weights-") as scratch:
-        if profile.convolutions == "winograd":
-            winograd.convolve(model, Path(scratch))
+        if profile.convolutions != "op":
+            convolutions.convolve(model, Path(scratch), profile.convolutions)
         if profile.products == "linear":
             linear.replace(model, Path(scratch))
         storage.save(model, out)

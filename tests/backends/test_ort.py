@@ -25,7 +25,9 @@ def test_arithmetic_is_fp32_by_construction(tiny_bundle: Bundle) -> None:
     assert artifact.path is not None
     graph = onnx.load(artifact.path / "model.onnx", load_external_data=False).graph
     half = onnx.TensorProto.FLOAT16
-    assert not [tensor.name for tensor in graph.initializer if tensor.data_type == half]
+    widened = {node.input[1] for node in graph.node if node.op_type in ("Linear", "TiledConv")}
+    left = {tensor.name for tensor in graph.initializer if tensor.data_type == half}
+    assert left == widened  # operators of our own widen them as they read them
     made = {name for node in graph.node for name in node.output}
     types = {v.name: v.type.tensor_type.elem_type for v in graph.value_info if v.name in made}
     assert types
@@ -84,8 +86,11 @@ def test_a_damaged_graph_is_an_error_that_says_what_to_do(
     graph.write_bytes(b"\xff" * graph.stat().st_size)
     shapes = Shapes(1, 64, 64)
     with pytest.raises(BackendError, match="compiling taesd_decoder for onnxruntime failed"):
-        parse_backend("ort:winograd=0").compile(bundle, "taesd_decoder", shapes)
-    for backend in ("ort:winograd=1", "ort:precision=int8"):  # it is read for the estimate
+        parse_backend("ort:convolutions=op,products=op").compile(bundle, "taesd_decoder", shapes)
+    for backend in (
+        "ort:convolutions=winograd",
+        "ort:precision=int8",
+    ):  # it is read for the estimate
         with pytest.raises(PreconditionError, match="cannot be read as a graph"):
             parse_backend(backend).compile(bundle, "taesd_decoder", shapes)
     with pytest.raises(PreconditionError, match="cannot be read as a graph"):
@@ -158,20 +163,40 @@ def test_the_operators_are_built_once_and_where_they_can_be(
         )
         (tmp_path / "native" / "not-a-compiler").chmod(0o755)
         monkeypatch.setenv("CXX", str(tmp_path / "native" / "not-a-compiler"))
-        with pytest.raises(BackendError, match="(?s)could not build.*no such flag.*winograd=0"):
+        with pytest.raises(BackendError, match="(?s)could not build.*no such flag.*=op"):
             operators.library()
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = parse_backend("ort")
     assert isinstance(found, ort.OrtBackend)
-    assert found.options["winograd"] == "0"
+    assert found.options["convolutions"] == found.options["products"] == "op"
     assert "no C++ compiler" in found.probe().what
     assert "operators" not in found.fingerprint()
     with pytest.raises(BackendError, match="(?s)no C\\+\\+ compiler.*apt install"):
         operators.library()
 
 
-@pytest.mark.parametrize("other", ["precision=int8,conv=int8", "level=off", "graph=canonical"])
-def test_winograd_is_refused_beside_what_it_cannot_join(other: str) -> None:
-    with pytest.raises(UnsupportedError, match="winograd"):
-        parse_backend(f"ort:winograd=1,{other}")
-    assert parse_backend(f"ort:{other}").options["winograd"] == "0"
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        ("convolutions=winograd", "precision=int8,conv=int8"),
+        ("products=linear", "precision=int8"),
+        ("products=linear", "storage=int4"),
+        ("products=linear", "graph=canonical"),
+    ],
+)
+def test_operators_are_refused_beside_what_they_cannot_join(own: str, other: str) -> None:
+    key = own.partition("=")[0]
+    with pytest.raises(UnsupportedError, match=key):
+        parse_backend(f"ort:{own},{other}")
+    assert parse_backend(f"ort:{other}").options[key] == "op"
+
+
+def test_tiles_are_for_those_who_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "may_use_tiles", lambda: False)
+    with pytest.raises(UnsupportedError, match="(?s)AMX.*convolutions=winograd"):
+        parse_backend("ort:convolutions=tiles")
+    assert parse_backend("ort").options["convolutions"] != "tiles"
+    monkeypatch.setattr(operators, "may_use_tiles", lambda: True)
+    monkeypatch.setattr(operators, "compiler", lambda: ["c++"])
+    assert parse_backend("ort").options["convolutions"] == "tiles"
+    assert parse_backend("ort:storage=int4").options["convolutions"] == "tiles"

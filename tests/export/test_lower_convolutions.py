@@ -1,4 +1,4 @@
-"""3x3 convolutions as the project's own operator: what it computes, what it takes and leaves."""
+"""Convolutions as the project's own operators: what they compute, what they take and leave."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowering import lowered, model_of, normal, ops, reference, session_of
+from lowering import lowered, model_of, normal, ops, reference, session, session_of
 from onnx import ModelProto, TensorProto, helper
 
 from backends.onnxrt import operators
-from export.lower import Profile, winograd
+from export.lower import Profile, convolutions
 
 PROFILE = Profile("winograd", convolutions="winograd", dtype="float32")
+TILES = Profile("tiles", convolutions="tiles", dtype="float32")
+needs_tiles = pytest.mark.skipif(not operators.may_use_tiles(), reason="no AMX, or no C++ compiler")
 needs_compiler = pytest.mark.skipif(operators.compiler() is None, reason="no C++ compiler")
 NEAREST = {"mode": "nearest", "nearest_mode": "floor",
            "coordinate_transformation_mode": "asymmetric"}  # fmt: skip
@@ -24,12 +26,13 @@ NEAREST = {"mode": "nearest", "nearest_mode": "floor",
 def convolution(
     n: int = 1, channels: int = 8, filters: int = 8, size: tuple[int, int] = (16, 16),
     *, bias: bool = True, enlarged: bool = False, residual: bool = False, relu: bool = False,
-    dtype: type = np.float32, **attributes: object,
+    dtype: type = np.float32, kernel: int = 3,
+    **attributes: object,
 ) -> tuple[ModelProto, dict[str, np.ndarray]]:  # fmt: skip
     """(Resize) -> Conv -> (+ z) -> (Relu) -> Neg, so that Conv is not what the graph gives."""
     inputs = {"x": normal(n, channels, *size, seed=1).astype(dtype)}
-    spread = (9 * channels) ** -0.5
-    constants = {"w": (spread * normal(filters, channels, 3, 3, seed=2)).astype(dtype)}
+    spread = (kernel**2 * channels) ** -0.5
+    constants = {"w": (spread * normal(filters, channels, kernel, kernel, seed=2)).astype(dtype)}
     if bias:
         constants["b"] = normal(filters, seed=3).astype(dtype)
     nodes, last = [], "x"
@@ -37,7 +40,7 @@ def convolution(
         constants["scales"] = np.array([1, 1, 2, 2], np.float32)
         nodes.append(helper.make_node("Resize", [last, "", "scales"], ["large"], **NEAREST))
         last = "large"
-    given = {"pads": [1, 1, 1, 1]} | attributes
+    given = {"pads": [kernel // 2] * 4} | attributes
     nodes.append(helper.make_node("Conv", [last, "w", *(["b"] if bias else [])], ["c"], **given))
     last = "c"
     if residual:
@@ -68,7 +71,7 @@ def test_it_gives_what_a_convolution_gives(
     n: int, channels: int, blocks: int, height: int, width: int, threads: int, bias: bool,
     enlarged: bool, residual: bool, relu: bool,
 ) -> None:  # fmt: skip
-    height += -(-winograd.SMALLEST // width)  # large enough to be taken
+    height += -(-convolutions.SMALLEST // width)  # large enough to be taken
     model, inputs = convolution(
         n, channels, 8 * blocks, (height, width), bias=bias, enlarged=enlarged, residual=residual,
         relu=relu,
@@ -95,11 +98,11 @@ def test_threads_and_calls_do_not_read_each_others_tiles() -> None:
     """Tiles are kept by the thread: another call of the same shape must not find them."""
     model, inputs = convolution(channels=64, filters=256)
     low = lowered(model, PROFILE)
-    session = session_of(low, 2)
+    ready = session_of(low, 2)
     for seed in range(6):
         fresh = {"x": normal(*inputs["x"].shape, seed=10 + seed)}
         wanted = reference(model, fresh)[0]
-        np.testing.assert_allclose(session.run(None, fresh)[0], wanted, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(ready.run(None, fresh)[0], wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +122,7 @@ def test_other_convolutions_stay(other: dict[str, object]) -> None:
     model, _ = convolution(**other)  # type: ignore[arg-type]
     low = lowered(model, PROFILE)
     assert "Conv" in ops(low)
-    assert not [item for item in low.opset_import if item.domain == winograd.DOMAIN]
+    assert not [item for item in low.opset_import if item.domain == convolutions.DOMAIN]
 
 
 @needs_compiler
@@ -130,9 +133,9 @@ def test_what_others_read_stays_too() -> None:
         info = helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8, 32, 32])
         model.graph.output.append(info)
     low = lowered(model, PROFILE)
-    assert {"Resize", "Add", "Relu", winograd.OPERATOR} <= set(ops(low))
-    session = session_of(low, 2)
-    for result, wanted in zip(session.run(None, inputs), reference(model, inputs), strict=True):
+    assert {"Resize", "Add", "Relu", convolutions.WINOGRAD} <= set(ops(low))
+    ready = session_of(low, 2)
+    for result, wanted in zip(ready.run(None, inputs), reference(model, inputs), strict=True):
         np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-4)
 
 
@@ -149,7 +152,9 @@ def test_two_convolutions_that_meet_in_a_sum() -> None:
     weights = {name: normal(8, 8, 3, 3, seed=seed) for seed, name in enumerate("wv", 2)}
     model = model_of(nodes, inputs, ["y"], weights)
     low = lowered(model, PROFILE)
-    assert sorted(set(ops(low)) & {winograd.OPERATOR, "Conv", "Add", "Relu"}) == [winograd.OPERATOR]
+    assert sorted(set(ops(low)) & {convolutions.WINOGRAD, "Conv", "Add", "Relu"}) == [
+        convolutions.WINOGRAD
+    ]
     np.testing.assert_allclose(
         run(low, inputs), reference(model, inputs)[0], rtol=0, atol=1e-4
     )  # fmt: skip
@@ -178,5 +183,67 @@ def test_the_weights_grow_as_said(tmp_path: Path) -> None:
     for enlarged, elements in ((False, 16), (True, 9)):
         model, _ = convolution(channels=24, filters=16, enlarged=enlarged)
         onnx.save(model, tmp_path / "model.onnx")
-        sizes = winograd.sizes(tmp_path / "model.onnx")
-        assert sizes == winograd.Sizes(9 * 4 * 24 * 16, elements * 4 * 24 * 16)
+        sizes = convolutions.sizes(tmp_path / "model.onnx", "winograd")
+        assert sizes == convolutions.Sizes(9 * 4 * 24 * 16, elements * 4 * 24 * 16)
+
+
+def test_tiles_keep_their_weights_filled_up(tmp_path: Path) -> None:
+    model, _ = convolution(channels=24, filters=40, dtype=np.float16)
+    onnx.save(model, tmp_path / "model.onnx")
+    sizes = convolutions.sizes(tmp_path / "model.onnx", "tiles")
+    assert sizes == convolutions.Sizes(9 * 4 * 24 * 40, 9 * 2 * 32 * 64)
+
+
+@needs_tiles
+@given(
+    n=st.integers(1, 3), channels=st.integers(8, 100), filters=st.integers(8, 100),
+    height=st.integers(1, 40), width=st.integers(16, 150), threads=st.integers(1, 3),
+    kernel=st.sampled_from([1, 3]), bias=st.booleans(), residual=st.booleans(), relu=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_tiles_give_what_a_convolution_gives(
+    n: int, channels: int, filters: int, height: int, width: int, threads: int, kernel: int,
+    bias: bool, residual: bool, relu: bool,
+) -> None:  # fmt: skip
+    height += -(-convolutions.SMALLEST // width)  # large enough to be taken
+    model, inputs = convolution(
+        n, channels, filters, (height, width), bias=bias, residual=residual, relu=relu,
+        dtype=np.float16, kernel=kernel,
+    )  # fmt: skip
+    check_tiles(model, inputs, threads)
+
+
+@needs_tiles
+def test_tiles_sum_channels_that_do_not_fit_a_cache_piece_by_piece() -> None:
+    model, inputs = convolution(
+        channels=1000, filters=72, size=(18, 40), dtype=np.float16, residual=True, relu=True
+    )
+    check_tiles(model, inputs, threads=2)
+
+
+def check_tiles(model: ModelProto, inputs: dict[str, np.ndarray], threads: int) -> None:
+    low = lowered(model, TILES)
+    assert convolutions.TILED in ops(low)
+    assert not {"Conv", "Add", "Relu"} & set(ops(low))
+    wide = {name: array.astype(np.float32) for name, array in inputs.items()}
+    wanted = session(lowered(model, Profile("plain", dtype="float32"))).run(None, wide)[0]
+    result = run(low, wide, threads)
+    assert result.shape == wanted.shape
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("other", "operator"),
+    [
+        ({"enlarged": True, "dtype": np.float16}, convolutions.WINOGRAD),
+        ({"dtype": np.float32}, convolutions.WINOGRAD),
+        ({"size": (40, 15), "dtype": np.float16}, convolutions.WINOGRAD),
+        ({"kernel": 1, "dtype": np.float32}, "Conv"),
+        ({"channels": 4, "dtype": np.float16}, "Conv"),
+    ],
+    ids=str,
+)
+def test_what_tiles_are_worse_at_is_left_to_others(other: dict[str, object], operator: str) -> None:
+    model, _ = convolution(**other)  # type: ignore[arg-type]
+    assert operator in ops(lowered(model, TILES))
+    assert convolutions.TILED not in ops(lowered(model, TILES))
