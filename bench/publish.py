@@ -198,7 +198,12 @@ def fresh_pages(pages: Sequence[Path], results: Path, drawn: Drawn) -> dict[Path
             raise PreconditionError(
                 f"there is no page {page}", "--pages names it", "check the path, or make the file"
             )
-        text = page.read_text()
+        try:
+            text = page.read_text()
+        except UnicodeDecodeError as error:
+            raise PreconditionError(
+                f"{page} is no page", str(error), "pass Markdown in UTF-8 with --pages"
+            ) from error
         way = Path(os.path.relpath(results, page.parent)).as_posix()
         if (wanted := fill(text, drawn, way)) != text:
             changed[page] = wanted

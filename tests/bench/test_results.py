@@ -424,6 +424,15 @@ def test_what_cannot_be_drawn_or_written_leaves_everything_as_it_was(
     assert not (tmp_path / "results" / "published" / second.name).exists()
 
 
+def test_a_page_that_is_no_text_is_refused(
+    made: Run, place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "README.md").write_bytes(b"\xff")
+    assert shell(publish.main, ["latest", *place]) == 2
+    assert "README.md is no page" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
 def test_make_publishes_several_runs() -> None:
     def recipe(*runs: str) -> str:
         command = ["make", "--dry-run", "--old-file=.venv/.ready-cpu", "publish", *runs]
