@@ -158,9 +158,31 @@ def test_series_can_be_told_apart(made: Run) -> None:
         assert len(looks) == len(batch)
 
 
+def test_labels_of_steps_do_not_touch() -> None:
+    assert plot.spread([0, 1, 2, 4]) == ["0", "1", "2", "4"]
+    assert plot.spread([0, 1, 4, 50]) == ["", "1", "4", "50"]
+    assert plot.spread([1, 2, 4, 25, 50]) == ["1", "", "4", "25", "50"]
+    assert plot.spread([0, 20, 21, 50]) == ["0", "", "21", "50"]
+
+
+def test_thousands_have_no_exponent() -> None:
+    numbers = (0.447, 4.7363, 999.4, 999.6, 1726.3, -1726.3)
+    assert [plot.digits(each) for each in numbers] == [
+        "0.447", "4.74", "999", "1000", "1726", "-1726",
+    ]  # fmt: skip
+    rows = [row(cell(steps=steps), [ms] * 3) for steps, ms in ((1, 300.0), (2, 1500.0))]
+    (series,) = plot.series_of(columns.lines_of(rows))[1]
+    assert plot.fit_text(series) == "1200 ms/step \u2212 900 ms fixed"
+
+
 def test_a_plot_of_one_step_count_has_points_and_no_fit(tmp_path: Path) -> None:
     rows = [row(cell(), [1.0, 1.0, 1.0])]
     run = make_run(tmp_path, rows)
+    drawn = plot.figure(run, rows)
+    assert drawn is not None
+    (key,) = drawn.legends
+    assert key.get_title().get_text() == ""  # of lines that are not there
+    assert [line.get_linestyle() for line in key.get_lines()] == ["None"]
     assert plot.fit_text(plot.series_of(columns.lines_of(rows))[1][0]) == "one step count, no fit"
     assert [file.suffix for file in plot.write(run, rows)] == [".svg", ".png"]
 
