@@ -66,7 +66,7 @@ compare: $(READY)
 	$(PY) -m bench.compare '$(BASE)' '$(HEAD)'
 
 publish: $(READY)
-	$(PY) -m bench.publish '$(RUN)'
+	$(PY) -m bench.publish $(foreach run,$(RUN),'$(run)')
 
 publish-check: $(READY)
 	$(PY) -m bench.publish --check

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from core.errors import PreconditionError
+from core.errors import PreconditionError, no_text
 
 if TYPE_CHECKING:
     import torch
@@ -33,12 +33,10 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
                 f"it is a {type(prompt).__name__}, prompts are strings",
                 "pass a list of strings",
             )
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
+        if why := no_text(prompt):
             raise PreconditionError(
-                f"the prompt {prompt!r} is not valid text", str(error), "pass valid Unicode"
-            ) from error
+                f"the prompt {prompt!a} is not valid text", why, "pass valid Unicode"
+            )
     return listed
 
 

@@ -15,7 +15,9 @@ from bench.power import accelerators
 from core.git import git
 
 if TYPE_CHECKING:
+    from backends.base import Backend
     from bench.plan import Candidate
+    from export.bundle import Bundle
 
 PACKAGES = (
     "torch",
@@ -60,6 +62,21 @@ ISA_FLAGS = (
 )
 """What decides how fast a CPU multiplies; the rest of /proc/cpuinfo's flags does not."""
 MACHINE_ID = Path("/etc/machine-id")
+
+
+def subject(bundle: Bundle, backend: Backend) -> dict[str, Any]:
+    """What a record that is no sweep's is of; its environment is that of the call."""
+    return {
+        "model": bundle.name,
+        "weights": bundle.weights,
+        "bundle_hash": bundle.hash,
+        "backend": {
+            "name": backend.name,
+            "options": dict(backend.effective_options()),
+            **backend.fingerprint(),
+        },
+        "environment": collect(),
+    }
 
 
 def collect() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench.frontier import MEASURED, MODELLED, SIZE, Chart, Point
-from bench.plot import COLOURS, STYLE, scale_of
+from bench.plot import COLOURS, STYLE, plain_log, scale_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +52,8 @@ def figure(chart: Chart) -> Figure:
         axes.set_ylim(max(fids) + 1.5, min(fids) - 2.0)
         latencies = [point.latency_ms / unit_ms for point in chart.points]
         axes.set_xlim(min(latencies) / 1.25, max(latencies) * 1.6)
-        ticks(axes)
-        key(axes, chart)
+        plain_log(axes.xaxis)
+        key(drawn, chart)
         label_all(drawn, axes, chart.points, unit_ms)
     return drawn
 
@@ -63,16 +63,8 @@ def mark(axes: Axes, point: Point, unit_ms: float) -> None:
               markeredgewidth=1.8, zorder=3, **LOOK[point.provenance])  # fmt: skip
 
 
-def ticks(axes: Axes) -> None:
-    """1, 2, 5 in plain numbers: a reader compares seconds, not powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def key(axes: Axes, chart: Chart) -> None:
+def key(drawn: Figure, chart: Chart) -> None:
+    """What the marks mean, above the axes: among the points it would look like one."""
     from matplotlib.lines import Line2D
 
     kinds = [kind for kind in LOOK if any(p.provenance == kind for p in chart.points)]
@@ -81,7 +73,10 @@ def key(axes: Axes, chart: Chart) -> None:
                label=f"latency {WORDS[kind]}", **LOOK[kind])
         for kind in kinds
     ]  # fmt: skip
-    axes.legend(handles=handles, loc="lower right", frameon=False)
+    drawn.legend(
+        handles=handles, loc="upper right", bbox_to_anchor=(0.985, 0.985), borderaxespad=0,
+        frameon=False,
+    )  # fmt: skip
 
 
 # ---- labels
@@ -105,9 +100,6 @@ def label_all(drawn: Figure, axes: Axes, points: Sequence[Point], unit_ms: float
     renderer = FigureCanvasAgg(drawn).get_renderer()
     dot = drawn.dpi / 72
     taken: list[Bbox] = []
-    legend = axes.get_legend()
-    if legend is not None:
-        taken.append(legend.get_window_extent(renderer))
     for point in points:
         x, y = axes.transData.transform((point.latency_ms / unit_ms, point.method.fid))
         taken.append(Bbox.from_extents(x - 6 * dot, y - 6 * dot, x + 6 * dot, y + 6 * dot))

@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.rounds < 1:
         raise PreconditionError("--rounds is less than 1", "one is the least", "use --rounds 3")
     from backends.base import Shapes, parse_backend
-    from bench.environment import collect
+    from bench.environment import subject
     from core.files import write_json
     from export.bundle import find_bundle
 
@@ -149,12 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out:
         record: dict[str, Any] = {
             "schema": 3,
-            "model": bundle.name,
-            "weights": bundle.weights,
+            **subject(bundle, backend),
             "part": args.part,
-            "bundle_hash": bundle.hash,
-            "backend": backend.fingerprint(),
-            "environment": collect(),
             "rounds": found,
             **ratios,
         }

@@ -142,7 +142,11 @@ def interval(line: Line) -> str:
 
 
 def key(name: str) -> Column:
-    return Column(name, lambda line: getattr(line.cell, name))
+    def value(line: Line) -> Any:
+        found = getattr(line.cell, name)
+        return ("no", "yes")[found] if isinstance(found, bool) else found
+
+    return Column(name, value)
 
 
 FIGURES = (

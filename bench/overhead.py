@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"use {flag} 20",
             )
     from backends.pipeline import load_pipeline
-    from bench.environment import collect
+    from bench.environment import subject
     from core.files import write_json
 
     with load_pipeline(
@@ -156,10 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights=args.weights,
         dtype=args.dtype,
     ) as pipe:
-        bundle, backend = pipe.bundle, pipe.backend
         ways = blocks(pipe, args.batch, args.steps, args.calls)
         interleaved(ways, 1, args.calls)  # warm
-        environment = collect()
+        measured = subject(pipe.bundle, pipe.backend)
         found = interleaved(ways, args.repeats, args.calls)
     print(
         f"{args.repeats} blocks of {args.calls} calls each, {args.steps} steps, alternating order"
@@ -177,19 +176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out:
         record: dict[str, Any] = {
             "schema": 1,
-            "model": bundle.name,
-            "weights": bundle.weights,
+            **measured,
             "decoder": args.decoder,
             "batch": args.batch,
             "steps": args.steps,
             "calls": args.calls,
-            "bundle_hash": bundle.hash,
-            "backend": {
-                "name": backend.name,
-                "options": dict(backend.effective_options()),
-                **backend.fingerprint(),
-            },
-            "environment": environment,
             "ms_per_call": {
                 name: [round(each, 4) for each in times] for name, times in found.items()
             },

@@ -21,6 +21,7 @@ from core.errors import EXIT_OK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: tells apart for all common forms of colour blindness. Yellow left out.
@@ -266,10 +267,33 @@ def frame(axes: Axes, found: Sequence[Series], title: str, label: str, *, from_z
     axes.set_title(f"{title}{modelled}", loc="left")
     axes.set_ylabel(label)
     axes.set_xlabel(AXES[found[0].axis])
-    axes.set_xticks([0, *steps] if from_zero else steps)
+    places = [0, *steps] if from_zero else steps
+    axes.set_xticks(places, spread(places))
     margin = 0.06 * max(steps)
     axes.set_xlim(0 if from_zero else min(steps) - margin, max(steps) + margin)
     axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
+
+
+def spread(places: Sequence[int]) -> list[str]:
+    """Labels for ticks, the most steps and 1 first; empty where one would touch another."""
+    digit = 0.025 * max(places)  # of an axis 3.5 inches long, with some air
+    labelled: list[int] = []
+    for place in sorted(places, key=lambda each: (each != max(places), each != 1, -each)):
+        if all(
+            abs(place - other) >= digit * (len(str(place)) + len(str(other))) / 2
+            for other in labelled
+        ):
+            labelled.append(place)
+    return [str(place) if place in labelled else "" for place in places]
+
+
+def plain_log(axis: Axis) -> None:
+    """1, 2, 5 in plain numbers: a reader compares seconds, not powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> None:
@@ -283,7 +307,7 @@ def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> N
             [],
             color=series.colour,
             marker=series.marker,
-            linestyle=series.dash,
+            linestyle=series.dash if len(series.points("median_ms")) > 1 else "none",
             markeredgecolor="white",
             markersize=7,
             label=legend_text(series),
@@ -298,9 +322,15 @@ def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> N
         frameon=False,
         handlelength=3.2,
         alignment="left",
-        title="lines: fit through the medians"
-        + ("; dashes: single rounds" if rounds > 1 else "")
-        + ("; bars: 8 of 10 draws, thin: switching" if any(s.modelled for s in found) else ""),
+        title="; ".join(
+            words
+            for words, there in (
+                ("lines: fit through the medians", any(series.fit for series in found)),
+                ("dashes: single rounds", rounds > 1),
+                ("bars: 8 of 10 draws, thin: switching", any(s.modelled for s in found)),
+            )
+            if there
+        ),
         title_fontproperties={"size": 9},
     )
 
@@ -317,7 +347,12 @@ def fit_text(series: Series) -> str:
     per_step, fixed = fit.per_step_ms / unit_ms, fit.fixed_ms / unit_ms
     sign = "+" if fixed >= 0 else "\u2212"
     each = "step" if series.axis == "steps" else "evaluation"
-    return f"{per_step:.3g} {unit}/{each} {sign} {abs(fixed):.3g} {unit} fixed"
+    return f"{digits(per_step)} {unit}/{each} {sign} {digits(abs(fixed))} {unit} fixed"
+
+
+def digits(value: float) -> str:
+    """Three digits, and no exponent for thousands."""
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def draw(target: Run, rows: Sequence[Row], stem: Path, axis: str = "steps") -> list[Path]:

@@ -1,8 +1,8 @@
-"""`python -m bench.publish RUN`: copy a run's rows into results/published and redraw from there.
+"""`python -m bench.publish RUN...`: copy runs into results/published and redraw from there.
 
-What is committed - rows, tables, plots, the blocks of README and docs - is derived from
-`results/published` alone; `--check` derives it again and says whether it still matches (exit code 4
-if not).
+What is committed - tables, plots, the blocks of README and docs - is derived from
+`results/published` alone; `--check` derives it again and says whether it still matches, and whether
+the published rows are as they were published (exit code 4 if not). All is written, or nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import sums
 from bench.store import (
     ABSOLUTE_PATH,
     HEADER,
@@ -28,9 +29,10 @@ from bench.store import (
     read_rows,
     run_names,
 )
+from bench.sums import PUBLISHED
 from core.cli import Parser, run
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
-from core.files import ROOT, write_atomic, write_json
+from core.files import ROOT, json_bytes, write_atomic, write_together
 
 RESULTS = ROOT / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -64,8 +66,8 @@ def private(value: Any) -> Iterator[str]:
             yield from private(item)
 
 
-def publish(target: Run, results: Path) -> Path:
-    """Copy header and rows of a whole run; the later of two rows for one cell and round stays.
+def copied(target: Run, results: Path) -> dict[Path, bytes]:
+    """The files that publish a whole run; the later of two rows for one cell and round stays.
 
     Raises:
         PreconditionError: cells are missing or failed to be measured, or a path would get out.
@@ -88,17 +90,50 @@ def publish(target: Run, results: Path) -> Path:
             "published rows go to everyone",
             f"edit it out of {HEADER} or {ROWS}",
         )
-    folder = results / "published" / target.name
-    write_atomic(folder / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
-    write_json(folder / HEADER, target.header)  # last: without one it is no run
-    return folder
+    folder = results / PUBLISHED / target.name
+    if target.path.resolve() == folder.resolve():  # published again as it lies there
+        return {folder / name: (folder / name).read_bytes() for name in (ROWS, HEADER)}
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    return {folder / ROWS: lines.encode(), folder / HEADER: json_bytes(target.header)}
+
+
+def publish(targets: Sequence[Run], results: Path, pages: Sequence[Path]) -> list[str]:
+    """Add runs to what is published and draw all of it again; the names of what was drawn.
+
+    It is drawn aside first: what cannot be drawn, or a page that asks for another run, leaves
+    everything as it was.
+
+    Raises:
+        PreconditionError: a run cannot be published, or a page cannot be filled.
+        AddbenchError: another published run is not as it was published.
+    """
+    contents: dict[Path, bytes] = {}
+    for target in targets:
+        contents |= copied(target, results)
+    names = {target.name for target in targets}
+    sums.verify(results, besides=names)
+    with tempfile.TemporaryDirectory() as scratch:
+        aside = Path(scratch)
+        (aside / PUBLISHED).mkdir()
+        for name in set(run_names(results / PUBLISHED)) - names:
+            (aside / PUBLISHED / name).symlink_to((results / PUBLISHED / name).resolve())
+        for file, data in contents.items():
+            write_atomic(aside / file.relative_to(results), data)
+        drawn = derive(aside, aside)
+        derived = sorted(derived_files(aside))
+        contents |= {results / name: (aside / name).read_bytes() for name in derived}
+        contents[results / sums.SUMS] = sums.text(aside).encode()
+    fresh = fresh_pages(pages, results, drawn)
+    contents |= {page: text.encode() for page, text in fresh.items()}
+    write_together(contents)
+    return derived
 
 
 def derive(results: Path, into: Path) -> Drawn:
     """Tables and plots of every published run into `into`; what pages show of them."""
     from bench import frontier, plot, speedup, stages, table
 
-    published = results / "published"
+    published = results / PUBLISHED
     briefs, by_stage, runs = {}, {}, []
     for name in run_names(published):
         target = open_run(str(published / name), published)
@@ -163,7 +198,12 @@ def fresh_pages(pages: Sequence[Path], results: Path, drawn: Drawn) -> dict[Path
             raise PreconditionError(
                 f"there is no page {page}", "--pages names it", "check the path, or make the file"
             )
-        text = page.read_text()
+        try:
+            text = page.read_text()
+        except UnicodeDecodeError as error:
+            raise PreconditionError(
+                f"{page} is no page", str(error), "pass Markdown in UTF-8 with --pages"
+            ) from error
         way = Path(os.path.relpath(results, page.parent)).as_posix()
         if (wanted := fill(text, drawn, way)) != text:
             changed[page] = wanted
@@ -174,7 +214,11 @@ def stale(results: Path, pages: Sequence[Path]) -> list[str]:
     """What differs from a fresh derivation, relative to `results`.
 
     A PNG only has to exist: its pixels depend on the libraries that rasterise it.
+
+    Raises:
+        AddbenchError: a published run is not as it was published.
     """
+    sums.verify(results)
     with tempfile.TemporaryDirectory() as scratch:
         fresh = Path(scratch)
         drawn = derive(results, fresh)
@@ -188,6 +232,8 @@ def stale(results: Path, pages: Sequence[Path]) -> list[str]:
             if not name.endswith(".png")
             and (fresh / name).read_bytes() != (results / name).read_bytes()
         ]
+    if sums.read(results) != sums.of(results):
+        problems.append(f"{sums.SUMS}: lists runs that are gone")
     differ = fresh_pages(pages, results, drawn)
     return [*problems, *(f"{page.name}: its results block differs" for page in differ)]
 
@@ -203,7 +249,7 @@ def derived_files(folder: Path) -> set[str]:
 
 def parser() -> Parser:
     top = Parser(prog="python -m bench.publish", description=__doc__)
-    top.add_argument("run", nargs="?", metavar="RUN|latest", help="none: only redraw")
+    top.add_argument("runs", nargs="*", metavar="RUN|latest", help="none: only redraw")
     top.add_argument("--check", action="store_true", help="write nothing; 4 if something is stale")
     top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
     top.add_argument("--results", type=Path, default=RESULTS, help="where results are published")
@@ -216,7 +262,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.check:
-        if args.run:
+        if args.runs:
             raise PreconditionError(
                 "--check takes no run", "it checks what is published", "drop the run"
             )
@@ -226,15 +272,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if problems:
             print("redraw with: python -m bench.publish")
         else:
-            print("tables and plots match the published rows")
+            print("the published rows are as they were published; tables and plots match them")
         return EXIT_FAILED if problems else EXIT_OK
-    if args.run:
-        print(f"published: {publish(open_run(args.run, args.out), args.results)}")
-    drawn = derive(args.results, args.results)
-    for page, text in fresh_pages(args.pages, args.results, drawn).items():
-        write_atomic(page, text)
-    expected = derived_files(args.results)
-    print(f"redrawn: {len(expected)} files in {args.results / 'tables'}, {args.results / 'plots'}")
+    targets = [open_run(name, args.out) for name in args.runs]
+    derived = publish(targets, args.results, args.pages)
+    for name in dict.fromkeys(target.name for target in targets):
+        print(f"published: {args.results / PUBLISHED / name}")
+    print(f"redrawn: {len(derived)} files in {args.results / 'tables'}, {args.results / 'plots'}")
     return EXIT_OK
 
 

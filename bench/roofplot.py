@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.ceilings import Ceilings
 from bench.columns import Line, lines_of
-from bench.plot import COLOURS, STYLE, save
+from bench.plot import COLOURS, STYLE, plain_log, save
 from bench.roofline import ceilings_of
 from bench.stats import median_or_none
 from bench.store import Row, Run
@@ -62,32 +63,34 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
     drawn_on = sorted({(row["device"], row["precision"]) for row in rows if row["roofline"]})
     ceilings = ceilings_of(surveyed)
     provenance = ", ".join(sorted({ceilings[device].provenance for device, _ in drawn_on}))
+    backends = list(dict.fromkeys(key[0] for key in found))
+    labels = {
+        (backend, batch, stage): f"{NAMES[stage]}, {backend}"
+        + (f", batch {batch}" if batch > 1 else "")
+        + f": {100 * fraction:.0f}%"
+        for (backend, batch, stage), (_, _, fraction) in found.items()
+    }
     with style.context(STYLE):
-        drawn = Figure(figsize=(9.6, 5.4))
+        # Beside the axes the legend has all the room that it wants.
+        width = 7.3 + max(2.3, 0.076 * max(map(len, labels.values())))
+        height = max(5.4, 1.3 + 0.19 * len(labels))
+        drawn = Figure(figsize=(width, height))
         axes = drawn.subplots()
-        drawn.subplots_adjust(left=0.10, right=0.70, top=0.84, bottom=0.11)
+        drawn.subplots_adjust(
+            left=0.8 / width, right=6.7 / width, top=1 - 0.86 / height, bottom=0.6 / height
+        )
         drawn.text(
-            0.012, 0.965, f"Roofline: {rows[0]['model']}, {rows[0]['size'].replace('x', '×')} px",
+            0.12 / width, 1 - 0.19 / height,
+            f"Roofline: {rows[0]['model']}, {rows[0]['size'].replace('x', '×')} px",
             va="top", fontsize=13, fontweight="bold",
         )  # fmt: skip
         drawn.text(
-            0.012, 0.905,
+            0.12 / width, 1 - 0.51 / height,
             f"{target.header['environment']['cpu']}; ceilings {provenance} in this run;"
             " floors of direct algorithms",
             va="top", color="#555555",
         )  # fmt: skip
-        intensities = [1e3 * tflops / gb for gb, tflops, _ in found.values()]
-        for device in sorted({device for device, _ in drawn_on}):
-            precisions = [precision for on, precision in drawn_on if on == device]
-            roofs(axes, ceilings[device], precisions, min(intensities), max(intensities))
-        memory = [
-            f"memory of {device} {rate(ceilings[device].gb_per_s)} GB/s"
-            for device in sorted({device for device, _ in drawn_on})
-        ]
-        drawn.text(0.718, 0.11, "\n".join(memory), fontsize=8.5, color="#444444")
-        backends = list(dict.fromkeys(key[0] for key in found))
-        for (backend, batch, stage), (gb, tflops, fraction) in found.items():
-            label = f"{NAMES[stage]}, {backend}" + (f", batch {batch}" if batch > 1 else "")
+        for (backend, batch, stage), (gb, tflops, _) in found.items():
             axes.plot(
                 [1e3 * tflops / gb],
                 [tflops],
@@ -97,12 +100,20 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
                 markeredgecolor="white",
                 linestyle="none",
                 zorder=3,
-                label=f"{label}: {100 * fraction:.0f}%",
+                label=labels[backend, batch, stage],
             )
+        intensities = [1e3 * tflops / gb for gb, tflops, _ in found.values()]
+        for device in sorted({device for device, _ in drawn_on}):
+            precisions = [precision for on, precision in drawn_on if on == device]
+            roofs(axes, ceilings[device], precisions, min(intensities), max(intensities))
+        for device in sorted({device for device, _ in drawn_on}):
+            precisions = [precision for on, precision in drawn_on if on == device]
+            memory(axes, ceilings[device], precisions, device)
         axes.set_xlabel("FLOPs per byte moved (at least)")
         axes.set_ylabel("TFLOP/s")
         drawn.legend(
-            loc="upper left", bbox_to_anchor=(0.71, 0.85), frameon=False, fontsize=9,
+            loc="upper left", bbox_to_anchor=(6.8 / width, 1 - 0.81 / height), frameon=False,
+            borderaxespad=0, fontsize=9,
             title="fraction of the floor reached", alignment="left",
         )  # fmt: skip
     return drawn
@@ -120,14 +131,17 @@ def roofs(
     left, right = least / 3, most * 3
     grey: dict[str, Any] = {"color": "#666666", "zorder": 2}
     for precision in precisions:
+        peaks: dict[float, list[str]] = {}
         for kind, peak in ceilings.tflops[precision].items():
+            peaks.setdefault(peak, []).append(kind)
+        for peak, kinds in peaks.items():
             ridge = 1e3 * peak / ceilings.gb_per_s
-            dash = "-" if kind == "matmul" else "--"
+            dash = "-" if "matmul" in kinds else "--"
             start = max(left, ridge)
             axes.plot([start, right], [peak, peak], linestyle=dash, linewidth=1.3, **grey)
-            below = peak == min(ceilings.tflops[precision].values())
+            below = peak == min(peaks)
             axes.annotate(
-                f"{precision} {kind} {rate(peak)} TFLOP/s",
+                f"{precision} {' and '.join(kinds)} {rate(peak)} TFLOP/s",
                 (right, peak),
                 xytext=(-2, -4 if below else 4),
                 textcoords="offset points",
@@ -142,6 +156,35 @@ def roofs(
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(left, right)
+    plain_log(axes.xaxis)
+    plain_log(axes.yaxis)
+
+
+def memory(axes: Axes, ceilings: Ceilings, precisions: Sequence[str], device: str) -> None:
+    """The bandwidth, written along the slope: above it, where no point can be."""
+    left, _ = axes.get_xlim()
+    peak = max(max(ceilings.tflops[precision].values()) for precision in precisions)
+    ridge = 1e3 * peak / ceilings.gb_per_s
+    if ridge <= left:
+        return  # all of it lies left of what is drawn
+    foot, head = axes.transData.transform([(left, left * ceilings.gb_per_s / 1e3), (ridge, peak)])
+    angle = math.atan2(head[1] - foot[1], head[0] - foot[0])
+    along, across = 14, 2.5  # points
+    axes.annotate(
+        f"memory of {device} {rate(ceilings.gb_per_s)} GB/s",
+        (left, left * ceilings.gb_per_s / 1e3),
+        xytext=(
+            along * math.cos(angle) - across * math.sin(angle),
+            along * math.sin(angle) + across * math.cos(angle),
+        ),
+        textcoords="offset points",
+        rotation=math.degrees(angle),
+        rotation_mode="anchor",
+        ha="left",
+        va="bottom",
+        fontsize=8.5,
+        color="#444444",
+    )
 
 
 def write(target: Run, rows: Sequence[Row]) -> list[Path]:

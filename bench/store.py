@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Self
 
 from bench.cell import KEY_COLUMNS, LATER, Cell
 from bench.rowtypes import Types, header_fault
-from core.errors import AddbenchError, PreconditionError
+from core.errors import AddbenchError, PreconditionError, no_text
 from core.files import ROOT, build_root, fsync_folder, read_json, write_json
 
 SCHEMA = 1
@@ -131,7 +131,11 @@ ABSOLUTE_PATH = re.compile(r"(?<![\w./~])/(?:[\w.+@-]+/)+([\w.+@-]*)")
 
 
 def portable(text: str) -> str:
-    """`text` without this machine's folders: rows are published, paths are nobody's business."""
+    """`text` without this machine's folders: rows are published, paths are nobody's business.
+
+    What is no text, as of a file's name that a library complains about, is written out.
+    """
+    text = text.encode(errors="backslashreplace").decode()
     for folder, name in ((build_root(), "build"), (ROOT, "."), (Path.home(), "~")):
         text = re.sub(re.escape(str(folder)) + r"(?![\w-])", name, text)
     return ABSOLUTE_PATH.sub(r".../\1", text)
@@ -212,6 +216,8 @@ def read_rows(path: Path) -> list[Row]:
             if number == len(lines):
                 break  # the writer was killed in the middle of it
             reject(path, number, f"it is not JSON: {error}")
+        if b"\\ud" in line.lower() and (why := no_text(json.dumps(row, ensure_ascii=False))):
+            reject(path, number, why)
         rows.append(check_row(row, path, number))
     return rows
 
@@ -372,6 +378,12 @@ def open_run(text: str, out: Path = RUNS) -> Run:
             f"{path / HEADER} has schema {schema!r}",
             f"this version reads and writes schema {SCHEMA}",
             "use the version that wrote it, or sweep again",
+        )
+    if why := no_text(json.dumps(header, ensure_ascii=False)):
+        raise PreconditionError(
+            f"the header of run {path.name} is not valid text",
+            why,
+            "restore the file, or take runs that bench.sweep, bench.ab or bench.versus made",
         )
     fault = header_fault(header)
     if fault:

@@ -14,7 +14,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from core.errors import EXIT_BUG, EXIT_FAILED, EXIT_INTERRUPTED, AddbenchError, PreconditionError
+from core.errors import (
+    EXIT_BUG,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    AddbenchError,
+    PreconditionError,
+    no_text,
+)
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
@@ -56,7 +63,20 @@ def bug() -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with its own errors in the three-part form."""
+    """argparse with its own errors in the three-part form; arguments that are no text are one."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        args = sys.argv[1:] if args is None else list(args)
+        for argument in args:
+            if why := no_text(argument):
+                raise PreconditionError(
+                    f"{self.prog}: the argument {argument!a} is not valid text",
+                    f"{why}; arguments end up in headers, pages and pictures, which are UTF-8",
+                    "write it in UTF-8; rename a file or folder whose name is not",
+                )
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise PreconditionError(

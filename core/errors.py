@@ -47,3 +47,16 @@ class PreconditionError(AddbenchError):
     """Usage, or something unmet before work starts: package, device, checkpoint, disk (exit 2)."""
 
     exit_code = EXIT_USAGE
+
+
+def no_text(text: str) -> str | None:
+    """Why this is no text that a file or a page can hold; None if it is.
+
+    JSON writes half a character as `"\\ud800"`; in an argument it is a byte that is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = error.object[error.start]
+        return f"it holds {where!a}: half of a character, or a byte that is not UTF-8"
+    return None

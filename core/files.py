@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,35 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     fsync_folder(path.parent)
 
 
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write files that belong together: when one cannot be written, the others are as before.
+
+    After an interrupt too; a killed process leaves a part of them.
+    """
+    contents = {p: new for p, new in contents.items() if not (p.exists() and p.read_bytes() == new)}
+    before = {path: path.read_bytes() if path.exists() else None for path in contents}
+    folders = {folder for path in contents for folder in path.parents if not folder.exists()}
+    try:
+        for path, new in contents.items():
+            write_atomic(path, new)
+    except BaseException:
+        for path in [path for path, old in before.items() if old is None and path.exists()]:
+            path.unlink()  # first: it makes room
+        for path, old in before.items():
+            if old is not None and path.read_bytes() != old:
+                write_atomic(path, old)
+        for folder in sorted(folders, reverse=True):  # what lies in a folder comes before it
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    write_atomic(path, json_bytes(value))
 
 
 def read_json(path: Path) -> Any:

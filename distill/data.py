@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.errors import AddbenchError, PreconditionError
+from core.errors import AddbenchError, PreconditionError, no_text
 from distill.config import Data
 from distill.shapes import Scene, layout, render, scenes
 
@@ -175,7 +175,13 @@ def _read_table(table: Path) -> dict[Path, str]:
         PreconditionError: a line is no such thing, or names a picture that is not there.
     """
     captions: dict[Path, str] = {}
-    for number, line in enumerate(table.read_text().splitlines(), 1):
+    try:
+        lines = table.read_text().splitlines()
+    except UnicodeDecodeError as error:
+        raise PreconditionError(
+            f"{table} cannot be read", str(error), "write it as UTF-8 text"
+        ) from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -212,6 +218,8 @@ def _read_caption(file: Path) -> str:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"a caption is a string, not {value!r}")
+    if why := no_text(value):
+        raise ValueError(why)
     return value.strip()
 
 

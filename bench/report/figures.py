@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.columns import Line
-from bench.plot import COLOURS, STYLE, image_bytes, scale_of
+from bench.plot import COLOURS, STYLE, digits, image_bytes, scale_of
 from bench.store import MODELLED
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def stages(lines: Sequence[Line]) -> Figure:
             axes.barh(places, widths, 0.46, left=left, color=colour, label=name)
             left = [start + width for start, width in zip(left, widths, strict=True)]
         for place, end in enumerate(left):
-            beside(axes, end, place, f"{end:.3g}")
+            beside(axes, end, place, digits(end))
 
     return slotted(lines, total, draw)
 
@@ -160,7 +160,7 @@ def beside(axes: Axes, x: float, place: int, text: str) -> None:
 def duration(value_ms: float) -> tuple[str, str]:
     """Three digits and the unit."""
     unit_ms, unit = scale_of(value_ms)
-    return f"{value_ms / unit_ms:.3g}", unit
+    return digits(value_ms / unit_ms), unit
 
 
 # ---- as markup

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench import claims, columns, outcome, table
 from bench.columns import Column, Line
 from bench.compare import compare
 from bench.ledger import measured, read_claims
 from bench.outcome import Outcome
-from bench.plot import legend_text, series_of
+from bench.plot import digits, legend_text, series_of
 from bench.report import figures
 from bench.rows import by_provenance, some_rows
 from bench.stats import DISTURBED_CPU, UNSTABLE_CV
-from bench.store import FLAGS, MODELLED, OK, Row, Run
+from bench.store import FLAGS, MODELLED, OK, Row, Run, portable
 from core.errors import AddbenchError
 from core.files import read_json
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 HERE = Path(__file__).parent
 FLAG_WORDS = {
@@ -91,6 +95,7 @@ def render(target: Run, base: Run | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["code"] = code
     script = (HERE / "page.js").read_text()
     return environment.get_template("page.html").render(
         run=target,
@@ -116,6 +121,13 @@ def render(target: Run, base: Run | None = None) -> str:
         verdict=None if base is None else verdict(base, target),
         environment=surroundings(target, rows),
     )
+
+
+def code(text: str) -> Markup:
+    """Text for people, with what stands between backticks as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 # ---- summary
@@ -145,7 +157,7 @@ def headlines(lines: Sequence[Line]) -> list[Card]:
     fastest = min(good, key=lambda line: line.median("median_ms") or 0.0)
     most = max(good, key=lambda line: line.median("images_per_s") or 0.0)
     shortest = figures.duration(fastest.median("median_ms") or 0.0)
-    rate = f"{most.median('images_per_s') or 0.0:.3g}", "images/s"
+    rate = digits(most.median("images_per_s") or 0.0), "images/s"
     cards = [
         Card("Shortest call", *shortest, [fastest], with_interval(fastest)),
         Card("Most images", *rate, [most], with_interval(most)),
@@ -186,9 +198,10 @@ def column_says(column: Column, lines: Sequence[Line]) -> bool:
     return any(column.text(line) != columns.EMPTY for line in lines)
 
 
-FIRST = ("backend", "decoder", "batch", "steps", "median (ms)", "low (ms)", "high (ms)",
-         "high, switching (ms)", "period (ms)", "images/s", "images/J", "images/J at TDP", "change",
-         "verdict", "numerics", "weights")  # fmt: skip
+FIRST = ("backend", "options", "decoder", "batch", "steps", "base (ms)", "head (ms)",
+         "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)", "period (ms)", "images/s",
+         "images/J", "images/J at TDP", "change", "verdict", "reason", "numerics",
+         "weights")  # fmt: skip
 """What a phone shows before one scrolls sideways."""
 
 
@@ -201,7 +214,11 @@ def brief(lines: Sequence[Line]) -> list[Column]:
     """The short table's columns, with what the lines differ in."""
     shown = {column.header for column in columns.brief_columns(lines)}
     shown |= set(columns.CONDITIONS) - {column.header for column in columns.columns_for(lines)[1]}
-    return ordered(column for column in columns.COLUMNS if column.header in shown)
+    return ordered(
+        column
+        for column in columns.COLUMNS
+        if column.header in shown and column_says(column, lines)
+    )
 
 
 def failures(lines: Sequence[Line]) -> list[Failure]:
@@ -334,8 +351,8 @@ def parity(target: Run) -> Parity:
             )
         if record["bundle_hash"] != bundle.hash:
             raise AddbenchError("the record of parity is of an earlier export of this bundle")
-    except AddbenchError as error:
-        return Parity(None, error)
+    except AddbenchError as error:  # it may name a folder, and the page is passed on
+        return Parity(None, AddbenchError(*map(portable, (error.what, error.why, error.next))))
     return Parity(record, judged(record))
 
 

@@ -104,8 +104,8 @@ def test_one_chart_is_of_one_hardware_backend_and_size(tmp_path: Path, pndm: Run
     assert from_runs([make_run(tmp_path, [timed(21) | {"provenance": MODELLED}])]) is None
 
 
-def words(chart: Chart) -> tuple[list[Any], list[Any], Any]:
-    """Boxes of the labels and of the marks on the canvas, and the axes' own."""
+def words(chart: Chart) -> tuple[list[Any], list[Any], Any, Any]:
+    """Boxes of the labels and of the marks on the canvas, the axes' own, and the key's."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
@@ -116,14 +116,14 @@ def words(chart: Chart) -> tuple[list[Any], list[Any], Any]:
     labels = [text for text in axes.texts if isinstance(text, Annotation)]
     assert {text.get_text() for text in labels} == {p.method.label for p in chart.points}
     boxes = [Text.get_window_extent(text, canvas.get_renderer()) for text in labels]
-    boxes.append(axes.get_legend().get_window_extent())
     unit_ms, _ = scale_of(max(point.latency_ms for point in chart.points))
     middles = [
         axes.transData.transform((point.latency_ms / unit_ms, point.method.fid))
         for point in chart.points
     ]
     marks = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in middles]
-    return boxes, marks, axes.get_window_extent()
+    (key,) = drawn.legends
+    return boxes, marks, axes.get_window_extent(), key.get_window_extent()
 
 
 @pytest.mark.parametrize(("once", "evaluation"), [(9_000, 3_000), (500, 3_000), (12.0, 0.5)])
@@ -133,7 +133,8 @@ def test_no_label_covers_another_or_a_point(once: float, evaluation: float) -> N
               MEASURED if each.model else MODELLED, "")
         for each in methods()
     ]  # fmt: skip
-    boxes, marks, inside = words(Chart("A card", "FP16", "Modelled", points))
+    boxes, marks, inside, key = words(Chart("A card", "FP16", "Modelled", points))
+    assert not inside.overlaps(key)  # a mark of the key among the points would look like one
     assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
     assert not [box for box in boxes for mark in marks if box.overlaps(mark)]
     assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)

@@ -17,7 +17,7 @@ from bench import store
 from bench.columns import lines_of
 from bench.report import figures
 from bench.report.__main__ import main
-from bench.report.page import FLAG_WORDS, render
+from bench.report.page import FLAG_WORDS, code, render
 from bench.store import HEADER, ROWS, Run
 from core.cli import run as shell
 from export.bundle import PARITY, Bundle
@@ -176,11 +176,42 @@ def test_the_verdict_against_a_base(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_the_verdict_says_which_cell_and_why_before_the_rest(tmp_path: Path) -> None:
+    cells = [
+        cell(options=options, low_memory=low) for options in ("", "x=1") for low in (False, True)
+    ]
+    base, head = (make_run(tmp_path, [row(each, [9.0] * 3) for each in cells]) for _ in range(2))
+    text = render(head, base)
+    table = text[text.index("Verdict by cell") : text.index('id="table"')]
+    heads = [name for name in re.findall(r"<th[^>]*>([^<]*)", table) if name]
+    first = ["backend", "options", "decoder", "batch", "steps", "base (ms)", "head (ms)", "verdict"]
+    assert heads[:9] == [*first, "reason"]
+    assert ">yes<" in table
+    assert "True" not in table
+
+
+def test_the_main_columns_all_say_something(made: Run) -> None:
+    text = render(made)
+    table = text[text.index('id="table"') : text.index("<details>")]
+    heads = re.findall(r"<th[^>]*>([^<]*)", table)
+    assert "median (ms)" in heads
+    assert not {"guidance", "low memory"} & set(heads)
+
+
+def test_commands_in_sentences_are_code(made: Run) -> None:
+    text = render(made)
+    assert "<code>python -m bench.cards</code>" in text
+    assert code("`<b>` & `x`") == "<code>&lt;b&gt;</code> &amp; <code>x</code>"
+
+
 def test_parity_is_of_the_bundle_that_was_measured(
     made: Run, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
-    assert "there is no bundle of tiny-sdxl" in render(made)
+    text = render(made)
+    assert "there is no bundle of tiny-sdxl" in text
+    assert "looked for build/tiny-sdxl" in text  # the page is passed on: no folder of this machine
+    assert str(tmp_path) not in text
     home = tmp_path / "build" / "tiny-sdxl-random-fp16"
     home.mkdir(parents=True)
     for file in tiny_bundle.path.iterdir():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,12 @@ from made import cell, make_run, row
 
 from bench import columns, plot, publish, table
 from bench.progress import Display
-from bench.store import ROWS, Row, Run, open_run
+from bench.store import HEADER, ROWS, Row, Run, open_run, run_names
+from bench.sums import SUMS
+from core import files
 from core.cli import run as shell
 from core.errors import PreconditionError
+from core.files import ROOT
 
 
 def good_rows(rounds: int = 1) -> list[Row]:
@@ -153,9 +158,31 @@ def test_series_can_be_told_apart(made: Run) -> None:
         assert len(looks) == len(batch)
 
 
+def test_labels_of_steps_do_not_touch() -> None:
+    assert plot.spread([0, 1, 2, 4]) == ["0", "1", "2", "4"]
+    assert plot.spread([0, 1, 4, 50]) == ["", "1", "4", "50"]
+    assert plot.spread([1, 2, 4, 25, 50]) == ["1", "", "4", "25", "50"]
+    assert plot.spread([0, 20, 21, 50]) == ["0", "", "21", "50"]
+
+
+def test_thousands_have_no_exponent() -> None:
+    numbers = (0.447, 4.7363, 999.4, 999.6, 1726.3, -1726.3)
+    assert [plot.digits(each) for each in numbers] == [
+        "0.447", "4.74", "999", "1000", "1726", "-1726",
+    ]  # fmt: skip
+    rows = [row(cell(steps=steps), [ms] * 3) for steps, ms in ((1, 300.0), (2, 1500.0))]
+    (series,) = plot.series_of(columns.lines_of(rows))[1]
+    assert plot.fit_text(series) == "1200 ms/step \u2212 900 ms fixed"
+
+
 def test_a_plot_of_one_step_count_has_points_and_no_fit(tmp_path: Path) -> None:
     rows = [row(cell(), [1.0, 1.0, 1.0])]
     run = make_run(tmp_path, rows)
+    drawn = plot.figure(run, rows)
+    assert drawn is not None
+    (key,) = drawn.legends
+    assert key.get_title().get_text() == ""  # of lines that are not there
+    assert [line.get_linestyle() for line in key.get_lines()] == ["None"]
     assert plot.fit_text(plot.series_of(columns.lines_of(rows))[1][0]) == "one step count, no fit"
     assert [file.suffix for file in plot.write(run, rows)] == [".svg", ".png"]
 
@@ -189,6 +216,7 @@ def test_publish_then_check(made: Run, place: list[str], tmp_path: Path) -> None
     assert names == {
         f"published/{made.name}/header.json",
         f"published/{made.name}/rows.jsonl",
+        "published.sha256",
         f"tables/{made.name}.md",
         f"tables/{made.name}.csv",
         f"plots/{made.name}.svg",
@@ -205,12 +233,8 @@ def test_publish_then_check(made: Run, place: list[str], tmp_path: Path) -> None
     assert (tmp_path / "README.md").read_text() == readme
 
 
-def flip_row(results: Path, readme: Path) -> None:
-    file = next(results.glob(f"published/*/{ROWS}"))
-    lines = file.read_text().splitlines()
-    first = json.loads(lines[0])
-    first["median_ms"] += 1
-    file.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+def files_below(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def edit_table(results: Path, readme: Path) -> None:
@@ -240,19 +264,206 @@ def unpublish(results: Path, readme: Path) -> None:
     shutil.rmtree(next((results / "published").iterdir()))
 
 
-@pytest.mark.parametrize(
-    "change", [flip_row, edit_table, edit_plot, drop_png, stray, edit_readme, unpublish]
-)
+@pytest.mark.parametrize("change", [edit_table, edit_plot, drop_png, stray, edit_readme, unpublish])
 def test_check_finds_what_is_stale(
     change: object, made: Run, place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert shell(publish.main, ["latest", *place]) == 0
     assert callable(change)
     change(tmp_path / "results", tmp_path / "README.md")
-    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    before = files_below(tmp_path)
     assert shell(publish.main, ["--check", *place]) == 4
     assert "stale: " in capsys.readouterr().out
-    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+    assert files_below(tmp_path) == before
+
+
+def flip_row(run: Path) -> None:
+    lines = (run / ROWS).read_text().splitlines()
+    first = json.loads(lines[0])
+    first["median_ms"] += 1
+    (run / ROWS).write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+
+
+def edit_header(run: Path) -> None:
+    text = (run / HEADER).read_text()
+    (run / HEADER).write_text(text.replace("A CPU", "A better CPU"))
+
+
+def copy_by_hand(run: Path) -> None:
+    shutil.copytree(run, run.with_name(run.name + "-again"))
+
+
+def drop_header(run: Path) -> None:
+    (run / HEADER).unlink()
+
+
+def drop_sums(run: Path) -> None:
+    (run.parents[1] / SUMS).unlink()
+
+
+def double_a_sum(run: Path) -> None:
+    file = run.parents[1] / SUMS
+    file.write_text(file.read_text() * 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (flip_row, f"{ROWS} was changed"),
+        (edit_header, f"{HEADER} was changed"),
+        (copy_by_hand, f"{HEADER} was added, and 1 more"),
+        (drop_header, f"{HEADER} was removed"),
+        (drop_sums, f"{HEADER} was added, and 1 more"),
+        (double_a_sum, f"{SUMS}:3 is not a line of hashes"),
+    ],
+)
+def test_an_edited_run_is_noticed_and_a_redraw_does_not_take_it(
+    change: Callable[[Path], None],
+    words: str,
+    made: Run,
+    place: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert shell(publish.main, ["latest", *place]) == 0
+    change(tmp_path / "results" / "published" / made.name)
+    before = files_below(tmp_path)
+    for arguments in (["--check", *place], place):
+        assert shell(publish.main, arguments) == 4
+        said = capsys.readouterr().err
+        assert words in said
+        assert "\n  why:  " in said
+        assert "\n  next: " in said
+    assert files_below(tmp_path) == before
+
+
+def test_publishing_the_run_again_puts_an_edit_right(
+    made: Run, place: list[str], tmp_path: Path
+) -> None:
+    assert shell(publish.main, ["latest", *place]) == 0
+    before = files_below(tmp_path / "results")
+    flip_row(tmp_path / "results" / "published" / made.name)
+    assert shell(publish.main, [made.name, *place]) == 0
+    after = files_below(tmp_path / "results")
+    assert {f: data for f, data in after.items() if f.suffix != ".png"} == {
+        f: data for f, data in before.items() if f.suffix != ".png"
+    }
+
+
+def test_a_run_published_from_where_it_lies_stays_as_it_is(
+    made: Run, place: list[str], tmp_path: Path
+) -> None:
+    """Its rows may lack columns of today, and its hashes are taken of them."""
+    assert shell(publish.main, ["latest", *place]) == 0
+    run = tmp_path / "results" / "published" / made.name
+    lines = [json.loads(line) for line in (run / ROWS).read_text().splitlines()]
+    text = "".join(json.dumps({k: v for k, v in r.items() if k != "quality"}) + "\n" for r in lines)
+    (run / ROWS).write_text(text)
+    assert shell(publish.main, [str(run), *place]) == 0
+    assert (run / ROWS).read_text() == text
+    assert shell(publish.main, ["--check", *place]) == 0
+
+
+def test_the_sums_are_those_of_sha256sum(made: Run, place: list[str], tmp_path: Path) -> None:
+    assert shell(publish.main, ["latest", *place]) == 0
+    command = ["sha256sum", "--check", "--strict", SUMS]
+    subprocess.run(command, cwd=tmp_path / "results", check=True)
+
+
+# ---- several runs; all or nothing
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[str]:
+    """Runs, each of which the page asks for."""
+    names = [make_run(tmp_path / "runs", good_rows()).name for _ in range(3)]
+    page = "".join(f"<!-- results {name} -->\n<!-- /results -->\n" for name in names)
+    (tmp_path / "README.md").write_text(page)
+    return names
+
+
+def test_runs_that_a_page_asks_for_are_published_together(
+    place: list[str], three: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").write_text(README_TEXT)
+    old = make_run(tmp_path / "runs", good_rows())
+    assert shell(publish.main, [old.name, *place]) == 0
+    page = "".join(f"<!-- results {name} -->\n<!-- /results -->\n" for name in three)
+    (tmp_path / "README.md").write_text(page)
+    derive, calls = publish.derive, []
+    monkeypatch.setattr(publish, "derive", lambda *to: calls.append(1) or derive(*to))
+    assert shell(publish.main, [*three, three[0], *place]) == 0
+    assert len(calls) == 1
+    assert run_names(tmp_path / "results" / "published") == sorted([*three, old.name])
+    page = (tmp_path / "README.md").read_text()
+    assert all(f"results/plots/{name}.svg" in page for name in three)
+    assert shell(publish.main, ["--check", *place]) == 0
+
+
+def test_a_page_that_asks_for_another_run_leaves_everything_as_it_was(
+    place: list[str], three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files_below(tmp_path)
+    assert shell(publish.main, [*three[:2], *place]) == 2
+    assert f"asks for the results of run {three[2]}" in capsys.readouterr().err
+    assert files_below(tmp_path) == before
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_what_cannot_be_drawn_or_written_leaves_everything_as_it_was(
+    error: type[BaseException],
+    place: list[str],
+    made: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert shell(publish.main, ["latest", *place]) == 0
+    before = files_below(tmp_path)
+    second = make_run(tmp_path / "runs", good_rows())
+    before |= files_below(second.path)
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "csv", refuse)
+        assert shell(publish.main, [second.name, *place]) != 0
+    assert files_below(tmp_path) == before
+    write, written = files.write_atomic, []
+
+    def write_some(path: Path, data: bytes) -> None:
+        if path == tmp_path / "results" / SUMS and not written:
+            written.append(path)
+            raise error
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_atomic", write_some)
+        assert shell(publish.main, [second.name, *place]) != 0
+    assert written
+    assert files_below(tmp_path) == before
+    assert not (tmp_path / "results" / "published" / second.name).exists()
+
+
+def test_a_page_that_is_no_text_is_refused(
+    made: Run, place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "README.md").write_bytes(b"\xff")
+    assert shell(publish.main, ["latest", *place]) == 2
+    assert "README.md is no page" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_make_publishes_several_runs() -> None:
+    def recipe(*runs: str) -> str:
+        command = ["make", "--dry-run", "--old-file=.venv/.ready-cpu", "publish", *runs]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip().splitlines()[-1]
+
+    assert recipe("RUN=a b").endswith("-m bench.publish 'a' 'b'")
+    assert recipe("RUN=latest").endswith("-m bench.publish 'latest'")
+    assert recipe().endswith("-m bench.publish")
 
 
 def test_a_named_block_shows_that_run(made: Run, tmp_path: Path) -> None:
@@ -276,14 +487,14 @@ def test_what_cannot_be_published(tmp_path: Path, place: list[str]) -> None:
     rows = good_rows()
     incomplete = make_run(tmp_path / "runs", rows, rounds=2)
     with pytest.raises(PreconditionError, match="24 cells are missing"):
-        publish.publish(incomplete, tmp_path / "results")
+        publish.publish([incomplete], tmp_path / "results", [])
     failed = make_run(tmp_path / "runs", [row(cell(), [], status="crashed")])
     with pytest.raises(PreconditionError, match="no row that is ok"):
-        publish.publish(failed, tmp_path / "results")
+        publish.publish([failed], tmp_path / "results", [])
     rows[0]["error"] = {"what": "cannot open /srv/secret/file.bin"}
     private = make_run(tmp_path / "runs", rows)
     with pytest.raises(PreconditionError, match="/srv/secret"):
-        publish.publish(private, tmp_path / "results")
+        publish.publish([private], tmp_path / "results", [])
     assert not (tmp_path / "results").exists()
 
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,14 @@ from bench.roofline import (
     stage_work,
     survey,
 )
+from bench.roofplot import figure
 from core.errors import PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
 from export.checkpoint import open_checkpoint
 from export.cost import Cost, part_cost_at
 from export.models import MODELS
-from tests.bench.made import cell
+from tests.bench.made import cell, make_run, row
 
 PEAK = Ceilings("cpu", {"fp32": {"matmul": 2.0, "conv": 1.0}}, 10.0, "measured")
 COST = Cost("unet", 3e12, 2 * 10**9, 10**9, {"linear": 1e12, "conv": 1e12, "attention": 1e12})
@@ -196,8 +198,8 @@ def test_the_command_gives_the_known_budget(
     lines = (ROOT / "export" / "budget.csv").read_text().splitlines()
     known = {row["part"]: row for row in csv.DictReader(x for x in lines if not x.startswith("#"))}
     assert set(parts) == set(known)
-    for part, row in known.items():
-        expected = next(float(v) for k, v in row.items() if column in k and "gflop" in k)
+    for part, line in known.items():
+        expected = next(float(v) for k, v in line.items() if column in k and "gflop" in k)
         assert parts[part]["gflop"] == pytest.approx(expected, rel=0.01), part
 
 
@@ -253,6 +255,37 @@ def test_a_published_peak_is_called_so(capsys: pytest.CaptureFixture[str]) -> No
     assert report["ceilings"]["provenance"] == "published"
     unet = next(each for each in report["parts"] if each["part"] == "unet")
     assert unet["floor_ms"] == pytest.approx(1588.8 / 989, rel=0.02) or unet["bound"] == "memory"
+
+
+def test_nothing_in_the_roofline_covers_another_or_is_cut_off(tmp_path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    peaks = {"fp32": {"conv": 0.35, "matmul": 0.34}, "int8": {"conv": 3.3, "matmul": 3.3}}
+    reached = {"tflops": 0.2, "gb_per_s": 1.0, "floor_ms": 2.0, "fraction": 0.5}
+    stages = {name: reached for name in ("text", "unet_step", "decode")}
+    rows = [
+        row(cell(backend="ort", options=options, precision=precision), [9.0] * 3, roofline=stages)
+        for options, precision in (
+            ("", "fp32"),
+            ("a=long,list=of,options=x,precision=int8", "int8"),
+        )
+    ]
+    run = make_run(tmp_path, rows)
+    survey = {"ceilings": [Ceilings("cpu", peaks, 35.0, "measured").columns()]}
+    drawn = figure(replace(run, header=run.header | {"roofline": survey}), rows)
+    canvas = FigureCanvasAgg(drawn)
+    canvas.draw()
+    (axes,), (key,) = drawn.axes, drawn.legends
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert set(boxes) == {
+        "fp32 conv 0.35 TFLOP/s", "fp32 matmul 0.34 TFLOP/s", "int8 conv and matmul 3.3 TFLOP/s",
+        "memory of cpu 35 GB/s",
+    }  # fmt: skip
+    assert not [pair for pair in combinations(boxes.values(), 2) if pair[0].overlaps(pair[1])]
+    whole, legend = drawn.bbox, key.get_window_extent()
+    assert legend.x1 <= whole.x1
+    assert not legend.overlaps(axes.bbox)
+    assert {text.get_text() for text in axes.get_yticklabels()} >= {"0.2", "1"}
 
 
 def test_the_roofline_of_a_run_without_ceilings_is_refused(tmp_path: Path) -> None:

@@ -175,6 +175,37 @@ def test_values_of_another_type_are_named(
     assert f"{ROWS}:2 is not a row" in caught.value.what
 
 
+@pytest.mark.parametrize(
+    "column", [{"device": "x\ud800"}, {"error": {"what": "\udcff"}}, {"versions": {"\ud800": "1"}}]
+)
+def test_a_row_that_is_no_text_is_named(tmp_path: Path, column: dict[str, object]) -> None:
+    """No table, page or parquet file could hold it; a pair of halves is a character."""
+    good = row(cell(), [1.0]) | {"device": "\U0001f58c"}
+    file = tmp_path / ROWS
+    file.write_text(f"{json.dumps(good)}\n{json.dumps(good | column)}\n")
+    with pytest.raises(AddbenchError, match=f"{ROWS}:2 is not a row") as caught:
+        read_rows(file)
+    assert "half of a character" in str(caught.value)
+    str(caught.value).encode()
+    file.write_text(f"{json.dumps(good)}\n")
+    assert read_rows(file) == [good]
+
+
+def test_a_header_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    made = make_run(tmp_path, [row(cell(), [1.0])])
+    (made.path / HEADER).write_text(json.dumps(made.header | {"command": ["\udcff"]}))
+    with pytest.raises(PreconditionError, match="is not valid text"):
+        open_run(made.name, tmp_path)
+
+
+def test_an_error_about_a_name_that_is_no_text_can_be_kept(tmp_path: Path) -> None:
+    error = {"type": "OSError", "what": "cannot open 'a\udcff.bin'", "why": "", "next": ""}
+    one = row(cell(), [], status="failed", error=error)
+    (tmp_path / ROWS).write_text(json.dumps(one) + "\n")
+    (kept,) = read_rows(tmp_path / ROWS)
+    assert kept["error"]["what"] == r"cannot open 'a\udcff.bin'"
+
+
 def test_json_that_is_too_deep_is_no_row(tmp_path: Path) -> None:
     (tmp_path / ROWS).write_text("[" * 200_000 + "\n{}\n")
     with pytest.raises(AddbenchError, match="is not a row"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -37,6 +39,21 @@ def test_a_usage_error_is_ours() -> None:
     parser.add_argument("--number", type=int)
     with pytest.raises(PreconditionError, match="invalid int value"):
         parser.parse_args(["--number", "many"])
+
+
+@pytest.mark.parametrize("arguments", [["\udcff"], ["--out", "x/\udcff.html"], ["--out=\ud800"]])
+def test_an_argument_that_is_no_text_is_a_usage_error(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = Parser(prog="x")
+    parser.add_argument("word", nargs="?")
+    parser.add_argument("--out", type=Path)
+    with pytest.raises(PreconditionError, match=r"'[^']*\\ud.*' is not valid text") as caught:
+        parser.parse_args(arguments)
+    str(caught.value).encode()
+    monkeypatch.setattr(sys, "argv", ["x", *arguments])
+    with pytest.raises(PreconditionError, match="is not valid text"):
+        parser.parse_args()
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, unique=True))

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from core.errors import AddbenchError, PreconditionError
-from core.files import ROOT, read_json, require_disk, staged_folder, write_atomic, write_json
+from core.files import (
+    ROOT,
+    read_json,
+    require_disk,
+    staged_folder,
+    write_atomic,
+    write_json,
+    write_together,
+)
 
 
 def test_write_atomic_replaces_whole(tmp_path: Path) -> None:
@@ -31,6 +39,19 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
         write_atomic(file, 3)  # type: ignore[arg-type]
     assert file.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_that_belong_together_are_all_written_or_none(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "deep" / "er" / "new"
+    old.write_text("old")
+    with pytest.raises(FileExistsError):  # the last one's folder is a file
+        write_together({old: b"changed", new: b"x", old / "below": b"x"})
+    assert old.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [old]
+    before = old.stat()
+    write_together({old: b"old", new: b"new"})
+    assert new.read_text() == "new"
+    assert old.stat() == before  # what is as it should be is not written
 
 
 def test_a_torn_json_is_named(tmp_path: Path) -> None:

@@ -71,12 +71,15 @@ def test_an_empty_caption_is_a_missing_one(folder: Path, text: str) -> None:
         ('{"text": "no picture"}', "line 2"),
         ('{"file_name": "a.png", "text": 7}', "line 2"),
         ('["a.png", "red"]', "line 2"),
+        (r'{"file_name": "a.png", "text": "\ud800"}', "line 2"),
+        ('{"file_name": "a.png", "text": "\xff"}', "metadata.jsonl cannot be read"),
         ('{"file_name": "gone.png", "text": "gone"}', "not there"),
         ('{"file_name": "a.png", "text": " "}', "1 of 2 pictures"),
     ],
 )
 def test_a_wrong_line_of_a_table_is_named(folder: Path, line: str, said: str) -> None:
-    (folder / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "green"}\n' + line)
+    text = '{"file_name": "b.png", "text": "green"}\n' + line
+    (folder / "metadata.jsonl").write_text(text, encoding="latin-1")
     with pytest.raises(PreconditionError, match=said):
         open_source(Data(kind="folder", path=str(folder), size=16))
 
