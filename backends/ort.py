@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backends import quantised
+from backends import halves, quantised
 from backends.base import (
     Artifact,
     Backend,
@@ -84,12 +84,7 @@ class OrtBackend(Backend):
             "threads spin while they wait for work: in a part's call, always, never",
             ("in-call", "always", "never"),
         ),
-        "context": Option(
-            "inline",
-            "cross-attention's keys and values, which depend on the prompt alone: inline, in every"
-            " UNet evaluation; split, once a prompt, in a graph of their own",
-            ("inline", "split"),
-        ),
+        "context": halves.OPTION,
         "winograd": Option(
             "auto",
             "3x3 convolutions in 16 products for 36 (F(2x2, 3x3)), by an operator that your C++"
@@ -169,21 +164,13 @@ class OrtBackend(Backend):
         return Capability(True, words, version=cpu or gpu or "unknown", devices=("cpu",))
 
     def parts(self, bundle: Bundle) -> tuple[str, ...]:
-        names = super().parts(bundle)
-        if self.options["context"] == "inline":
-            return names
-        unet = names.index("unet")
-        return (*names[:unet], CONTEXT_PART, *names[unet:])
+        return halves.with_context(super().parts(bundle), self.options["context"])
 
     def profile(self, part: str) -> Profile:
         # The integer kernels want a weight whole: one that is cut is not theirs any more.
         form = FUSED if self.scheme else replace(FUSED, gates="halves")
         form = replace(form, convolutions="winograd") if self.winograd else form
-        if part == CONTEXT_PART:
-            return replace(form, context="output")
-        if part == "unet" and self.options["context"] == "split":
-            return replace(form, context="input")
-        return form
+        return replace(form, context=halves.form_of(part, self.options["context"]))
 
     def precision(self, bundle: Bundle) -> str:
         return self.options["precision"]
@@ -235,13 +222,10 @@ class OrtBackend(Backend):
 
     def _weight_bytes(self, bundle: Bundle, part: str) -> int:
         """Of a compiled part."""
-        from export.lower.context import weight_bytes
-
         added = self._transformed(bundle, part).added
         if self.scheme is not None:
             return added + quantised.weight_bytes(bundle, part, self.scheme)
-        info, form = bundle.source(part), self.profile(part).context
-        stored = info.weight_bytes if form == "inline" else weight_bytes(info.graph, form)
+        stored = halves.stored_bytes(bundle, part, self.options["context"])
         return added + stored * (2 if bundle.dtype == "fp16" else 1)
 
     def disk_need(self, bundle: Bundle, part: str) -> int:
