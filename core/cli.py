@@ -17,7 +17,7 @@ from pathlib import Path
 from core.errors import EXIT_BUG, EXIT_FAILED, EXIT_INTERRUPTED, AddbenchError, PreconditionError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
 Main = Callable[[Sequence[str] | None], int]
 
 
