@@ -132,16 +132,14 @@ def usable_backends(args: argparse.Namespace, skipped: dict[str, str]) -> list[s
     """As asked for, or the torch modes and every other NVIDIA backend that can be used here.
 
     Raises:
-        UnavailableError: none of those that were asked for can be used: minutes of checks would
+        PreconditionError: none of those that were asked for can be used: minutes of checks would
             come before the sweep said so.
     """
     from backends.base import UnavailableError, parse_backend
+    from bench.plan import probe
 
     if args.backend:
-        asked = [(text, parse_backend(text).probe()) for text in args.backend]
-        if not any(probed.usable for _, probed in asked):
-            for text, probed in asked:
-                probed.require(text)
+        probe(args.backend)
         return list(args.backend)
     modes = list(MODES[args.device])
     lacking = compiler_lacks()
