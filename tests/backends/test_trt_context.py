@@ -17,6 +17,7 @@ from typing import Any
 
 import onnx
 import pytest
+import test_contract as contract
 import torch
 
 from backends.__main__ import main
@@ -24,6 +25,7 @@ from backends.base import Shapes, parse_backend
 from backends.cache import ArtifactCache
 from backends.captured import DevicePipeline
 from backends.gate import image_distance
+from backends.pipeline import load_pipeline
 from backends.recipe import Recipe
 from core.files import ROOT
 from export.bundle import Bundle
@@ -158,6 +160,17 @@ def test_a_call_in_steps_makes_the_context_once(
         taken = made.session("unet").inputs
         assert "encoder_hidden_states" not in taken
         assert (taken["context"].shape[0], taken["context"].dtype) == (1, "float16")
+
+
+def test_the_contract_of_every_backend_holds(world: gpu_double.World, tiny_bundle: Bundle) -> None:
+    """Where there is no GPU, test_contract.py leaves `trt` out."""
+    path, batch = str(tiny_bundle.path), len(contract.PROMPTS)
+    with load_pipeline(path, "trt:batch=1-4", "taesd", batch=batch) as made:
+        contract.test_images_and_timings(made, tiny_bundle)
+        contract.test_sessions_take_and_give_what_the_graph_says(made)
+    contract.test_an_image_does_not_depend_on_its_batch("trt", tiny_bundle)
+    for decoder in ("vae", "taesd"):
+        contract.test_images_match_the_references("trt", decoder, tiny_bundle)
 
 
 def test_no_weight_is_in_both_plans(world: gpu_double.World, tiny_bundle: Bundle) -> None:
