@@ -114,11 +114,12 @@ def record(
             " timing and say nothing of an image",
             "use trained weights (--weights hub, or a folder), or ask for it: --random-weights",
         )
-    if backend.storage(bundle) in QUANTISED or backend.parts(bundle) != tuple(bundle.parts):
+    split = backend.parts(bundle) != tuple(bundle.parts)
+    if backend.storage(bundle) in QUANTISED or split:
         raise UnsupportedError(
             f"{backend.name} with these options is nothing to calibrate on",
             "scales are of the UNet as the bundle has it, neither quantised nor split",
-            f"use --backend {backend.name}",
+            f"use --backend {backend.name}{':context=inline' if split else ''}",
         )
     if kept < 1:
         raise PreconditionError(f"--keep {kept} keeps nothing", "", f"use --keep {KEPT}")

@@ -4,6 +4,10 @@ Every part runs with fixed shapes on tensors of torch, bound by address, from a 
 own; all parts on one stream, so that nothing goes through the host between two of them. A node
 that the provider leaves to the CPU is not run there: the part is refused, and the nodes are named.
 
+The UNet stays whole (no `context=split`): the provider's Split with as many outputs as SDXL needs
+copies a table from the host in each call, which a replayed graph would read after it was given
+back.
+
 No GPU was at hand when this was written. What ran on a CPU: the form of the graphs (on
 onnxruntime's CPU provider, against torch), binding by address, the refusal, the probe. What did
 not run: anything with CUDA in its name.

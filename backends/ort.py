@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from backends import quantised
+from backends import halves, quantised
 from backends.base import (
     Artifact,
     Backend,
@@ -49,6 +49,7 @@ from export.models import CONTEXT_PART
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
+    from export.lower import Convolutions, Products
     from export.lower.convolutions import Sizes
 
 MODEL = "model.onnx"
@@ -84,12 +85,7 @@ class OrtBackend(Backend):
             "threads spin while they wait for work: in a part's call, always, never",
             ("in-call", "always", "never"),
         ),
-        "context": Option(
-            "inline",
-            "cross-attention's keys and values, which depend on the prompt alone: inline, in every"
-            " UNet evaluation; split, once a prompt, in a graph of their own",
-            ("inline", "split"),
-        ),
+        "context": halves.OPTION,
         "convolutions": Option(
             "auto",
             "by operators that your C++ compiler builds: winograd, those of 3x3 in 16 products for"
@@ -193,23 +189,17 @@ class OrtBackend(Backend):
         return Capability(True, words, version=cpu or gpu or "unknown", devices=("cpu",))
 
     def parts(self, bundle: Bundle) -> tuple[str, ...]:
-        names = super().parts(bundle)
-        if self.options["context"] == "inline":
-            return names
-        unet = names.index("unet")
-        return (*names[:unet], CONTEXT_PART, *names[unet:])
+        return halves.with_context(super().parts(bundle), self.options["context"])
 
     def profile(self, part: str) -> Profile:
         # The integer kernels want a weight whole: one that is cut is not theirs any more.
         form = FUSED if self.scheme else replace(FUSED, gates="halves")
         form = replace(
-            form, convolutions=self.options["convolutions"], products=self.options["products"]
+            form,
+            convolutions=cast("Convolutions", self.options["convolutions"]),
+            products=cast("Products", self.options["products"]),
         )
-        if part == CONTEXT_PART:
-            return replace(form, context="output")
-        if part == "unet" and self.options["context"] == "split":
-            return replace(form, context="input")
-        return form
+        return replace(form, context=halves.form_of(part, self.options["context"]))
 
     def precision(self, bundle: Bundle) -> str:
         return self.options["precision"]
@@ -256,7 +246,7 @@ class OrtBackend(Backend):
         """Weights of convolutions that operators of our own take."""
         from export.lower import convolutions
 
-        kind = self.options["convolutions"]
+        kind = self.profile(part).convolutions
         if kind == "op" or part == CONTEXT_PART:
             return convolutions.Sizes(0, 0)
         return convolutions.sizes(bundle.source(part).graph, kind)
@@ -264,19 +254,16 @@ class OrtBackend(Backend):
     def _weight_bytes(self, bundle: Bundle, part: str) -> int:
         """Of a compiled part."""
         from export.lower import linear
-        from export.lower.context import weight_bytes
 
         added = self._laid_out(bundle, part).added
         if self.scheme is not None:
             return added + quantised.weight_bytes(bundle, part, self.scheme)
-        info, form = bundle.source(part), self.profile(part).context
-        stored = info.weight_bytes if form == "inline" else weight_bytes(info.graph, form)
+        stored = halves.stored_bytes(bundle, part, self.options["context"])
         widened = stored * (2 if bundle.dtype == "fp16" else 1)
-        # Of half a UNet: in proportion.
-        kept = 0
-        if self.options["products"] == "linear":
-            kept = linear.saved(info.graph) * stored // info.weight_bytes
-        return added + widened - kept
+        if self.options["products"] == "op":
+            return added + widened
+        whole = bundle.source(part)  # of half a UNet: in proportion
+        return added + widened - linear.saved(whole.graph) * stored // whole.weight_bytes
 
     def disk_need(self, bundle: Bundle, part: str) -> int:
         """Bytes a compile writes: the weights, integers and convolutions' twice; then the kernels'

@@ -129,10 +129,17 @@ def require_machine(device: str) -> dict[str, str]:
 
 
 def usable_backends(args: argparse.Namespace, skipped: dict[str, str]) -> list[str]:
-    """As asked for, or the torch modes and every other NVIDIA backend that can be used here."""
+    """As asked for, or the torch modes and every other NVIDIA backend that can be used here.
+
+    Raises:
+        PreconditionError: none of those that were asked for can be used: minutes of checks would
+            come before the sweep said so.
+    """
     from backends.base import UnavailableError, parse_backend
+    from bench.plan import probe
 
     if args.backend:
+        probe(args.backend)
         return list(args.backend)
     modes = list(MODES[args.device])
     lacking = compiler_lacks()
@@ -184,6 +191,12 @@ def bundle_for(args: argparse.Namespace, backends: list[str], skipped: dict[str,
             for text in compiling:
                 backends.remove(text)
                 skipped[f"backend {text}"] = f"it needs graphs: {error.what}, and {why}"
+            if not backends:
+                raise PreconditionError(
+                    f"gpu_check has no backend left: {', '.join(compiling)} cannot run",
+                    f"it needs graphs: {error.what}, and {why}",
+                    f"python -m export --model {args.model} --weights random says what is wrong",
+                ) from error
     path = build_root() / "gpu-check" / f"{args.model}-{args.device}"
     try:
         bundle = Bundle.open(path)

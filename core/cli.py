@@ -24,7 +24,7 @@ from core.errors import (
 )
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
 Main = Callable[[Sequence[str] | None], int]
 
 

@@ -30,6 +30,9 @@ INSTALL = (
     " nvcr.io/nvidia/pytorch:<tag>-py3 (PyTorch and TensorRT) or nvcr.io/nvidia/tensorrt:<tag>-py3"
     " (TensorRT and trtexec)"
 )
+DRY_RUN = (
+    "without one: `python -m backends compile --backend trt --dry-run` prints trtexec's commands"
+)
 INSTALL_TORCH = "pip uninstall -y torch && pip install torch: its default build for Linux has CUDA"
 
 
@@ -56,7 +59,7 @@ def capability(summary: str, precision: str = "auto") -> Capability:
     problems: list[NoGpu] = []
     library, gpu = library_version(), find_gpu()
     if isinstance(gpu, NoGpu):
-        problems.append(gpu)
+        problems.append(NoGpu(gpu.why, f"{gpu.next}; {DRY_RUN}"))
     else:
         problems += _gpu_problems(gpu, precision)
     if precision in OLDEST_FOR:

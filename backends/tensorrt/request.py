@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.base import Shapes
+from backends.halves import form_of
 from backends.tensorrt.probe import ATTENTION, GROUP_NORM
 from core.errors import PreconditionError
 from export.lower import Profile
 
 if TYPE_CHECKING:
-    from export.bundle import PartInfo, Spec
+    from export.bundle import Bundle, PartInfo
 
 PLAN, LOG, RECORD, GRAPH = "model.plan", "build.log", "plan.json", "model.onnx"
 PAIRS = "pairs"
@@ -64,13 +65,15 @@ def parse_gigabytes(text: str) -> float | None:
     return value
 
 
-def profile_for(release: tuple[int, int], attention: str, batch: BatchRange | None) -> Profile:
+def profile_for(part: str, release: tuple[int, int], options: Mapping[str, str]) -> Profile:
     """The newest form of a graph that the ONNX parser of this TensorRT takes. FP16 stays FP16.
 
     Args:
         release: (10, 14) for TensorRT 10.14.
-        attention: `op`, `matmul`, or `auto`: the operator where the parser has it.
+        options: the backend's; `attention`: `op`, `matmul`, or `auto`, the operator where the
+            parser has it.
     """
+    attention, batch = options["attention"], parse_batch(options["batch"])
     if attention == "auto":
         attention = "op" if release >= ATTENTION else "matmul"
     if attention == "op" and release < ATTENTION:
@@ -86,6 +89,7 @@ def profile_for(release: tuple[int, int], attention: str, batch: BatchRange | No
         attention="op" if attention == "op" else "matmul",
         norms="op" if release >= GROUP_NORM else "decomposed",
         batch=None if batch else 1,  # a number where static; each compile puts its own
+        context=form_of(part, options["context"]),
     )
 
 
@@ -117,15 +121,15 @@ class Request:
 
 
 def make_request(
-    info: PartInfo, shapes: Shapes, options: Mapping[str, str], release: tuple[int, int]
+    bundle: Bundle, part: str, shapes: Shapes, options: Mapping[str, str], release: tuple[int, int]
 ) -> Request:
     batch = parse_batch(options["batch"])
-    profile = profile_for(release, options["attention"], batch)
+    profile = profile_for(part, release, options)
     workspace = parse_gigabytes(options["workspace"])
     return Request(
-        part=info.name,
+        part=part,
         profile=profile if batch else replace(profile, batch=shapes.batch),
-        shapes=ranges(info.inputs, batch) if batch else {},
+        shapes=ranges(inputs(bundle.source(part), profile), batch) if batch else {},
         level=int(options["level"]),
         workspace_bytes=None if workspace is None else int(workspace * 2**30),
         refit=options["refit"] == "1",
@@ -134,18 +138,27 @@ def make_request(
     )
 
 
+def inputs(info: PartInfo, profile: Profile) -> Mapping[str, tuple[int | str, ...]]:
+    """Shapes of the inputs of the graph that is compiled of `info`, which may be half of it."""
+    if profile.context == "inline":
+        return {spec.name: spec.shape for spec in info.inputs}
+    from export.lower.context import input_shapes
+
+    return input_shapes(info.graph, profile.context)
+
+
 def ranges(
-    inputs: tuple[Spec, ...], batch: BatchRange
+    inputs: Mapping[str, tuple[int | str, ...]], batch: BatchRange
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
     """Least, best and largest shape of every input with a named axis."""
 
-    def shape(spec: Spec, size: int) -> tuple[int, ...]:
-        return tuple(dim if isinstance(dim, int) else size for dim in spec.shape)
+    def sized(shape: tuple[int | str, ...], size: int) -> tuple[int, ...]:
+        return tuple(dim if isinstance(dim, int) else size for dim in shape)
 
     return {
-        spec.name: (shape(spec, batch.least), shape(spec, batch.most), shape(spec, batch.most))
-        for spec in inputs
-        if not all(isinstance(dim, int) for dim in spec.shape)
+        name: (sized(shape, batch.least), sized(shape, batch.most), sized(shape, batch.most))
+        for name, shape in inputs.items()
+        if not all(isinstance(dim, int) for dim in shape)
     }
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tensorrt as trt
 import torch
@@ -15,9 +13,7 @@ from backends.base import BackendError, Session, UnsupportedError
 from backends.tensorrt.build import parser_errors
 from backends.tensorrt.device import CudaDevice, Scratch
 from backends.tensorrt.log import Log
-
-if TYPE_CHECKING:
-    from export.bundle import PartInfo, Spec
+from export.bundle import Spec
 
 TYPES = {
     trt.DataType.FLOAT: torch.float32,
@@ -100,7 +96,6 @@ class TrtSession(Session):
     def __init__(
         self,
         engine: trt.ICudaEngine,
-        info: PartInfo,
         device: CudaDevice,
         scratch: Scratch,
         log: Log,
@@ -111,8 +106,9 @@ class TrtSession(Session):
         self._scratch, self._graph = scratch, graph
         self._bindings: dict[int, Binding] = {}
         self.device = device.name
-        self.inputs = {spec.name: described(engine, spec) for spec in info.inputs}
-        self.outputs = {spec.name: described(engine, spec) for spec in info.outputs}
+        self.inputs, self.outputs = (
+            described(engine, mode) for mode in (trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT)
+        )
         scratch.reserve(engine.device_memory_size_v2)
 
     def binding(self, batch: int) -> Binding:
@@ -185,14 +181,17 @@ def sizes(dims: trt.Dims) -> tuple[int, ...]:
     return tuple(dims[axis] for axis in range(len(dims)))
 
 
-def described(engine: trt.ICudaEngine, spec: Spec) -> Spec:
-    """`spec` as the engine has it: a named axis is a number in a static plan."""
-    shape = sizes(engine.get_tensor_shape(spec.name))
-    dtype = str(TYPES[engine.get_tensor_dtype(spec.name)]).removeprefix("torch.")
-    named = tuple(
-        name if size == -1 else size for name, size in zip(spec.shape, shape, strict=True)
-    )
-    return replace(spec, dtype=dtype, shape=named)
+def described(engine: trt.ICudaEngine, mode: trt.TensorIOMode) -> dict[str, Spec]:
+    """The engine's inputs or outputs: those of its graph, which may be half a UNet. In a static
+    plan every axis is a number; what is named is the batch."""
+    found = {}
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        if engine.get_tensor_mode(name) == mode:
+            dtype = str(TYPES[engine.get_tensor_dtype(name)]).removeprefix("torch.")
+            shape = sizes(engine.get_tensor_shape(name))
+            found[name] = Spec(name, dtype, tuple("batch" if n == -1 else n for n in shape))
+    return found
 
 
 def load_engine(plan: Path, log: Log, *, foreign_code: bool) -> trt.ICudaEngine:

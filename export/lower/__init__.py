@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Convolutions = Literal["op", "winograd", "tiles"]
+Products = Literal["op", "linear"]
 CANONICAL_OPSET = 23
 OLDEST_OPSET = 16
 
@@ -90,8 +92,8 @@ class Profile:
     vae_divisor: int = 1
     context: Literal["inline", "input", "output"] = "inline"
     gates: Literal["as-is", "halves"] = "as-is"
-    convolutions: Literal["op", "winograd", "tiles"] = "op"
-    products: Literal["op", "linear"] = "op"
+    convolutions: Convolutions = "op"
+    products: Products = "op"
     argmax: Literal["as-is", "float32"] = "as-is"
 
 

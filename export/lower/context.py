@@ -59,10 +59,24 @@ def split(model: ir.Model, form: str) -> None:
 
 def weight_bytes(graph: Path, form: str) -> int:
     """Bytes of the weights that `form` of the canonical graph at `graph` holds, as stored."""
+    weights = (value.const_value for value in _half(graph, form).initializers.values())
+    return sum(tensor.nbytes for tensor in weights if tensor is not None)
+
+
+def input_shapes(graph: Path, form: str) -> dict[str, tuple[int | str, ...]]:
+    """What `form` of the canonical graph at `graph` takes: name -> sizes, and names of axes."""
+    return {
+        str(value.name): tuple(
+            dim if isinstance(dim, int) else str(dim.value) for dim in value.shape or ()
+        )
+        for value in _half(graph, form).inputs
+    }
+
+
+def _half(graph: Path, form: str) -> ir.Graph:
     model = ir.from_proto(onnx.load(str(graph), load_external_data=False))
     split(model, form)
-    weights = (value.const_value for value in model.graph.initializers.values())
-    return sum(tensor.nbytes for tensor in weights if tensor is not None)
+    return model.graph
 
 
 def _of_prompt(graph: ir.Graph, prompt: ir.Value) -> set[ir.Node]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backends.base import Backend, Session
+from backends.base import Backend, Session, UnsupportedError, parse_backend
 from backends.calibrate import CallRecorder, main, record, rows
 from backends.ort import OrtBackend
 from core.cli import run as shell
@@ -100,6 +100,22 @@ def test_random_weights_are_refused_unless_asked_for(tiny_bundle: Bundle, tmp_pa
         record(tiny_bundle, OrtBackend(PLAIN), tmp_path / "c.safetensors")
     assert "--random-weights" in caught.value.next
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ("ort:precision=int8", "use --backend ort"),
+        ("ort:context=split", "use --backend ort:context=inline"),
+        ("trt", "use --backend trt:context=inline"),
+    ],
+)
+def test_a_unet_that_is_not_the_bundles_is_refused(
+    text: str, instead: str, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match="neither quantised nor split") as caught:
+        record(tiny_bundle, parse_backend(text), tmp_path / "c.safetensors", random_weights=True)
+    assert caught.value.next == instead
 
 
 def test_the_command_reads_prompts_and_says_where_the_file_is(

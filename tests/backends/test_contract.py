@@ -12,9 +12,12 @@ import torch
 from backends import BACKENDS
 from backends.base import BackendError, Shapes, UnavailableError, each_backend, parse_backend
 from backends.gate import gate_for, image_distance
+from backends.halves import HALVES
 from backends.pipeline import Pipeline, load_pipeline
 from core.errors import PreconditionError
 from export.bundle import Bundle
+from export.lower.context import PROMPT
+from export.models import CONTEXT_PART
 
 PROMPTS = ["a small red circle on a white background", "a large blue star", "", "ein Bär, 熊 🐻"]
 # An emulated device takes minutes for what others do in seconds; test_qnn.py is its quick test.
@@ -56,9 +59,15 @@ def test_images_and_timings(pipeline: Pipeline, tiny_bundle: Bundle) -> None:
 
 def test_sessions_take_and_give_what_the_graph_says(pipeline: Pipeline) -> None:
     for part in pipeline.parts:
-        session, info = pipeline.session(part), pipeline.bundle.parts[part]
-        assert set(session.inputs) == {spec.name for spec in info.inputs}
-        assert set(session.outputs) == {spec.name for spec in info.outputs}
+        session, info = pipeline.session(part), pipeline.bundle.source(part)
+        taken, given = ({spec.name for spec in specs} for specs in (info.inputs, info.outputs))
+        if CONTEXT_PART in pipeline.parts and part in HALVES:  # what the one gives, the other takes
+            handed = set(pipeline.session(CONTEXT_PART).outputs)
+            assert handed
+            rest = taken - {PROMPT} | handed
+            taken, given = ({PROMPT}, handed) if part == CONTEXT_PART else (rest, given)
+        assert set(session.inputs) == taken
+        assert set(session.outputs) == given
         with pytest.raises(BackendError, match="do not fit"):
             session.run({"nonsense": torch.zeros(1)})
 

@@ -226,6 +226,7 @@ def test_options_that_do_not_go_together_are_refused(text: str, words: str) -> N
         ("ort", None, "ort"),
         ("torch", None, "torch"),
         ("openvino:threads=2", "bf16", "openvino:threads=2,precision=bf16"),
+        ("trt", "fp8", "trt:precision=fp8"),
     ],
 )
 def test_a_precision_becomes_an_option(text: str, precision: str | None, result: str) -> None:
@@ -238,6 +239,7 @@ def test_a_precision_becomes_an_option(text: str, precision: str | None, result:
         ("torch", "int8", "backend torch has no precision int8", "--backend ort:precision=int8"),
         ("openvino", "int8", "openvino has no precision int8", "--backend ort:precision=int8"),
         ("ort", "bf16", "ort has no precision bf16", "--backend openvino:precision=bf16"),
+        ("ort", "fp8", "ort has no precision fp8", "--backend trt:precision=fp8"),
         ("ort:precision=int8", "fp32", "contradicts", "drop one"),
     ],
 )

@@ -223,7 +223,7 @@ def test_the_unet_keeps_fp32_where_the_graph_says_so(
     assert dtypes == {
         "sample": "float16",
         "timestep": "float32",
-        "encoder_hidden_states": "float16",
+        "context": "float16",
         "text_embeds": "float16",
         "time_ids": "float32",
     }

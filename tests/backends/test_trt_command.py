@@ -43,7 +43,8 @@ def test_a_sweep_without_gpu_ends_at_once_with_what_to_do() -> None:
         timeout=60,
     )
     assert done.returncode == 2, done.stderr
-    for words in ("backend trt cannot be used", "NVIDIA driver", "--gpus all", "nvcr.io/nvidia/"):
+    for words in ("backend trt cannot be used", "NVIDIA driver", "--gpus all", "nvcr.io/nvidia/",
+                  "compile --backend trt --dry-run"):  # fmt: skip
         assert words in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -144,7 +145,7 @@ def test_a_dry_run_needs_no_gpu_and_prints_commands_that_fit(
     assert main([*argv, "--decoder", "taesd", "--batch", "2", "--dry-run"]) == 0
     lines = [shlex.split(x, comments=True) for x in capsys.readouterr().out.splitlines()]
     commands = [words for words in lines if words]
-    assert len(commands) == 3 * 4  # three a part
+    assert len(commands) == 3 * 5  # three a part; the UNet is two
     lower, trtexec, clear = commands[-3:]
     assert trtexec[0] == "trtexec"
     options = dict(word.partition("=")[::2] for word in trtexec[1:])
@@ -174,7 +175,7 @@ def test_a_dry_run_needs_no_gpu_and_prints_commands_that_fit(
         ("10.14.1.48", "refit=1", ["--stripWeights", "--stronglyTyped"], []),
         (
             "10.14.1.48",
-            "batch=1-4,hardware=ampere+,version_compatible=1",
+            "batch=1-4,hardware=ampere+,version_compatible=1,context=inline",
             [
                 "--minShapes=sample:1x4x8x8,encoder_hidden_states:1x77x80,text_embeds:1x48,time_ids:1x6",
                 "--maxShapes=sample:4x4x8x8,encoder_hidden_states:4x77x80,text_embeds:4x48,time_ids:4x6",

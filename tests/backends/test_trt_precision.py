@@ -36,6 +36,7 @@ from core.errors import PreconditionError
 from core.files import ROOT, read_json
 from export.bundle import Bundle
 from export.calibrate import calibration_path
+from export.models import CONTEXT_PART
 
 sys.path.insert(0, str(ROOT / "tests" / "doubles"))
 import gpu_double
@@ -119,7 +120,7 @@ def test_an_fp8_plan_is_built_compared_and_kept(
     world: gpu_double.World, tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the recorded file, in real child processes."""
-    backend = parse_backend("trt:precision=fp8")
+    backend = parse_backend("trt:precision=fp8,context=inline")
     assert backend.precision(tiny_bundle) == backend.storage(tiny_bundle) == "fp8"
     artifact = backend.compile(tiny_bundle, "unet", shapes(tiny_bundle))
     assert artifact.path is not None
@@ -140,7 +141,7 @@ def test_an_fp8_plan_is_built_compared_and_kept(
     assert counts["QuantizeLinear"] == counts["DequantizeLinear"] > compared["layers"] > 10
     assert compared["left"] == 0
     feeds = unet_inputs(tiny_bundle)
-    plain = parse_backend("trt")
+    plain = parse_backend("trt:context=inline")
     as_is = plain.compile(tiny_bundle, "unet", shapes(tiny_bundle))
     with backend.load(tiny_bundle, artifact) as low, plain.load(tiny_bundle, as_is) as high:
         got, expected = (s.run(feeds)["out_sample"].float() for s in (low, high))
@@ -190,6 +191,23 @@ def test_only_the_unet_depends_on_the_precision(
     keys = {key("trt"), fp8, key("trt:precision=int8")}
     keys.add(key(f"trt:precision=fp8,calibration={other}"))
     assert len(keys) == 4
+
+
+def test_both_halves_are_quantised_and_compared_once(
+    world: gpu_double.World, tiny_bundle: Bundle, inline: list[str]
+) -> None:
+    """The pairs around what is made of the prompt alone go with it; between them, all of them."""
+    counts = {}
+    for text, parts in (("", (CONTEXT_PART, "unet")), (",context=inline", ("unet",))):
+        backend = parse_backend(f"trt:precision=fp8{text}")
+        for part in parts:
+            artifact = backend.compile(tiny_bundle, part, shapes(tiny_bundle))
+            assert artifact.path is not None
+            ops = [node.op_type for node in plan_graph(artifact.path).graph.node]
+            counts[text, part] = ops.count("QuantizeLinear")
+            assert (backend.remark(artifact) == "") == (part == CONTEXT_PART)
+    assert counts["", CONTEXT_PART] > 2
+    assert counts["", CONTEXT_PART] + counts["", "unet"] == counts[",context=inline", "unet"]
 
 
 def test_an_image_of_a_quantised_plan_passes_its_gate(
@@ -377,11 +395,14 @@ def test_a_dry_run_prints_what_a_compile_does(
     assert main([*argv, str(tiny_bundle.path), "--decoder", "taesd", "--dry-run"]) == 0
     lines = [shlex.split(x, comments=True) for x in capsys.readouterr().out.splitlines()]
     commands = [words for words in lines if words]
-    assert len(commands) == 3 * 3 + 5  # the UNet's are five
+    assert len(commands) == 3 * 5 + 2  # the UNet's halves share their scales
     (at,) = (i for i, words in enumerate(commands) if "backends.calibrate" in words)
     calibrate, scale, lower, trtexec, clear = commands[at : at + 5]
     assert calibrate[-2:] == ["--out", str(file)]
     assert trtexec[0] == "trtexec"
+    other = commands[at + 5]  # of the UNet's other half
+    assert other[:2] == lower[:2]
+    assert other[2].count("scales.safetensors") == lower[2].count("scales.safetensors") == 1
     assert "--stronglyTyped" in trtexec  # the pairs say what is FP8; no --fp8 flag
     assert not {"--fp8", "--int8", "--fp16", "--best"} & set(trtexec)
     exec(scale[2], {})
@@ -391,8 +412,9 @@ def test_a_dry_run_prints_what_a_compile_does(
     assert any(node.op_type == "QuantizeLinear" for node in written.graph.node)
     assert clear[:2] == ["rm", "-rf"]
     folder = Path(options["--onnx"]).parent
-    kept = {f.name for f in folder.iterdir()} - {Path(name).name for name in clear[2:]}
-    assert kept == {"scales.safetensors"}
+    assert {f.name for f in folder.iterdir()} == {Path(name).name for name in clear[2:]}
+    (made,) = tmp_path.glob("trtexec/*/scales.safetensors")
+    assert str(made) in other[2]
     for name in clear[2:]:  # the links to the bundle's weights
         for path in [*Path(name).glob("*"), Path(name)]:
             path.unlink() if path.is_file() else path.rmdir()

@@ -193,3 +193,34 @@ def test_backends_that_cannot_be_used_are_left_out_by_name(
     found = gpu_check.usable_backends(args, skipped)
     assert found[0] == "torch:device=cuda,mode=graph"
     assert {"backend trt", "backend cuda"} <= set(skipped)
+
+
+def test_backends_that_were_asked_for_are_refused_before_the_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if os.path.exists("/dev/nvidia0"):
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    asked = ["--model", "tiny-sdxl", "--device", "cpu", "--backend", "trt", "--out", str(tmp_path)]
+    assert command(gpu_check.main, asked) == 2
+    said = capsys.readouterr()
+    assert "backend trt cannot be used" in said.err
+    assert not said.out
+    args = gpu_check.parser().parse_args([*asked, "--backend", "torch"])
+    assert gpu_check.usable_backends(args, {}) == ["trt", "torch"], "the sweep says why not"
+
+
+def test_a_backend_without_graphs_leaves_nothing_to_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "export", lambda _: False)
+    args = gpu_check.parser().parse_args(["--model", "tiny-sdxl", "--device", "cpu"])
+    with pytest.raises(PreconditionError, match="no backend left: trt") as caught:
+        gpu_check.bundle_for(args, ["trt:level=1"], {})
+    assert "python -m export --model tiny-sdxl" in caught.value.next
+    skipped: dict[str, str] = {}
+    left = ["torch", "trt"]
+    assert not gpu_check.bundle_for(args, left, skipped).has_graphs
+    assert left == ["torch"]
+    assert "backend trt" in skipped
