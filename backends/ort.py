@@ -105,6 +105,12 @@ class OrtBackend(Backend):
             ("optimised", "canonical"),
         ),
         **quantised.OPTIONS,
+        "precision": Option(
+            "fp32",
+            "of products with large weights; int8: activations quantised as they come; bf16: both"
+            " sides rounded, with sums in FP32, on AMX, where weights are stored in FP16",
+            ("fp32", "bf16", "int8"),
+        ),
     }
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
@@ -150,12 +156,29 @@ class OrtBackend(Backend):
                     "the operator takes weights that this makes integers",
                     f"drop {key}={asked}, or drop precision, storage and conv",
                 )
+        if self.options["precision"] == "bf16":
+            self._check_bf16(tiles)
         if self.options["convolutions"] == "tiles" and not tiles:
             raise UnsupportedError(
                 "ort:convolutions=tiles cannot be had",
                 "this CPU has no AMX, Linux does not let it be used, or there is no C++ compiler",
                 "use ort:convolutions=winograd, or auto",
             )
+
+    def _check_bf16(self, tiles: bool) -> None:
+        forms = (self.options["convolutions"], self.options["products"])
+        why = None
+        if not tiles:
+            why = "this CPU has no AMX, Linux does not let it be used, or there is no C++ compiler"
+        elif self.scheme is not None:
+            why = "with storage, weights are integers, and products in FP32"
+        elif forms != ("tiles", "linear"):
+            why = "what computes in BF16 are convolutions=tiles and products=linear"
+        if why is not None:
+            raise UnsupportedError(
+                "ort:precision=bf16 cannot be had", why,
+                "use precision=int8, or drop precision: FP32 is the default",
+            )  # fmt: skip
 
     @property
     def own_operators(self) -> bool:
@@ -198,11 +221,19 @@ class OrtBackend(Backend):
             form,
             convolutions=cast("Convolutions", self.options["convolutions"]),
             products=cast("Products", self.options["products"]),
+            arithmetic="bf16" if self.options["precision"] == "bf16" else "fp32",
         )
         return replace(form, context=halves.form_of(part, self.options["context"]))
 
     def precision(self, bundle: Bundle) -> str:
-        return self.options["precision"]
+        precision = self.options["precision"]
+        if precision == "bf16" and bundle.dtype != "fp16":
+            raise UnsupportedError(
+                f"ort:precision=bf16 does not go with {bundle.name}",
+                f"the operators that compute in it take FP16 weights, and its are {bundle.dtype}",
+                "export the model with --dtype fp16",
+            )
+        return precision
 
     def storage(self, bundle: Bundle) -> str:
         return bundle.dtype if self.scheme is None else self.scheme.storage
@@ -246,10 +277,11 @@ class OrtBackend(Backend):
         """Weights of convolutions that operators of our own take."""
         from export.lower import convolutions
 
-        kind = self.profile(part).convolutions
-        if kind == "op" or part == CONTEXT_PART:
+        form = self.profile(part)
+        if form.convolutions == "op" or part == CONTEXT_PART:
             return convolutions.Sizes(0, 0)
-        return convolutions.sizes(bundle.source(part).graph, kind)
+        bf16 = form.arithmetic == "bf16"
+        return convolutions.sizes(bundle.source(part).graph, form.convolutions, bf16=bf16)
 
     def _weight_bytes(self, bundle: Bundle, part: str) -> int:
         """Of a compiled part."""

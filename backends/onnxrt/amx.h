@@ -74,21 +74,26 @@ inline void store_bf16(char* to, __m512 low, __m512 high) {
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
-// 32 numbers as sums of BF16 numbers: three for any of FP32, two for any of FP16 (`cut_halves`).
-inline void cut_in_three(__m512 low, __m512 high, char* to, int64_t stride) {
-  __m512 low1 = leading(low), high1 = leading(high);
-  __m512 low2 = leading(low - low1), high2 = leading(high - high1);
-  store_bf16(to, low1, high1);
-  store_bf16(to + stride, low2, high2);
-  store_bf16(to + 2 * stride, low - low1 - low2, high - high1 - high2);
+// 32 numbers as sums of BF16 numbers: three for any of FP32, two for any of FP16; or rounded to one.
+constexpr int weight_parts(int parts) { return parts == 3 ? 2 : 1; }
+
+template <int Parts>
+inline void cut(__m512 low, __m512 high, char* to, int64_t stride) {
+  if constexpr (Parts > 1) {
+    __m512 low1 = leading(low), high1 = leading(high);
+    store_bf16(to, low1, high1);
+    cut<Parts - 1>(low - low1, high - high1, to + stride, stride);
+  } else {
+    store_bf16(to, low, high);
+  }
 }
+
+template <int Parts>
 inline void cut_halves(const uint16_t* from, char* to, int64_t stride) {
   auto half = [&](int i) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
   };
-  __m512 low = half(0), high = half(16), low1 = leading(low), high1 = leading(high);
-  store_bf16(to, low1, high1);
-  store_bf16(to + stride, low - low1, high - high1);
+  cut<Parts>(half(0), half(16), to, stride);
 }
 
 #endif

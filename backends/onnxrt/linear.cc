@@ -12,6 +12,8 @@
 // result is nearer to the exact one than a chain of FP32's is. Henry, Tang and Heinecke, "Leveraging
 // the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations" (2019).
 //
+// With `bf16`, both are rounded to one BF16 number each, where there are tiles.
+//
 // Elsewhere a block of weights is widened to FP32 in the first cache, and met by all rows of x.
 #include "amx.h"
 #include "kernel.h"
@@ -35,6 +37,7 @@ struct Problem {
   float* y;
   int64_t rows, inputs, features;  // of x; K; N
   int64_t depth, panels;           // K in steps of 32; of 32 columns
+  bool rounded;                    // to BF16
 
   const Half* panel(int64_t number, int64_t k) const {
     return weights + (number * depth + k) * kPanel;
@@ -70,23 +73,28 @@ void keep(const Problem& p, const float* part, int64_t row, int64_t rows, int64_
 #ifdef ADDBENCH_AMX
 
 constexpr int64_t kNear = 1 << 20;  // bytes of cut rows that stay in the second cache
-constexpr int64_t kShallow = 256;   // of the depth, at least, before a sum is put away
-constexpr int kRowTile = 3 * kTile, kWeightTile = 4 * kTile;  // bytes of 32 of the depth
+constexpr int64_t kShallow = 256;   // of the depth, at least, before sums are put away
+constexpr int64_t kSums = 32 * kPanel;
+// Bytes of 16 rows, and of 32 columns, for 32 of the depth, in so many parts.
+constexpr int row_bytes(int parts) { return parts * kTile; }
+constexpr int weight_bytes(int parts) { return 2 * weight_parts(parts) * kTile; }
 
 // Rows [0, rows) of x, `depth` long: out [16 rows][32 of the depth][part] tiles.
+template <int Parts>
 void cut_rows(const float* x, int64_t stride, int64_t rows, int64_t depth, char* out) {
   int64_t steps = (depth + 31) / 32;
   for (int64_t r = 0; r < (rows + 15) / 16 * 16; ++r) {
-    char* to = out + r / 16 * steps * kRowTile + r % 16 * 64;
+    char* to = out + r / 16 * steps * row_bytes(Parts) + r % 16 * 64;
     const float* from = x + r * stride;
-    for (int64_t s = 0; s < steps; ++s, to += kRowTile, from += 32) {
+    for (int64_t s = 0; s < steps; ++s, to += row_bytes(Parts), from += 32) {
       int64_t left = r < rows ? depth - s * 32 : 0;
-      cut_in_three(load(from, left), load(from + 16, left - 16), to, kTile);
+      cut<Parts>(load(from, left), load(from + 16, left - 16), to, kTile);
     }
   }
 }
 
 // A panel of weights as it is cut, bit by bit, while the one before it is multiplied.
+template <int Parts>
 struct Cutting {
   const Half* weights;
   char* out;  // [32 of the depth][part][16 columns] tiles
@@ -96,24 +104,25 @@ struct Cutting {
   void some(int64_t more) {
     for (int64_t until = std::min(done + more, count); done < until; ++done) {
       const Half* from = weights + done * 32;
-      __builtin_prefetch(from + ahead, 0, 2);
-      cut_halves(from, out + done / 32 * kWeightTile + done % 2 * kTile + done % 32 / 2 * 64,
-                 2 * kTile);
+      __builtin_prefetch(from + ahead);
+      char* to = out + done / 32 * weight_bytes(Parts) + done % 2 * kTile + done % 32 / 2 * 64;
+      cut_halves<weight_parts(Parts)>(from, to, 2 * kTile);
     }
   }
 };
 
 // Adds 16 or, if Two, 32 rows times 32 columns to the sums in tiles 0 to 3.
-template <bool Two>
+template <int Parts, bool Two>
 inline void multiply_tiles(const char* rows, int64_t stride, const char* weights, int64_t steps,
-                           Cutting& next, int64_t share) {
-  for (int64_t s = 0; s < steps; ++s, rows += kRowTile, weights += kWeightTile) {
+                           Cutting<Parts>& next, int64_t share) {
+  for (int64_t s = 0; s < steps;
+       ++s, rows += row_bytes(Parts), weights += weight_bytes(Parts)) {
 #pragma GCC unroll 2
-    for (int part = 0; part < 2; ++part) {
+    for (int part = 0; part < weight_parts(Parts); ++part) {
       _tile_loadd(6, weights + 2 * part * kTile, 64);
       _tile_loadd(7, weights + (2 * part + 1) * kTile, 64);
 #pragma GCC unroll 3
-      for (int i = 0; i < 3 - part; ++i) {
+      for (int i = 0; i < Parts - part; ++i) {
         _tile_loadd(4, rows + i * kTile, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
@@ -123,51 +132,45 @@ inline void multiply_tiles(const char* rows, int64_t stride, const char* weights
           _tile_dpbf16ps(3, 5, 7);
         }
       }
-      next.some((share + 1) / 2);
+      next.some(share / weight_parts(Parts));
     }
   }
 }
 
 // Rows [from, to) times panels [first, end).
+template <int Parts>
 void multiply_with_tiles(const Problem& p, int64_t from, int64_t to, int64_t first, int64_t end) {
-  static thread_local Scratch rows_memory, weights_memory;
+  static thread_local Scratch rows_memory, weights_memory, sums_memory;
   Tiles tiles;
-  alignas(64) float part[32 * kPanel];
-  int64_t blocks = (to - from + 15) / 16, most = std::max(kShallow, kNear / (blocks * 96) / 32 * 32);
+  int64_t blocks = (to - from + 15) / 16, pairs = (blocks + 1) / 2;
+  int64_t most = std::max(kShallow, kNear / (blocks * row_bytes(Parts)) * 32);
   int64_t pieces = (p.depth + most - 1) / most, piece = ((p.depth + pieces - 1) / pieces + 31) / 32;
-  char* rows = rows_memory.of<char>(blocks * piece * kRowTile);
-  char* weights = weights_memory.of<char>(2 * piece * kWeightTile);
-  char* other = weights + piece * kWeightTile;
+  char* rows = rows_memory.of<char>(blocks * piece * row_bytes(Parts));
+  char* weights = weights_memory.of<char>(2 * piece * weight_bytes(Parts));
+  char* other = weights + piece * weight_bytes(Parts);
+  float* sums = sums_memory.of<float>((pieces > 1 ? (end - first) * pairs : 1) * kSums);
   for (int64_t k = 0; k < p.depth; k += piece * 32) {
     int64_t steps = std::min(piece, (p.depth - k) / 32), ahead = p.depth * kPanel;
-    bool last = k + piece * 32 >= p.depth;
-    cut_rows(p.x + from * p.inputs + k, p.inputs, to - from, std::min(p.inputs - k, piece * 32),
-             rows);
-    Cutting now{p.panel(first, k), weights, 0, steps * 32, ahead};
+    cut_rows<Parts>(p.x + from * p.inputs + k, p.inputs, to - from,
+                    std::min(p.inputs - k, piece * 32), rows);
+    Cutting<Parts> now{p.panel(first, k), weights, 0, steps * 32, ahead};
     now.some(now.count);
     for (int64_t panel = first; panel < end; ++panel, std::swap(weights, other)) {
       int64_t count = panel + 1 < end ? steps * 32 : 0;
-      Cutting next{p.panel(panel + 1, k), other, 0, count, panel + 2 < end ? ahead : 0};
-      int64_t share = (64 + blocks - 1) / blocks, column = panel * kPanel;
+      Cutting<Parts> next{p.panel(panel + 1, k), other, 0, count, panel + 2 < end ? ahead : 0};
+      int64_t share = (64 + blocks - 1) / blocks + 1;
       for (int64_t b = 0; b < blocks; b += 2) {
-        int64_t row = from + b * 16, height = std::min<int64_t>(to - row, 32);
         bool two = b + 1 < blocks;
-        bool whole = column + kPanel <= p.features && height == (two ? 32 : 16);
-        float* at = whole ? p.y + row * p.features + column : part;
-        int64_t stride = 4 * (whole ? p.features : kPanel);
-        if (k > 0 && !whole) fetch(p, part, row, height, column);
-        if (k > 0) load_sums(at, stride, two);
+        float* sum = sums + (pieces > 1 ? (panel - first) * pairs + b / 2 : 0) * kSums;
+        const char* cut = rows + b * steps * row_bytes(Parts);
+        if (k > 0) load_sums(sum, 4 * kPanel, two);
         else clear_sums();
-        const char* cut = rows + b * steps * kRowTile;
-        if (two) multiply_tiles<true>(cut, steps * kRowTile, weights, steps, next, share);
-        else multiply_tiles<false>(cut, 0, weights, steps, next, share);
-        if (!last) {
-          store_sums(at, stride, two);
-          if (!whole) keep(p, part, row, height, column);
-        } else {
-          store_sums(part, 4 * kPanel, two);
-          finish(p, part, row, height, column);
-        }
+        auto* multiply = two ? multiply_tiles<Parts, true> : multiply_tiles<Parts, false>;
+        multiply(cut, steps * row_bytes(Parts), weights, steps, next, share);
+        store_sums(sum, 4 * kPanel, two);
+        int64_t row = from + b * 16;
+        if (steps * 32 == p.depth - k)
+          finish(p, sum, row, std::min<int64_t>(to - row, 32), panel * kPanel);
       }
       next.some(count);
     }
@@ -249,7 +252,7 @@ void work(void* data, size_t index) noexcept {
   try {
 #ifdef ADDBENCH_AMX
     if (p.rows > kFewRows && may_use_tiles())
-      return multiply_with_tiles(p, from, to, first, end);
+      return (p.rounded ? multiply_with_tiles<1> : multiply_with_tiles<3>)(p, from, to, first, end);
 #endif
     multiply_with_vectors(p, from, to, first, end);
   } catch (const std::bad_alloc&) {
@@ -264,9 +267,10 @@ struct Linear {
   static constexpr int kOverwritten = -1;  // sums so far are kept in the output
 
   Api api;
-  int64_t features = 0;
+  int64_t features = 0, bf16 = 0;
 
   OrtStatus* configure(const OrtKernelInfo* info) {
+    if (auto* error = api.KernelInfoGetAttribute_int64(info, "bf16", &bf16)) return error;
     return api.KernelInfoGetAttribute_int64(info, "features", &features);
   }
 
@@ -279,6 +283,7 @@ struct Linear {
     bool fits = x.rank >= 1 && x.rank <= Tensor::kMost && weights.rank == 4;
     Problem p{};
     p.inputs = fits ? x.dims[x.rank - 1] : 0, p.features = features;
+    p.rounded = bf16 != 0;
     p.depth = 2 * weights.dims[1], p.panels = weights.dims[0];
     int64_t dims[Tensor::kMost];
     std::copy(x.dims, x.dims + Tensor::kMost, dims);

@@ -26,7 +26,7 @@ struct Problem {
   int64_t images, channels, height, width, filters;
   int64_t taps, reach;       // 9 and 1, or 1 and 0
   int64_t groups, panels;    // of 32 channels, of 32 filters
-  bool relu;
+  bool relu, rounded;        // to BF16
   int64_t rows, columns, down, across;  // of a block; blocks of an image
 };
 
@@ -35,7 +35,8 @@ struct Problem {
 constexpr int64_t kPlaces = 512;     // of a block: they share a panel of weights
 constexpr int64_t kWide = 128;       // columns of a block, at most
 constexpr int64_t kNear = 768 << 10;  // bytes of a cut block that stay in the second cache
-constexpr int64_t kStep = 4 * kTile;  // bytes of the cut weights of 32 filters, 32 channels, one tap
+// Bytes of the cut weights of 32 filters, 32 channels, one tap.
+constexpr int64_t step_bytes(int parts) { return 2 * weight_parts(parts) * kTile; }
 constexpr int64_t kSums = 32 * 32;
 
 struct Block {
@@ -59,7 +60,14 @@ int64_t part_words(const Problem& p, const Block& b) {
   return (b.rows + 2 * p.reach) * 16 * b.pitch;
 }
 
-// 32 channels of a block with its border, cut in three: out [part][row][pair][place] words.
+// A number's BF16 bits, rounded to nearest, even; as the upper half of a word.
+inline __m512i nearest(__m512 numbers) {
+  __m256i halves = (__m256i)_mm512_cvtneps_pbh(numbers);
+  return _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+}
+
+// 32 channels of a block with its border, cut in parts: out [part][row][pair][place] words.
+template <int Parts>
 void cut_channels(const Problem& p, const Block& b, int64_t first, uint32_t* out) {
   int64_t plane = p.height * p.width, part = part_words(p, b);
   for (int64_t r = 0; r < b.rows + 2 * p.reach; ++r) {
@@ -76,7 +84,8 @@ void cut_channels(const Problem& p, const Block& b, int64_t first, uint32_t* out
         __mmask16 one = channel < p.channels ? mask : 0, two = channel + 1 < p.channels ? mask : 0;
         __m512 low = _mm512_maskz_loadu_ps(one, from + column);
         __m512 high = _mm512_maskz_loadu_ps(two, from + plane + column);
-        for (int k = 0; k < 3; ++k) {
+        if (Parts == 1) low = _mm512_castsi512_ps(nearest(low)), high = _mm512_castsi512_ps(nearest(high));
+        for (int k = 0; k < Parts; ++k) {
           __m512 low_part = leading(low), high_part = leading(high);
           __m512i word = _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low_part), 16),
                                          _mm512_castps_si512(high_part));
@@ -89,6 +98,7 @@ void cut_channels(const Problem& p, const Block& b, int64_t first, uint32_t* out
 }
 
 // A panel of weights as it is cut, bit by bit, while the one before it is multiplied.
+template <int Parts>
 struct Cutting {
   const uint16_t* weights;
   char* out;  // [32 channels][tap][part][16 filters] tiles
@@ -97,25 +107,27 @@ struct Cutting {
   void some(int64_t more) {
     for (int64_t until = std::min(done + more, count); done < until; ++done) {
       const uint16_t* from = weights + done * 32;
-      __builtin_prefetch(from + ahead, 0, 2);
-      cut_halves(from, out + done / 32 * kStep + done % 32 * 64, 2 * kTile);
+      __builtin_prefetch(from + ahead);
+      cut_halves<weight_parts(Parts)>(from, out + done / 32 * step_bytes(Parts) + done % 32 * 64,
+                                      2 * kTile);
     }
   }
 };
 
 // Adds a panel of weights times two tiles of places, from `left` and `right` on, to the sums.
+template <int Parts>
 void multiply_tiles(const Problem& p, const Block& b, const uint32_t* left, const uint32_t* right,
-                    const char* weights, int64_t groups, Cutting& next, int64_t share) {
+                    const char* weights, int64_t groups, Cutting<Parts>& next, int64_t share) {
   int64_t part = part_words(p, b), side = 2 * p.reach + 1, stride = 4 * b.pitch;
-  for (int64_t g = 0; g < groups; ++g, left += 3 * part, right += 3 * part)
-    for (int64_t tap = 0; tap < p.taps; ++tap, weights += kStep) {
+  for (int64_t g = 0; g < groups; ++g, left += Parts * part, right += Parts * part)
+    for (int64_t tap = 0; tap < p.taps; ++tap, weights += step_bytes(Parts)) {
       int64_t at = tap / side * 16 * b.pitch + tap % side;
 #pragma GCC unroll 3
-      for (int i = 0; i < 3; ++i) {
+      for (int i = 0; i < Parts; ++i) {
         _tile_loadd(6, left + i * part + at, stride);
         _tile_loadd(7, right + i * part + at, stride);
 #pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
+        for (int j = 0; j < weight_parts(Parts); ++j) {
           if (i + j == 3) break;  // the last parts of both
           _tile_loadd(4, weights + 2 * j * kTile, 64);
           _tile_dpbf16ps(0, 4, 6);
@@ -145,30 +157,31 @@ void finish(const Problem& p, const Block& b, const float* sums, int64_t panel, 
 }
 
 // Panels [first, end) of filters on a block of places.
+template <int Parts>
 void convolve_block(const Problem& p, const Block& b, int64_t first, int64_t end) {
   static thread_local Scratch cut_memory, weights_memory, sums_memory;
   Tiles tiles;
-  int64_t words = 3 * part_words(p, b), pairs = (b.tiles + 1) / 2;
+  int64_t words = Parts * part_words(p, b), pairs = (b.tiles + 1) / 2;
   int64_t most = std::max<int64_t>(1, kNear / (4 * words)), pieces = (p.groups + most - 1) / most;
   int64_t piece = (p.groups + pieces - 1) / pieces;  // groups of channels that are cut at a time
   auto* cut = cut_memory.of<uint32_t>(piece * words);
-  char* weights = weights_memory.of<char>(2 * piece * p.taps * kStep);
-  char* other = weights + piece * p.taps * kStep;
+  char* weights = weights_memory.of<char>(2 * piece * p.taps * step_bytes(Parts));
+  char* other = weights + piece * p.taps * step_bytes(Parts);
   float* sums = sums_memory.of<float>((pieces > 1 ? (end - first) * pairs : 1) * kSums);
   int64_t panel_weights = p.groups * p.taps * kSums;
   for (int64_t g = 0; g < p.groups; g += piece) {
     int64_t groups = std::min(piece, p.groups - g), count = groups * p.taps * 32;
     bool last = g + groups == p.groups;
-    for (int64_t i = 0; i < groups; ++i) cut_channels(p, b, (g + i) * 32, cut + i * words);
+    for (int64_t i = 0; i < groups; ++i) cut_channels<Parts>(p, b, (g + i) * 32, cut + i * words);
     auto source = [&](int64_t panel) {
       return p.weights + panel * panel_weights + g * p.taps * kSums;
     };
-    Cutting now{source(first), weights, 0, count, 0};
+    Cutting<Parts> now{source(first), weights, 0, count, 0};
     now.some(count);
     for (int64_t panel = first; panel < end; ++panel, std::swap(weights, other)) {
-      Cutting next{source(panel + 1), other, 0, panel + 1 < end ? count : 0,
+      Cutting<Parts> next{source(panel + 1), other, 0, panel + 1 < end ? count : 0,
                    panel + 2 < end ? panel_weights : 0};
-      int64_t share = (count + 3 * pairs * groups * p.taps - 1) / (3 * pairs * groups * p.taps);
+      int64_t times = Parts * pairs * groups * p.taps, share = (count + times - 1) / times;
       for (int64_t pair = 0; pair < pairs; ++pair) {
         float* sum = sums + (pieces > 1 ? (panel - first) * pairs + pair : 0) * kSums;
         int64_t left = 2 * pair, right = std::min(left + 1, b.tiles - 1);
@@ -199,8 +212,9 @@ void work(void* data, size_t index) noexcept {
   const Problem& p = *job.problem;
   int64_t number = static_cast<int64_t>(index), share = number % job.shares;
   try {
-    convolve_block(p, block_of(p, number / job.shares), p.panels * share / job.shares,
-                   p.panels * (share + 1) / job.shares);
+    (p.rounded ? convolve_block<1> : convolve_block<3>)(
+        p, block_of(p, number / job.shares), p.panels * share / job.shares,
+        p.panels * (share + 1) / job.shares);
   } catch (const std::bad_alloc&) {
     job.failed = true;
   }
@@ -236,10 +250,11 @@ struct TiledConv {
   static constexpr int kOverwritten = 3;  // the sum in the memory of what is added
 
   Api api;
-  int64_t filters = 0, relu = 0;
+  int64_t filters = 0, relu = 0, bf16 = 0;
 
   OrtStatus* configure(const OrtKernelInfo* info) {
     if (auto* error = api.KernelInfoGetAttribute_int64(info, "filters", &filters)) return error;
+    if (auto* error = api.KernelInfoGetAttribute_int64(info, "bf16", &bf16)) return error;
     return api.KernelInfoGetAttribute_int64(info, "relu", &relu);
   }
 
@@ -253,7 +268,7 @@ struct TiledConv {
     p.x = x.floats(), p.bias = bias.floats(), p.residual = residual.floats();
     p.weights = static_cast<const uint16_t*>(weights.data);
     p.images = x.dims[0], p.channels = x.dims[1], p.height = x.dims[2], p.width = x.dims[3];
-    p.filters = filters, p.relu = relu != 0;
+    p.filters = filters, p.relu = relu != 0, p.rounded = bf16 != 0;
     p.panels = weights.dims[0], p.groups = weights.dims[1], p.taps = weights.dims[2];
     p.reach = p.taps == 9 ? 1 : 0;
     int64_t dims[4] = {p.images, p.filters, p.height, p.width};

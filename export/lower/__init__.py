@@ -76,6 +76,8 @@ class Profile:
             with FP16 weights another one, for CPUs with AMX, and the former of what is enlarged.
         products: `linear` makes products with FP16 weights another such operator, which reads them
             as they are stored.
+        arithmetic: `bf16` lets the project's own operators round both sides of what they multiply;
+            their sums are FP32.
         argmax: `float32` casts what ArgMax compares, where it compares integers, for compilers that
             have it for floats only. FP32 holds every token id exactly; FP16 does not.
     """
@@ -94,6 +96,7 @@ class Profile:
     gates: Literal["as-is", "halves"] = "as-is"
     convolutions: Convolutions = "op"
     products: Products = "op"
+    arithmetic: Literal["fp32", "bf16"] = "fp32"
     argmax: Literal["as-is", "float32"] = "as-is"
 
 
@@ -164,9 +167,10 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
     if profile.opset < CANONICAL_OPSET:
         opset.convert(model, profile.opset)
     out.parent.mkdir(parents=True, exist_ok=True)
+    bf16 = profile.arithmetic == "bf16"
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".weights-") as scratch:
         if profile.convolutions != "op":
-            convolutions.convolve(model, Path(scratch), profile.convolutions)
+            convolutions.convolve(model, Path(scratch), profile.convolutions, bf16=bf16)
         if profile.products == "linear":
-            linear.replace(model, Path(scratch))
+            linear.replace(model, Path(scratch), bf16=bf16)
         storage.save(model, out)

@@ -75,12 +75,13 @@ class Sizes:
         return self.laid_out - self.plain
 
 
-def convolve(model: ir.Model, folder: Path, kind: Kind) -> None:
+def convolve(model: ir.Model, folder: Path, kind: Kind, *, bf16: bool = False) -> None:
     """Replace every convolution that the operators can take; the others stay.
 
-    The weights, in their layout, are written into a file in `folder`.
+    The weights, in their layout, are written into a file in `folder`. With `bf16`, TiledConv rounds
+    images and weights to it.
     """
-    forms = [(node, form) for node in model.graph.all_nodes() if (form := _form(node, kind))]
+    forms = [(node, form) for node in model.graph.all_nodes() if (form := _form(node, kind, bf16))]
     with (folder / FILE).open("wb") as file:
         for node, form in forms:
             _replace(model, node, form, file)
@@ -88,18 +89,18 @@ def convolve(model: ir.Model, folder: Path, kind: Kind) -> None:
         model.graph.opset_imports[DOMAIN] = 1
 
 
-def sizes(graph: Path, kind: Kind) -> Sizes:
+def sizes(graph: Path, kind: Kind, *, bf16: bool = False) -> Sizes:
     """Of a canonical graph; its weights are not read."""
     plain = laid_out = 0
     for node in storage.reopen(graph).graph.all_nodes():
-        if form := _form(node, kind):
+        if form := _form(node, kind, bf16):
             shape = required(node, 1).shape
             plain += 4 * math.prod(shape.numpy()) if shape is not None else 0
             laid_out += form.nbytes
     return Sizes(plain, laid_out)
 
 
-def _form(node: ir.Node, kind: Kind) -> _Form | None:
+def _form(node: ir.Node, kind: Kind, bf16: bool) -> _Form | None:
     """What a convolution becomes, which keeps the image's size: the better of what there is."""
     if node.domain or node.op_type != "Conv":
         return None
@@ -123,12 +124,12 @@ def _form(node: ir.Node, kind: Kind) -> _Form | None:
     ):
         return None
     filters, channels = shape[:2]
-    resize = _enlarged(node) if shape[2] == 3 else None
+    resize = _enlarged(node) if shape[2] == 3 and not bf16 else None  # 36 products in BF16 win
     halves = found.dtype == ir.DataType.FLOAT16
     if kind == "tiles" and halves and resize is None and sides[1] >= NARROWEST:
         padded = math.prod(-(-side // PANEL) * PANEL for side in (filters, channels))
         nbytes = 2 * padded * shape[2] ** 2
-        return _Form(TILED, "tiled", _tiled, nbytes, {"filters": filters})
+        return _Form(TILED, "tiled", _tiled, nbytes, {"filters": filters, "bf16": int(bf16)})
     if shape[2] == 3 and filters % ROWS == 0:
         matrix = WEIGHTS if resize is None else ENLARGED
         nbytes = 4 * len(matrix) ** 2 * filters * channels

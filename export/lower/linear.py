@@ -37,16 +37,17 @@ SMALLEST = 64 * 64
 """Numbers in a matrix of weights below which a product is too short for the operator to pay."""
 
 
-def replace(model: ir.Model, folder: Path) -> None:
+def replace(model: ir.Model, folder: Path, *, bf16: bool = False) -> None:
     """Replace every product with FP16 weights, and what is added to it; the others stay.
 
-    The weights, in the operator's layout, are written into a file in `folder`.
+    The weights, in the operator's layout, are written into a file in `folder`. With `bf16`, both
+    sides of a product are rounded to it.
     """
     common_passes.RemoveUnusedNodesPass()(model)  # what an earlier pass left behind
     taken = [node for node in model.graph.all_nodes() if _weights(node) is not None]
     with (folder / FILE).open("wb") as file:
         for node in taken:
-            _replace(model, node, file)
+            _replace(model, node, file, bf16)
     if taken:
         model.graph.opset_imports[DOMAIN] = 1
 
@@ -129,7 +130,7 @@ def pack(weights: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pairs.transpose(2, 0, 3, 1))
 
 
-def _replace(model: ir.Model, node: ir.Node, file: BinaryIO) -> None:
+def _replace(model: ir.Model, node: ir.Node, file: BinaryIO, bf16: bool) -> None:
     weights = _weights(node)
     if weights is None:
         return
@@ -157,6 +158,7 @@ def _replace(model: ir.Model, node: ir.Node, file: BinaryIO) -> None:
         residual,
         domain=DOMAIN,
         features=weights.columns,
+        bf16=int(bf16),
     )
     edit.replace(result)
     for each in reversed(gone[:-1]):  # `last` is gone already
