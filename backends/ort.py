@@ -49,7 +49,7 @@ from export.models import CONTEXT_PART
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
-    from export.lower import Convolutions, Products
+    from export.lower import Attention, Convolutions, Products
     from export.lower.convolutions import Sizes
 
 MODEL = "model.onnx"
@@ -97,6 +97,11 @@ class OrtBackend(Backend):
             "linear: those with FP16 weights, which stay so in memory, by an operator that your C++"
             " compiler builds; op, onnxruntime's own, whose weights are FP32",
             ("auto", "op", "linear"),
+        ),
+        "attention": Option(
+            "auto",
+            "tiles: by an operator that your C++ compiler builds, on AMX; multihead, onnxruntime's",
+            ("auto", "multihead", "tiles"),
         ),
         "graph": Option(
             "optimised",
@@ -146,10 +151,18 @@ class OrtBackend(Backend):
         for key, chosen, refused in (
             ("convolutions", best, integers),
             ("products", linear, self.scheme is not None),
+            ("attention", "tiles" if tiles else "multihead", False),
         ):
             asked = self.options[key]
             if asked == "auto":
                 self.options[key] = "op" if refused else chosen
+            elif asked == "tiles" and not tiles:
+                raise UnsupportedError(
+                    f"ort:{key}=tiles cannot be had",
+                    "this CPU has no AMX, Linux does not let it be used, or there is no C++"
+                    " compiler",
+                    f"drop {key}=tiles",
+                )
             elif asked != "op" and refused and self.scheme is not None:
                 raise UnsupportedError(
                     f"ort:{key}={asked} does not go with {self.scheme.name}",
@@ -158,22 +171,16 @@ class OrtBackend(Backend):
                 )
         if self.options["precision"] == "bf16":
             self._check_bf16(tiles)
-        if self.options["convolutions"] == "tiles" and not tiles:
-            raise UnsupportedError(
-                "ort:convolutions=tiles cannot be had",
-                "this CPU has no AMX, Linux does not let it be used, or there is no C++ compiler",
-                "use ort:convolutions=winograd, or auto",
-            )
 
     def _check_bf16(self, tiles: bool) -> None:
-        forms = (self.options["convolutions"], self.options["products"])
+        forms = [self.options[key] for key in ("convolutions", "products", "attention")]
         why = None
         if not tiles:
             why = "this CPU has no AMX, Linux does not let it be used, or there is no C++ compiler"
         elif self.scheme is not None:
             why = "with storage, weights are integers, and products in FP32"
-        elif forms != ("tiles", "linear"):
-            why = "what computes in BF16 are convolutions=tiles and products=linear"
+        elif forms != ["tiles", "linear", "tiles"]:
+            why = "what computes in it are convolutions=tiles, products=linear and attention=tiles"
         if why is not None:
             raise UnsupportedError(
                 "ort:precision=bf16 cannot be had", why,
@@ -183,7 +190,7 @@ class OrtBackend(Backend):
     @property
     def own_operators(self) -> bool:
         """Whether graphs hold operators of our own."""
-        return (self.options["convolutions"], self.options["products"]) != ("op", "op")
+        return operators.are_in(self.options)
 
     def probe(self) -> Capability:
         cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
@@ -219,6 +226,7 @@ class OrtBackend(Backend):
         form = FUSED if self.scheme else replace(FUSED, gates="halves")
         form = replace(
             form,
+            attention=cast("Attention", self.options["attention"]),
             convolutions=cast("Convolutions", self.options["convolutions"]),
             products=cast("Products", self.options["products"]),
             arithmetic="bf16" if self.options["precision"] == "bf16" else "fp32",

@@ -74,6 +74,18 @@ inline void store_bf16(char* to, __m512 low, __m512 high) {
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 
+// A number rounded to BF16, to nearest, ties to even.
+inline __m512 nearest(__m512 numbers) {
+  __m256i halves = (__m256i)_mm512_cvtneps_pbh(numbers);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// Words of two BF16 numbers, which these vectors hold exactly.
+inline __m512i pair_up(__m512 low, __m512 high) {
+  return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low), 16),
+                         _mm512_castps_si512(high));
+}
+
 // 32 numbers as sums of BF16 numbers: three for any of FP32, two for any of FP16; or rounded to one.
 constexpr int weight_parts(int parts) { return parts == 3 ? 2 : 1; }
 

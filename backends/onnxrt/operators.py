@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from backends.base import BackendError
 from core.files import build_root, sha256_file, sha256_json, write_atomic
 from core.isa import isa
 
+PLAIN = {"convolutions": "op", "products": "op", "attention": "multihead"}
+"""Options of `ort` that choose them, with the values that choose onnxruntime's own."""
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]*")))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden")
 
@@ -45,6 +48,11 @@ def compiler() -> list[str] | None:
 def digest() -> str:
     """Names their code, whatever built it."""
     return sha256_json([sha256_file(source) for source in SOURCES])[:8]
+
+
+def are_in(options: Mapping[str, str]) -> bool:
+    """Whether graphs compiled with these options of `ort` hold operators of our own."""
+    return any(options.get(key, plain) != plain for key, plain in PLAIN.items())
 
 
 def may_use_tiles() -> bool:

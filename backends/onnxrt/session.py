@@ -88,7 +88,7 @@ def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
     made.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin != "never")))
     made.add_session_config_entry("session.force_spinning_stop", str(int(spin == "in-call")))
     level = LEVELS[options["level"]] if optimise else "ORT_DISABLE_ALL"
-    if {options.get("convolutions", "op"), options.get("products", "op")} != {"op"}:
+    if operators.are_in(options):
         operators.register(made)
     made.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     return made

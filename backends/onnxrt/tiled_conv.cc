@@ -60,12 +60,6 @@ int64_t part_words(const Problem& p, const Block& b) {
   return (b.rows + 2 * p.reach) * 16 * b.pitch;
 }
 
-// A number's BF16 bits, rounded to nearest, even; as the upper half of a word.
-inline __m512i nearest(__m512 numbers) {
-  __m256i halves = (__m256i)_mm512_cvtneps_pbh(numbers);
-  return _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
-}
-
 // 32 channels of a block with its border, cut in parts: out [part][row][pair][place] words.
 template <int Parts>
 void cut_channels(const Problem& p, const Block& b, int64_t first, uint32_t* out) {
@@ -84,12 +78,10 @@ void cut_channels(const Problem& p, const Block& b, int64_t first, uint32_t* out
         __mmask16 one = channel < p.channels ? mask : 0, two = channel + 1 < p.channels ? mask : 0;
         __m512 low = _mm512_maskz_loadu_ps(one, from + column);
         __m512 high = _mm512_maskz_loadu_ps(two, from + plane + column);
-        if (Parts == 1) low = _mm512_castsi512_ps(nearest(low)), high = _mm512_castsi512_ps(nearest(high));
+        if (Parts == 1) low = nearest(low), high = nearest(high);
         for (int k = 0; k < Parts; ++k) {
           __m512 low_part = leading(low), high_part = leading(high);
-          __m512i word = _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(low_part), 16),
-                                         _mm512_castps_si512(high_part));
-          _mm512_storeu_si512(out + k * part + i, word);
+          _mm512_storeu_si512(out + k * part + i, pair_up(low_part, high_part));
           low -= low_part, high -= high_part;
         }
       }
@@ -151,7 +143,7 @@ void finish(const Problem& p, const Block& b, const float* sums, int64_t panel, 
     int64_t at = ((b.image * p.filters + filter) * p.height + row) * p.width + column;
     __m512 sum = _mm512_loadu_ps(sums + f * 32) + _mm512_set1_ps(p.bias ? p.bias[filter] : 0);
     if (p.residual) sum += _mm512_maskz_loadu_ps(mask, p.residual + at);
-    if (p.relu) sum = _mm512_max_ps(sum, _mm512_setzero_ps());
+    if (p.relu) sum = _mm512_max_ps(_mm512_setzero_ps(), sum);  // NaN stays
     _mm512_mask_storeu_ps(p.y + at, mask, sum);
   }
 }

@@ -12,7 +12,8 @@ A profile says what; each pass below does one of its fields and knows nothing of
                   norms="instance": as torch wrote them at opset 16; norms="layer": the first by
                   the second
     attention.py  attention="matmul": Attention as MatMul, Softmax, MatMul; attention_block
-    multihead.py  attention="multihead": Attention as onnxruntime's MultiHeadAttention
+    multihead.py  attention="multihead": Attention as onnxruntime's MultiHeadAttention; "tiles": as
+                  an operator of the project's own
     convolutions.py  convolutions="winograd" or "tiles": those of 3x3 and 1x1 as operators of the
                   project's own
     linear.py     products="linear": products with FP16 weights as another
@@ -33,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Attention = Literal["op", "matmul", "multihead", "tiles"]
 Convolutions = Literal["op", "winograd", "tiles"]
 Products = Literal["op", "linear"]
 CANONICAL_OPSET = 23
@@ -47,7 +49,8 @@ class Profile:
         name: names the profile in messages and cache keys.
         opset: ONNX opset, 16 to 23.
         attention: `op` keeps the Attention operator (opset 23); `matmul` spells it out;
-            `multihead` makes it onnxruntime's own MultiHeadAttention, at any opset.
+            `multihead` makes it onnxruntime's own MultiHeadAttention, at any opset; `tiles` the
+            project's own operator for CPUs with AMX, where that takes the heads.
         attention_block: queries that self-attention handles at a time where it is spelled out, so
             that a block of scores fits a small memory; 0 for all at once. Cross-attention, whose
             keys are few, is never cut.
@@ -84,7 +87,7 @@ class Profile:
 
     name: str
     opset: int = CANONICAL_OPSET
-    attention: Literal["op", "matmul", "multihead"] = "op"
+    attention: Attention = "op"
     attention_block: int = 0
     norms: Literal["op", "layer", "decomposed", "instance"] = "op"
     dtype: Literal["as-is", "float32"] = "as-is"
@@ -136,6 +139,7 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
     )
 
     model = storage.load(graph, profile)
+    bf16 = profile.arithmetic == "bf16"
     # The order matters: norms and attention read the dtypes and shapes that come before them, and
     # build opset-23 nodes that the opset conversion, the last, takes down with all others. The VAE
     # pass knows norms by their operator; the masks of attention are constants to look at. Both
@@ -158,8 +162,8 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
         norms.instance(model)
     if profile.attention == "matmul":
         attention.decompose(model, profile.attention_block)
-    elif profile.attention == "multihead":
-        multihead.fuse(model)
+    elif profile.attention != "op":
+        multihead.fuse(model, tiles=profile.attention == "tiles", bf16=bf16)
     if profile.constants == "fp16-range":
         constants.clip(model)
     if profile.argmax == "float32":
@@ -167,7 +171,6 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
     if profile.opset < CANONICAL_OPSET:
         opset.convert(model, profile.opset)
     out.parent.mkdir(parents=True, exist_ok=True)
-    bf16 = profile.arithmetic == "bf16"
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".weights-") as scratch:
         if profile.convolutions != "op":
             convolutions.convolve(model, Path(scratch), profile.convolutions, bf16=bf16)

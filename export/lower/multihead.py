@@ -1,4 +1,4 @@
-"""The Attention operator as onnxruntime's MultiHeadAttention (domain com.microsoft).
+"""The Attention operator as onnxruntime's MultiHeadAttention (domain com.microsoft), or our own.
 
 onnxruntime has fused kernels behind both, on a GPU too; but Attention is of opset 23, where other
 operators of a graph may lack kernels that they have had for years at older opsets.
@@ -16,8 +16,16 @@ DOMAIN = "com.microsoft"
 _HEADS_FIRST = [0, 2, 1, 3]
 
 
-def fuse(model: ir.Model) -> None:
+OWN_DOMAIN = "addbench"
+OPERATOR = "TiledAttention"
+HEADS = range(32, 257)
+"""Sizes of a head that TiledAttention takes (backends/onnxrt): smaller ones would be filled up."""
+
+
+def fuse(model: ir.Model, *, tiles: bool = False, bf16: bool = False) -> None:
     """Replace every Attention node.
+
+    With `tiles` by TiledAttention, where that takes it; with `bf16` that rounds what it multiplies.
 
     Raises:
         PreconditionError: a mask, a key/value cache, a softcap, a second output, or fewer key heads
@@ -26,8 +34,7 @@ def fuse(model: ir.Model) -> None:
     for node in list(model.graph.all_nodes()):
         if node.domain == "" and node.op_type == "Attention":
             _check(node)
-            _multihead(model, node)
-            model.graph.opset_imports[DOMAIN] = 1
+            _multihead(model, node, tiles, bf16)
 
 
 def _check(node: ir.Node) -> None:
@@ -41,7 +48,7 @@ def _check(node: ir.Node) -> None:
         raise refuse(node, "more than its first output is used", other)
 
 
-def _multihead(model: ir.Model, node: ir.Node) -> None:
+def _multihead(model: ir.Model, node: ir.Node, tiles: bool, bf16: bool) -> None:
     edit = Edit(model, node)
     q, k, v = (required(node, index) for index in range(3))
     _, rank = dtype_and_rank(node, q)
@@ -61,16 +68,20 @@ def _multihead(model: ir.Model, node: ir.Node) -> None:
             f"it has {heads} query heads of size {size}, and {kv_heads} key heads",
             "keep attention='op' for this graph",
         )
-    result = edit(
-        "MultiHeadAttention",
-        q,
-        k,
-        v,
-        domain=DOMAIN,
-        num_heads=heads,
-        scale=float(attribute(node, "scale", None) or 1 / math.sqrt(size)),
-        unidirectional=int(attribute(node, "is_causal", 0)),
-    )
+    scale = float(attribute(node, "scale", None) or 1 / math.sqrt(size))
+    causal = int(attribute(node, "is_causal", 0))
+    if tiles and size in HEADS:
+        result = edit(
+            OPERATOR, q, k, v, domain=OWN_DOMAIN, heads=heads, scale=scale, causal=causal,
+            bf16=int(bf16),
+        )  # fmt: skip
+        model.graph.opset_imports[OWN_DOMAIN] = 1
+    else:
+        result = edit(
+            "MultiHeadAttention", q, k, v, domain=DOMAIN, num_heads=heads, scale=scale,
+            unidirectional=causal,
+        )  # fmt: skip
+        model.graph.opset_imports[DOMAIN] = 1
     if rank == 4:
         result = edit("Transpose", edit("Reshape", result, [0, 0, heads, -1]), perm=_HEADS_FIRST)
     edit.replace(result)

@@ -193,10 +193,24 @@ def test_operators_are_refused_beside_what_they_cannot_join(own: str, other: str
 
 def test_tiles_are_for_those_who_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "may_use_tiles", lambda: False)
-    with pytest.raises(UnsupportedError, match="(?s)AMX.*convolutions=winograd"):
+    with pytest.raises(UnsupportedError, match="(?s)AMX.*drop convolutions=tiles"):
         parse_backend("ort:convolutions=tiles")
     assert parse_backend("ort").options["convolutions"] != "tiles"
     monkeypatch.setattr(operators, "may_use_tiles", lambda: True)
     monkeypatch.setattr(operators, "compiler", lambda: ["c++"])
     assert parse_backend("ort").options["convolutions"] == "tiles"
     assert parse_backend("ort:storage=int4").options["convolutions"] == "tiles"
+
+
+@pytest.mark.parametrize("other", ["products=op", "convolutions=winograd", "storage=int8"])
+def test_bf16_is_refused_where_something_would_compute_otherwise(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "may_use_tiles", lambda: True)
+    monkeypatch.setattr(operators, "compiler", lambda: ["c++"])
+    assert parse_backend("ort:precision=bf16").options["attention"] == "tiles"
+    with pytest.raises(UnsupportedError, match="(?s)precision=bf16.*drop precision"):
+        parse_backend(f"ort:precision=bf16,{other}")
+    monkeypatch.setattr(operators, "may_use_tiles", lambda: False)
+    with pytest.raises(UnsupportedError, match="(?s)no AMX.*precision=int8"):
+        parse_backend("ort:precision=bf16")

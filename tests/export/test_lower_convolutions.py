@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowering import lowered, model_of, normal, ops, reference, session, session_of
@@ -230,6 +232,29 @@ def check_tiles(model: ModelProto, inputs: dict[str, np.ndarray], threads: int) 
     result = run(low, wide, threads)
     assert result.shape == wanted.shape
     np.testing.assert_allclose(result, wanted, rtol=0, atol=2e-6 * np.abs(wanted).max())
+
+
+@needs_tiles
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("enlarged", [False, True])
+def test_bf16_rounds_images_and_weights_and_sums_in_fp32(kernel: int, enlarged: bool) -> None:
+    model, inputs = convolution(
+        channels=70, filters=40, size=(20, 33), dtype=np.float16, kernel=kernel, enlarged=enlarged
+    )
+    low = lowered(model, replace(TILES, arithmetic="bf16"))
+    assert convolutions.TILED in ops(low)
+    result = run(low, {name: array.astype(np.float32) for name, array in inputs.items()})
+    image, weights, bias = (
+        torch.from_numpy(array.astype(np.float32))
+        for array in (inputs["x"], *(onnx.numpy_helper.to_array(tensor)
+                                     for tensor in model.graph.initializer if tensor.name in "wb"))
+    )  # fmt: skip
+    scale = 2 if enlarged else 1
+    image = image.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    wanted = -torch.nn.functional.conv2d(
+        image.bfloat16().double(), weights.bfloat16().double(), bias.double(), padding=kernel // 2
+    ).numpy()
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

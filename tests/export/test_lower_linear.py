@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowering import lowered, model_of, normal, ops, session_of
@@ -18,6 +20,7 @@ from core.isa import isa
 from export.lower import Profile, linear
 
 PROFILE = Profile("linear", products="linear", dtype="float32", gates="halves")
+needs_tiles = pytest.mark.skipif(not operators.may_use_tiles(), reason="no AMX, or no C++ compiler")
 needs_compiler = pytest.mark.skipif(operators.compiler() is None, reason="no C++ compiler")
 Arrays = dict[str, np.ndarray]
 
@@ -184,3 +187,17 @@ def test_the_weights_shrink_as_said(tmp_path: Path) -> None:
     model, _, _ = product(depth=96, columns=80)
     onnx.save(model, tmp_path / "model.onnx")
     assert linear.saved(tmp_path / "model.onnx") == 2 * 96 * 80
+
+
+@needs_tiles
+def test_bf16_rounds_both_sides_and_sums_in_fp32() -> None:
+    model, inputs, constants = product((40,), 700, 96)
+    result = run(lowered(model, replace(PROFILE, arithmetic="bf16")), inputs)
+    rounded = {
+        name: torch.from_numpy(array.astype(np.float32)).bfloat16().double().numpy()
+        for name, array in (inputs | constants).items()
+        if name in "xw"
+    }
+    wanted = exact(inputs | {"x": rounded["x"]}, constants | {"w": rounded["w"]})
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-5)
+    assert np.abs(wanted - exact(inputs, constants)).max() > 1e-3
