@@ -2,7 +2,8 @@
 
 A floor is the time that direct algorithms need: every multiply-add done once at the peak, or every
 byte moved once at full bandwidth, whichever takes longer. Algorithms that do fewer multiply-adds
-(Winograd convolutions) can go below it.
+(Winograd convolutions), or do those of a precision on faster units of another (FP32 by parts on
+BF16's), can go below it.
 """
 
 from __future__ import annotations

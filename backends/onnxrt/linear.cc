@@ -305,7 +305,7 @@ struct Linear {
     // Rows are cut again in each group: few groups, but work for all cores.
     int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
     int64_t blocks = (p.rows + kBlock - 1) / kBlock;
-    int64_t wanted = std::clamp(p.panels / kGroup, cores, 4 * cores);
+    int64_t wanted = std::clamp(p.panels / kGroup, cores, 2 * cores);
     Job job{&p, blocks, std::min(p.panels, (wanted + blocks - 1) / blocks)};
     if (auto* error = api.KernelContext_ParallelFor(
             context, work, static_cast<size_t>(job.blocks * job.groups), 0, &job))
