@@ -3,8 +3,8 @@
 Compiling optimises the graph once, in a process of its own, and stores it with its weights in FP32
 (`prepack=1`: also as they are laid out for this CPU's kernels, to be mapped into memory).
 FP16 weights are stored as FP16 in the bundle and computed in FP32; `precision=int8` and `storage`
-make the large ones integers (backends/quantised). 3x3 convolutions and products with FP16 weights
-are operators of our own, where a C++ compiler can build them (backends/onnxrt).
+make the large ones integers (backends/quantised). 3x3 convolutions, products with FP16 weights and
+group norms are operators of our own, where a C++ compiler can build them (backends/onnxrt).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from backends.onnxrt import operators
 from backends.onnxrt.session import (
     LEVELS,
     OrtSession,
+    has_operators,
     open_session,
     plain_options,
     session_options,
@@ -49,7 +50,7 @@ from export.models import CONTEXT_PART
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
-    from export.lower import Convolutions, Products
+    from export.lower import Convolutions, Norms, Products
     from export.lower.convolutions import Sizes
 
 MODEL = "model.onnx"
@@ -98,6 +99,12 @@ class OrtBackend(Backend):
             " compiler builds; op, onnxruntime's own, whose weights are FP32",
             ("auto", "op", "linear"),
         ),
+        "norms": Option(
+            "auto",
+            "operator: group norms and the SiLU behind them, by an operator that your C++ compiler"
+            " builds; layer, onnxruntime's LayerNormalization and what it takes around it",
+            ("auto", "layer", "operator"),
+        ),
         "graph": Option(
             "optimised",
             "optimised: compiled once, as above; canonical: the bundle's own file in a session with"
@@ -143,6 +150,8 @@ class OrtBackend(Backend):
         tiles = built and operators.may_use_tiles()
         best = "tiles" if tiles else "winograd" if vectors and not small else "op"
         linear = "linear" if vectors else "op"
+        if self.options["norms"] == "auto":  # they have no large weights
+            self.options["norms"] = "operator" if vectors else "layer"
         for key, chosen, refused in (
             ("convolutions", best, integers),
             ("products", linear, self.scheme is not None),
@@ -183,7 +192,7 @@ class OrtBackend(Backend):
     @property
     def own_operators(self) -> bool:
         """Whether graphs hold operators of our own."""
-        return (self.options["convolutions"], self.options["products"]) != ("op", "op")
+        return has_operators(self.options)
 
     def probe(self) -> Capability:
         cpu, gpu = installed("onnxruntime"), installed("onnxruntime-gpu")
@@ -206,8 +215,8 @@ class OrtBackend(Backend):
         words = self.summary
         if not (self.plain or operators.compiler()):
             words += (
-                "; no C++ compiler, so that convolutions and products are onnxruntime's own, which"
-                " are slower"
+                "; no C++ compiler, so that convolutions, products and group norms are"
+                " onnxruntime's own, which are slower"
             )
         return Capability(True, words, version=cpu or gpu or "unknown", devices=("cpu",))
 
@@ -221,6 +230,7 @@ class OrtBackend(Backend):
             form,
             convolutions=cast("Convolutions", self.options["convolutions"]),
             products=cast("Products", self.options["products"]),
+            norms=cast("Norms", self.options["norms"]),
             arithmetic="bf16" if self.options["precision"] == "bf16" else "fp32",
         )
         return replace(form, context=halves.form_of(part, self.options["context"]))
@@ -307,7 +317,8 @@ class OrtBackend(Backend):
     def memory_need(self, bundle: Bundle, part: str) -> int:
         """Peak bytes of a compile (SDXL's UNet: 12.9 GB for 11.2 GB of FP32 weights, 14.1 for
         10.3 where onnxruntime folds those of convolutions)."""
-        need = int((1.2 if self.own_operators else 1.4) * self._weight_bytes(bundle, part)) + SMALL
+        own = (self.options["convolutions"], self.options["products"]) != ("op", "op")
+        need = int((1.2 if own else 1.4) * self._weight_bytes(bundle, part)) + SMALL
         if self.scheme is None:
             return need
         return max(need, quantised.recording_bytes(bundle, part, self.scheme))

@@ -70,7 +70,10 @@ def library() -> Path:
         BackendError: there is no compiler, or it fails.
     """
     cxx, vectors = compiler(), _vectors(isa())
-    advice = "use ort:convolutions=op,products=op, or install a C++ compiler (apt install g++)"
+    advice = (
+        "use ort:convolutions=op,products=op,norms=layer, or install a C++ compiler"
+        " (apt install g++)"
+    )
     if cxx is None:
         raise BackendError("the operators for onnxruntime cannot be built",
                            "there is no C++ compiler", advice)  # fmt: skip

@@ -102,6 +102,11 @@ struct Api {
     return entry<65, OrtStatus*(const OrtValue*, OrtTensorTypeAndShapeInfo**) noexcept>(table)(
         value, out);
   }
+  OrtStatus* KernelInfoGetAttribute_float(const OrtKernelInfo* info, const char* name,
+                                          float* out) const {
+    return entry<85, OrtStatus*(const OrtKernelInfo*, const char*, float*) noexcept>(table)(
+        info, name, out);
+  }
   OrtStatus* KernelInfoGetAttribute_int64(const OrtKernelInfo* info, const char* name,
                                           int64_t* out) const {
     return entry<86, OrtStatus*(const OrtKernelInfo*, const char*, int64_t*) noexcept>(table)(

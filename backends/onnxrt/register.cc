@@ -3,7 +3,7 @@
 
 #include <mutex>
 
-extern const OrtCustomOp kLinear, kTiledConv, kWinogradConv;
+extern const OrtCustomOp kGroupNorm, kLinear, kTiledConv, kWinogradConv;
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     OrtSessionOptions* options, const OrtApiBase* base) {
@@ -14,7 +14,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
   if (domain == nullptr) {
     OrtCustomOpDomain* fresh = nullptr;
     if (auto* error = api.CreateCustomOpDomain("addbench", &fresh)) return error;
-    for (const OrtCustomOp* op : {&kLinear, &kTiledConv, &kWinogradConv})
+    for (const OrtCustomOp* op : {&kGroupNorm, &kLinear, &kTiledConv, &kWinogradConv})
       if (auto* error = api.CustomOpDomain_Add(fresh, op)) return error;
     domain = fresh;
   }

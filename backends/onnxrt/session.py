@@ -21,6 +21,8 @@ LEVELS = {
     "extended": "ORT_ENABLE_EXTENDED",
     "all": "ORT_ENABLE_ALL",
 }
+PLAIN = {"convolutions": "op", "products": "op", "norms": "layer"}
+"""The forms that onnxruntime's own kernels run, by option; others take operators of our own."""
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
@@ -74,6 +76,11 @@ def open_session(model: Path, options: Mapping[str, str]) -> Any:
     return onnxruntime.InferenceSession(str(model), made, ["CPUExecutionProvider"])
 
 
+def has_operators(options: Mapping[str, str]) -> bool:
+    """Whether graphs that are made with these options hold operators of our own."""
+    return any(options.get(key, plain) != plain for key, plain in PLAIN.items())
+
+
 def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
     import onnxruntime
 
@@ -88,7 +95,7 @@ def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
     made.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin != "never")))
     made.add_session_config_entry("session.force_spinning_stop", str(int(spin == "in-call")))
     level = LEVELS[options["level"]] if optimise else "ORT_DISABLE_ALL"
-    if {options.get("convolutions", "op"), options.get("products", "op")} != {"op"}:
+    if has_operators(options):
         operators.register(made)
     made.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
     return made
