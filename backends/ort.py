@@ -3,8 +3,8 @@
 Compiling optimises the graph once, in a process of its own, and stores it with its weights in FP32
 (`prepack=1`: also as they are laid out for this CPU's kernels, to be mapped into memory).
 FP16 weights are stored as FP16 in the bundle and computed in FP32; `precision=int8` and `storage`
-make the large ones integers (backends/quantised). 3x3 convolutions and products with FP16 weights
-are operators of our own, where a C++ compiler can build them (backends/onnxrt).
+make the large ones integers (backends/quantised). 3x3 convolutions, products with FP16 weights and
+group norms are operators of our own, where a C++ compiler can build them (backends/onnxrt).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from export.models import CONTEXT_PART
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
-    from export.lower import Attention, Convolutions, Products
+    from export.lower import Attention, Convolutions, Norms, Products
     from export.lower.convolutions import Sizes
 
 MODEL = "model.onnx"
@@ -103,6 +103,12 @@ class OrtBackend(Backend):
             "tiles: by an operator that your C++ compiler builds, on AMX; multihead, onnxruntime's",
             ("auto", "multihead", "tiles"),
         ),
+        "norms": Option(
+            "auto",
+            "operator: group norms and the SiLU behind them, by an operator that your C++ compiler"
+            " builds; layer, onnxruntime's LayerNormalization and what it takes around it",
+            ("auto", "layer", "operator"),
+        ),
         "graph": Option(
             "optimised",
             "optimised: compiled once, as above; canonical: the bundle's own file in a session with"
@@ -152,6 +158,7 @@ class OrtBackend(Backend):
             ("convolutions", best, integers),
             ("products", linear, self.scheme is not None),
             ("attention", "tiles" if tiles else "multihead", False),
+            ("norms", "operator" if vectors else "layer", False),
         ):
             asked = self.options[key]
             if asked == "auto":
@@ -213,8 +220,8 @@ class OrtBackend(Backend):
         words = self.summary
         if not (self.plain or operators.compiler()):
             words += (
-                "; no C++ compiler, so that convolutions and products are onnxruntime's own, which"
-                " are slower"
+                "; no C++ compiler, so that convolutions, products and group norms are"
+                " onnxruntime's own, which are slower"
             )
         return Capability(True, words, version=cpu or gpu or "unknown", devices=("cpu",))
 
@@ -229,6 +236,7 @@ class OrtBackend(Backend):
             attention=cast("Attention", self.options["attention"]),
             convolutions=cast("Convolutions", self.options["convolutions"]),
             products=cast("Products", self.options["products"]),
+            norms=cast("Norms", self.options["norms"]),
             arithmetic="bf16" if self.options["precision"] == "bf16" else "fp32",
         )
         return replace(form, context=halves.form_of(part, self.options["context"]))
@@ -315,7 +323,8 @@ class OrtBackend(Backend):
     def memory_need(self, bundle: Bundle, part: str) -> int:
         """Peak bytes of a compile (SDXL's UNet: 12.9 GB for 11.2 GB of FP32 weights, 14.1 for
         10.3 where onnxruntime folds those of convolutions)."""
-        need = int((1.2 if self.own_operators else 1.4) * self._weight_bytes(bundle, part)) + SMALL
+        own = (self.options["convolutions"], self.options["products"]) != ("op", "op")
+        need = int((1.2 if own else 1.4) * self._weight_bytes(bundle, part)) + SMALL
         if self.scheme is None:
             return need
         return max(need, quantised.recording_bytes(bundle, part, self.scheme))

@@ -22,7 +22,7 @@ from backends.base import BackendError
 from core.files import build_root, sha256_file, sha256_json, write_atomic
 from core.isa import isa
 
-PLAIN = {"convolutions": "op", "products": "op", "attention": "multihead"}
+PLAIN = {"convolutions": "op", "products": "op", "attention": "multihead", "norms": "layer"}
 """Options of `ort` that choose them, with the values that choose onnxruntime's own."""
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]*")))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden")
@@ -78,7 +78,10 @@ def library() -> Path:
         BackendError: there is no compiler, or it fails.
     """
     cxx, vectors = compiler(), _vectors(isa())
-    advice = "use ort:convolutions=op,products=op, or install a C++ compiler (apt install g++)"
+    advice = (
+        "use ort:convolutions=op,products=op,norms=layer, or install a C++ compiler"
+        " (apt install g++)"
+    )
     if cxx is None:
         raise BackendError("the operators for onnxruntime cannot be built",
                            "there is no C++ compiler", advice)  # fmt: skip

@@ -3,7 +3,7 @@
 
 #include <mutex>
 
-extern const OrtCustomOp kLinear, kTiledAttention, kTiledConv, kWinogradConv;
+extern const OrtCustomOp kGroupNorm, kLinear, kTiledAttention, kTiledConv, kWinogradConv;
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     OrtSessionOptions* options, const OrtApiBase* base) {
@@ -14,7 +14,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
   if (domain == nullptr) {
     OrtCustomOpDomain* fresh = nullptr;
     if (auto* error = api.CreateCustomOpDomain("addbench", &fresh)) return error;
-    for (const OrtCustomOp* op : {&kLinear, &kTiledAttention, &kTiledConv, &kWinogradConv})
+    for (const OrtCustomOp* op :
+         {&kGroupNorm, &kLinear, &kTiledAttention, &kTiledConv, &kWinogradConv})
       if (auto* error = api.CustomOpDomain_Add(fresh, op)) return error;
     domain = fresh;
   }

@@ -1,4 +1,4 @@
-// Vectors of FP32, as wide as the CPU has them, and FP16 widened to them.
+// Vectors of FP32, as wide as the CPU has them, their exponential, and FP16 widened to them.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,46 @@ constexpr int kLanes = 4;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef uint16_t Half;  // bits of an FP16 number
+
+inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
+inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
+
+// The first `count` numbers, fewer than a vector has; the rest of it is `fill`.
+inline Vec load_some(const float* from, int64_t count, float fill) {
+  Vec value = Vec{} + fill;
+  std::memcpy(&value, from, sizeof(float) * count);
+  return value;
+}
+inline void store_some(float* to, int64_t count, Vec value) {
+  std::memcpy(to, &value, sizeof(float) * count);
+}
+
+// e^x within 2 units in the last place; beyond [-87.3, 88] that of the bound, so that neither it
+// nor its reciprocal overflows. No number stays none.
+//
+// e^x = 2^n e^r with n the integer nearest to x / log(2). The polynomial and log(2) in two parts,
+// the first of few bits, are those of Moshier's Cephes (expf.c).
+inline Vec exponential(Vec x) {
+  constexpr float kRound = 0x1.8p23f;  // a number added to it is rounded to an integer
+  constexpr int32_t kRoundBits = 0x4b400000;
+  x = x < -87.3f ? Vec{} - 87.3f : x;
+  x = x > 88.0f ? Vec{} + 88.0f : x;
+  Vec rounded = x * 1.44269504f + kRound;
+  Vec n = rounded - kRound;
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = Vec{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  Ints power = ((Ints)rounded - kRoundBits + 127) << 23;  // the bits of 2^n
+  return p * (Vec)power;
+}
 
 // FP16 to FP32 without instructions for it.
 inline float widen(Half half) {

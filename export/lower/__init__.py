@@ -10,7 +10,8 @@ A profile says what; each pass below does one of its fields and knows nothing of
     vae.py        vae_divisor=128: the VAE decoder's last block within FP16's range
     norms.py      norms="decomposed": GroupNormalization and LayerNormalization in elementary ops,
                   norms="instance": as torch wrote them at opset 16; norms="layer": the first by
-                  the second
+                  the second; norms="operator": the first, and SiLU, as an operator of the
+                  project's own
     attention.py  attention="matmul": Attention as MatMul, Softmax, MatMul; attention_block
     multihead.py  attention="multihead": Attention as onnxruntime's MultiHeadAttention; "tiles": as
                   an operator of the project's own
@@ -37,6 +38,7 @@ from typing import Literal
 Attention = Literal["op", "matmul", "multihead", "tiles"]
 Convolutions = Literal["op", "winograd", "tiles"]
 Products = Literal["op", "linear"]
+Norms = Literal["op", "layer", "operator", "decomposed", "instance"]
 CANONICAL_OPSET = 23
 OLDEST_OPSET = 16
 
@@ -56,6 +58,8 @@ class Profile:
             keys are few, is never cut.
         norms: `op` keeps GroupNormalization (opset 21) and LayerNormalization (opset 17); `layer`
             spells the first out with the second, whose statistics are then the compiler's;
+            `operator` makes the first, with the SiLU that alone reads it, the project's own
+            operator for onnxruntime (backends/onnxrt), which a session must be given;
             `decomposed` spells both out in elementary operators; `instance` writes them as torch's
             exporter did below opset 17, for compilers that look for those patterns:
             GroupNormalization around InstanceNormalization, LayerNormalization with Pow and Div.
@@ -74,9 +78,9 @@ class Profile:
             of the prompt alone, in its graph; `input` takes them as inputs `context`, `context_2`,
             ...; `output` is the graph that gives them.
         gates: `halves` makes two products of one whose result is split in two, as GEGLU's is.
-        convolutions: `winograd` makes 3x3 convolutions the project's own operator for onnxruntime
-            (backends/onnxrt), which a session must be given; `tiles` makes those of 3x3 and 1x1
-            with FP16 weights another one, for CPUs with AMX, and the former of what is enlarged.
+        convolutions: `winograd` makes 3x3 convolutions such an operator; `tiles` makes those of 3x3
+            and 1x1 with FP16 weights another one, for CPUs with AMX, and the former of what is
+            enlarged.
         products: `linear` makes products with FP16 weights another such operator, which reads them
             as they are stored.
         arithmetic: `bf16` lets the project's own operators round both sides of what they multiply;
@@ -89,7 +93,7 @@ class Profile:
     opset: int = CANONICAL_OPSET
     attention: Attention = "op"
     attention_block: int = 0
-    norms: Literal["op", "layer", "decomposed", "instance"] = "op"
+    norms: Norms = "op"
     dtype: Literal["as-is", "float32"] = "as-is"
     batch: int | None = None
     norm_statistics: Literal["float32", "as-is"] = "float32"
@@ -158,6 +162,8 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
         norms.decompose(model, profile.norm_statistics)
     elif profile.norms == "layer":
         norms.by_layer(model)
+    elif profile.norms == "operator":
+        norms.by_operator(model)
     elif profile.norms == "instance":
         norms.instance(model)
     if profile.attention == "matmul":

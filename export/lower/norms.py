@@ -1,4 +1,5 @@
-"""GroupNormalization by LayerNormalization, or both in elementary operators."""
+"""GroupNormalization by LayerNormalization or by an operator of the project's own, or both norms in
+elementary operators."""
 
 from __future__ import annotations
 
@@ -11,11 +12,17 @@ from export.lower.edit import (
     Edit,
     attribute,
     dtype_and_rank,
+    only_reader,
     operand,
     refuse,
     required,
     static_dim,
 )
+
+DOMAIN = "addbench"
+OPERATOR = "GroupNorm"
+MOST_AXES = 6
+"""That its input may have."""
 
 
 def decompose(model: ir.Model, statistics: str) -> None:
@@ -40,6 +47,51 @@ def by_layer(model: ir.Model) -> None:
     for node in list(model.graph.all_nodes()):
         if node.domain == "" and node.op_type == "GroupNormalization":
             _group(model, node, None)
+
+
+def by_operator(model: ir.Model) -> None:
+    """Make every GroupNormalization in FP32 the project's own operator (backends/onnxrt).
+
+    A SiLU that alone reads the result becomes part of it. Other dtypes are spelled out by layer.
+    """
+    for node in list(model.graph.all_nodes()):
+        if node.domain != "" or node.op_type != "GroupNormalization":
+            continue
+        x = required(node, 0)
+        dtype, rank = dtype_and_rank(node, x)
+        if dtype != ir.DataType.FLOAT or rank > MOST_AXES:
+            _group(model, node, None)
+            continue
+        silu = _silu(node)
+        edit = Edit(model, silu[-1] if silu else node)
+        result = edit(
+            OPERATOR,
+            x,
+            required(node, 1),
+            required(node, 2),
+            domain=DOMAIN,
+            groups=attribute(node, "num_groups", None),
+            epsilon=attribute(node, "epsilon", 1e-5),
+            silu=int(silu is not None),
+        )
+        result.dtype, result.shape = dtype, x.shape  # ONNX cannot infer them
+        edit.replace(result)
+        if silu and node.graph is not None:
+            node.graph.remove([silu[0], node], safe=True)
+        model.graph.opset_imports[DOMAIN] = 1
+
+
+def _silu(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+    """The Sigmoid and the Mul of a SiLU, if nothing else reads the output of `node`."""
+    value = node.outputs[0]
+    readers = {use.node for use in value.uses()}
+    sigmoid = next((reader for reader in readers if reader.op_type == "Sigmoid"), None)
+    if sigmoid is None or sigmoid.domain or len(readers) != 2 or value.is_graph_output():
+        return None
+    product = only_reader(sigmoid)
+    if product is None or product.op_type != "Mul" or product.graph is not node.graph:
+        return None
+    return (sigmoid, product) if set(product.inputs) == {value, sigmoid.outputs[0]} else None
 
 
 def instance(model: ir.Model) -> None:

@@ -169,6 +169,7 @@ def test_the_operators_are_built_once_and_where_they_can_be(
     found = parse_backend("ort")
     assert isinstance(found, ort.OrtBackend)
     assert found.options["convolutions"] == found.options["products"] == "op"
+    assert found.options["norms"] == "layer"
     assert "no C++ compiler" in found.probe().what
     assert "operators" not in found.fingerprint()
     with pytest.raises(BackendError, match="(?s)no C\\+\\+ compiler.*apt install"):
@@ -189,6 +190,52 @@ def test_operators_are_refused_beside_what_they_cannot_join(own: str, other: str
     with pytest.raises(UnsupportedError, match=key):
         parse_backend(f"ort:{own},{other}")
     assert parse_backend(f"ort:{other}").options[key] == "op"
+
+
+@pytest.mark.parametrize("others", ["", ",precision=int8,conv=int8", ",storage=int4"])
+def test_group_norms_are_an_operator_at_any_precision(
+    others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "isa", lambda: "x86_64 avx2 fma f16c")
+    monkeypatch.setattr(operators, "compiler", lambda: ["c++"])
+    found = parse_backend(f"ort:convolutions=op,products=op{others}")
+    assert isinstance(found, ort.OrtBackend)
+    assert found.profile("unet").norms == "operator"
+    assert "operators" in found.fingerprint()
+    assert operators.are_in(found.options)
+    found = parse_backend(f"ort:convolutions=op,products=op,norms=layer{others}")
+    assert isinstance(found, ort.OrtBackend)
+    assert found.profile("unet").norms == "layer"
+    assert "operators" not in found.fingerprint()
+    assert not operators.are_in(found.options)
+
+
+def test_group_norms_are_onnxruntimes_where_it_has_to_do_without_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert parse_backend("ort:graph=canonical").options["norms"] == "layer"
+    with pytest.raises(UnsupportedError, match="takes no option norms"):
+        parse_backend("ort:graph=canonical,norms=operator")
+    monkeypatch.setattr(ort, "isa", lambda: "x86_64")
+    assert parse_backend("ort").options["norms"] == "layer"
+
+
+@pytest.mark.skipif(operators.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("part", ["unet", "vae_decoder"])
+def test_every_group_norm_takes_its_silu(tiny_bundle: Bundle, part: str) -> None:
+    width, height = tiny_bundle.size
+    artifact = parse_backend("ort:norms=operator").compile(
+        tiny_bundle, part, Shapes(1, width, height)
+    )
+    assert artifact.path is not None
+    graph = onnx.load(artifact.path / "model.onnx", load_external_data=False).graph
+    norms = [node for node in graph.node if node.op_type == "GroupNorm"]
+    assert len(norms) == tiny_bundle.parts[part].ops["GroupNormalization"]
+    made = {name for node in norms for name in node.output}
+    assert not [node for node in graph.node if node.op_type in ("QuickGelu", "Sigmoid", "Cast")
+                if made & set(node.input)]  # fmt: skip
+    constants = {tensor.name for tensor in graph.initializer}
+    assert constants >= {name for node in norms for name in node.input[1:]}
 
 
 def test_tiles_are_for_those_who_have_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,8 +25,10 @@ def model_of(
     outputs: Sequence[str] = ("y",),
     constants: Arrays | None = None,
     axes: dict[str, Sequence[str | int]] | None = None,
+    values: Arrays | None = None,
 ) -> onnx.ModelProto:
-    """An opset-23 model whose inputs look like the given arrays (or have the named `axes`)."""
+    """An opset-23 model whose inputs look like the given arrays (or have the named `axes`), as do
+    the `values` that ONNX cannot infer."""
 
     def info(name: str, array: np.ndarray) -> onnx.ValueInfoProto:
         shape = (axes or {}).get(name, array.shape)
@@ -40,6 +42,7 @@ def model_of(
         [info(name, array) for name, array in inputs.items()],
         [onnx.ValueInfoProto(name=name) for name in outputs],
         [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()],
+        value_info=[info(name, array) for name, array in (values or {}).items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
