@@ -16,10 +16,10 @@ WORDS = (
     "Stages: medians over cells that differ in nothing but steps (and, but for `decode`, the"
     " decoder). Share of peak: multiply-adds of direct algorithms a second, against those"
     " of a large matrix product measured in the same run, in the cell's precision even where layers"
-    " of a stage stay in FP32 (INT8's convolutions). `ort` can pass 100%: Winograd's convolutions do"
-    " fewer, and FP32 by parts on BF16 units does them faster than FP32's own (docs/cpu.md). Share"
-    " of floor: as `bench.roofline` has it. Peak memory and image PSNR are of the cells: the most"
-    " and the worst. Speed: the first line of a stage is 1."
+    " of a stage stay in FP32 (INT8's convolutions). `ort` can pass 100%: Winograd's convolutions"
+    " do fewer, and FP32 by parts on BF16 units does them faster than FP32's own (docs/cpu.md)."
+    " Share of floor: as `bench.roofline` has it. Peak memory and image PSNR are of the cells: the"
+    " most and the worst. Speed: the first line of a stage is 1."
 )
 
 

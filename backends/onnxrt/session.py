@@ -21,8 +21,6 @@ LEVELS = {
     "extended": "ORT_ENABLE_EXTENDED",
     "all": "ORT_ENABLE_ALL",
 }
-PLAIN = {"convolutions": "op", "products": "op", "norms": "layer"}
-"""The forms that onnxruntime's own kernels run, by option; others take operators of our own."""
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 
 
