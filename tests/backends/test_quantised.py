@@ -238,7 +238,7 @@ def test_a_precision_becomes_an_option(text: str, precision: str | None, result:
     [
         ("torch", "int8", "backend torch has no precision int8", "--backend ort:precision=int8"),
         ("openvino", "int8", "openvino has no precision int8", "--backend ort:precision=int8"),
-        ("ort", "bf16", "ort has no precision bf16", "--backend openvino:precision=bf16"),
+        ("torch", "bf16", "backend torch has no precision bf16", "--backend ort:precision=bf16"),
         ("ort", "fp8", "ort has no precision fp8", "--backend trt:precision=fp8"),
         ("ort:precision=int8", "fp32", "contradicts", "drop one"),
     ],
