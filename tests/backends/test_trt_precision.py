@@ -327,7 +327,7 @@ def test_a_missing_modelopt_is_named_with_its_extra(
     [
         ("refit=1,precision=int8", "refit=1 does not go with", "drop refit"),
         ("hardware=ampere+,precision=fp8", "ampere", "precision=int8"),
-        ("precision=bf16", "not a value", "precision=auto; or use openvino:precision=bf16"),
+        ("precision=bf16", "not a value", "precision=auto; or use ort:precision=bf16"),
     ],
 )
 def test_what_does_not_go_together_is_refused_early(text: str, what: str, next: str) -> None:

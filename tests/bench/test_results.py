@@ -457,7 +457,9 @@ def test_a_page_that_is_no_text_is_refused(
 
 def test_make_publishes_several_runs() -> None:
     def recipe(*runs: str) -> str:
-        command = ["make", "--dry-run", "--old-file=.venv/.ready-cpu", "publish", *runs]
+        # Run by make itself, it would print the folder around its lines.
+        quiet = ["--no-print-directory", "--dry-run", "--old-file=.venv/.ready-cpu"]
+        command = ["make", *quiet, "publish", *runs]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip().splitlines()[-1]
 
