@@ -146,8 +146,8 @@ class OrtBackend(Backend):
     def _choose_operators(self) -> None:
         """Operators of our own where they can be built and pay; refused where they cannot be had.
 
-        Weights that are transformed when the graph is lowered cannot become integers after it, and
-        integers for a small memory should not stand beside larger ones.
+        Weights that are laid out when the graph is lowered cannot become integers after it, and
+        Winograd's, which grow, are not for those who want a small memory.
         """
         integers = self.scheme is not None and self.scheme.convolutions
         small = self.scheme is not None and not self.scheme.dynamic

@@ -133,9 +133,7 @@ struct GroupNorm {
 
   OrtStatus* compute(OrtKernelContext* context) const {
     Tensor x, scale, bias;
-    if (auto* error = read(api, context, 0, &x)) return error;
-    if (auto* error = read(api, context, 1, &scale)) return error;
-    if (auto* error = read(api, context, 2, &bias)) return error;
+    if (auto* error = read(api, context, {&x, &scale, &bias})) return error;
     int64_t channels = x.dims[1];
     if (x.rank < 2 || x.rank > Tensor::kMost || groups < 1 || channels % groups != 0 ||
         scale.rank != 1 || scale.dims[0] != channels || bias.rank != 1 || bias.dims[0] != channels)

@@ -52,6 +52,14 @@ inline OrtStatus* read(const Api& api, OrtKernelContext* context, size_t index, 
   return error;
 }
 
+// All inputs, in order.
+template <size_t Count>
+OrtStatus* read(const Api& api, OrtKernelContext* context, Tensor* const (&inputs)[Count]) {
+  for (size_t i = 0; i < Count; ++i)
+    if (auto* error = read(api, context, i, inputs[i])) return error;
+  return nullptr;
+}
+
 // The output, of the given shape.
 inline OrtStatus* write(const Api& api, OrtKernelContext* context, const int64_t* dims, size_t rank,
                         float** out) {

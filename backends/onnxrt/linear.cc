@@ -276,10 +276,7 @@ struct Linear {
 
   OrtStatus* compute(OrtKernelContext* context) const {
     Tensor x, weights, bias, residual;
-    if (auto* error = read(api, context, 0, &x)) return error;
-    if (auto* error = read(api, context, 1, &weights)) return error;
-    if (auto* error = read(api, context, 2, &bias)) return error;
-    if (auto* error = read(api, context, 3, &residual)) return error;
+    if (auto* error = read(api, context, {&x, &weights, &bias, &residual})) return error;
     bool fits = x.rank >= 1 && x.rank <= Tensor::kMost && weights.rank == 4;
     Problem p{};
     p.inputs = fits ? x.dims[x.rank - 1] : 0, p.features = features;

@@ -299,9 +299,7 @@ struct TiledAttention {
 
   OrtStatus* compute(OrtKernelContext* context) const {
     Tensor q, k, v;
-    if (auto* error = read(api, context, 0, &q)) return error;
-    if (auto* error = read(api, context, 1, &k)) return error;
-    if (auto* error = read(api, context, 2, &v)) return error;
+    if (auto* error = read(api, context, {&q, &k, &v})) return error;
     Problem p{};
     p.q = q.floats(), p.k = k.floats(), p.v = v.floats();
     p.images = q.dims[0], p.queries = q.dims[1], p.keys = k.dims[1], p.heads = heads;

@@ -323,10 +323,7 @@ struct WinogradConv {
 
   OrtStatus* compute(OrtKernelContext* context) const {
     Tensor x, weights, bias, residual;
-    if (auto* error = read(api, context, 0, &x)) return error;
-    if (auto* error = read(api, context, 1, &weights)) return error;
-    if (auto* error = read(api, context, 2, &bias)) return error;
-    if (auto* error = read(api, context, 3, &residual)) return error;
+    if (auto* error = read(api, context, {&x, &weights, &bias, &residual})) return error;
     Problem p{};
     p.x = x.floats(), p.weights = weights.floats(), p.bias = bias.floats();
     p.residual = residual.floats();

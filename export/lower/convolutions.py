@@ -23,6 +23,7 @@ import onnx_ir as ir
 from export.lower import storage
 from export.lower.edit import (
     Edit,
+    added,
     attribute,
     constant_of,
     initializer_of,
@@ -173,11 +174,9 @@ def _weights(model: ir.Model, node: ir.Node, form: _Form, file: BinaryIO) -> ir.
 def _replace(model: ir.Model, node: ir.Node, form: _Form, file: BinaryIO) -> None:
     weights = _weights(model, node, form, file)
     last, residual, gone = node, None, [node]
-    if (add := only_reader(last)) is not None and add.op_type == "Add":
-        other = next((v for v in add.inputs if v is not last.outputs[0]), None)
-        if other is not None and same_shape(other, last.outputs[0]):
-            last, residual = add, other
-            gone.append(add)
+    if (found := added(last)) is not None and same_shape(found[1], last.outputs[0]):
+        last, residual = found
+        gone.append(last)
     if relu := (reader := only_reader(last)) is not None and reader.op_type == "Relu":
         last = reader
         gone.append(reader)

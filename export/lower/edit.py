@@ -157,3 +157,12 @@ def only_reader(node: ir.Node) -> ir.Node | None:
 
 def same_shape(one: ir.Value, other: ir.Value) -> bool:
     return one.shape is not None and other.shape is not None and one.shape == other.shape
+
+
+def added(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+    """The sum that alone reads a node's output, and its other operand."""
+    add = only_reader(node)
+    if add is None or add.op_type != "Add":
+        return None
+    other = next((v for v in add.inputs if v is not node.outputs[0]), None)
+    return None if other is None else (add, other)

@@ -18,10 +18,10 @@ from onnx_ir.passes import common as common_passes
 from export.lower import storage
 from export.lower.edit import (
     Edit,
+    added,
     attribute,
     constant_of,
     initializer_of,
-    only_reader,
     operand,
     required,
     same_shape,
@@ -143,10 +143,10 @@ def _replace(model: ir.Model, node: ir.Node, file: BinaryIO, bf16: bool) -> None
         bias = operand(node, 2)
         if bias is not None and not _is_bias(bias, weights):
             return
-    elif (found := _added(last)) is not None and _is_bias(found[1], weights):
+    elif (found := added(last)) is not None and _is_bias(found[1], weights):
         last, bias = found
         gone.append(last)
-    if (found := _added(last)) is not None and same_shape(found[1], last.outputs[0]):
+    if (found := added(last)) is not None and same_shape(found[1], last.outputs[0]):
         last, residual = found
         gone.append(last)
     edit = Edit(model, last)
@@ -164,15 +164,6 @@ def _replace(model: ir.Model, node: ir.Node, file: BinaryIO, bf16: bool) -> None
     for each in reversed(gone[:-1]):  # `last` is gone already
         if each.graph is not None:
             each.graph.remove(each, safe=True)
-
-
-def _added(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """The sum that alone reads a node's output, and its other operand."""
-    add = only_reader(node)
-    if add is None or add.op_type != "Add":
-        return None
-    other = next((v for v in add.inputs if v is not node.outputs[0]), None)
-    return None if other is None else (add, other)
 
 
 def _is_bias(value: ir.Value, weights: _Weights) -> bool:
