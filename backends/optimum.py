@@ -244,7 +244,7 @@ class OptimumBackend(Backend):
         need = graphs + fp32_bytes(bundle, "unet") + IMPORTS_BYTES
         disk = 2 * graphs + fp32_bytes(bundle, "unet")
         require_disk(folder, disk, doing)
-        require_memory(need, doing, "measure optimum on the small model: --model tiny-sdxl")
+        require_memory(need, doing, "measure optimum on the small model: --model shapes-turbo")
         print(f"{doing}: {need / 1e9:.1f} GB of memory, {disk / 1e9:.1f} GB of disk, of which"
               f" {graphs / 1e9:.1f} GB are kept", file=sys.stderr)  # fmt: skip
         with tempfile.TemporaryDirectory(dir=folder, prefix=".checkpoint-") as checkpoint:
@@ -256,7 +256,7 @@ class OptimumBackend(Backend):
                     folder,
                     doing=f"{doing} ({does})",
                     need_bytes=need,
-                    advice="make env-optimum builds its environment; tiny-sdxl is known to work",
+                    advice="make env-optimum builds its environment; shapes-turbo is known to work",
                     python=python,
                 )
 
@@ -360,7 +360,8 @@ def write_checkpoint(bundle: Bundle, folder: Path) -> None:
         del module
         give_memory_back()
     for name in tokenizer_names(bundle.model):
-        index[name] = ["transformers", "CLIPTokenizer"]
+        # transformers 4's CLIPTokenizer reads no tokenizer.json, which is all that 5 writes.
+        index[name] = ["transformers", "CLIPTokenizerFast"]
         shutil.copytree(bundle.path / name, folder / name)
     shutil.copytree(bundle.path / "scheduler", folder / "scheduler")
     write_json(folder / "model_index.json", index)

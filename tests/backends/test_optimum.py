@@ -90,7 +90,7 @@ def test_an_export_that_does_not_fit_is_refused_before_it_starts(
     monkeypatch.setattr(optimum, "IMPORTS_BYTES", 10**15)
     with pytest.raises(PreconditionError, match=r"1000000.0 GB of memory") as error:
         parse_backend("optimum").compile(tiny_bundle, "unet", Shapes(1, 64, 64))
-    assert "--model tiny-sdxl" in error.value.next
+    assert "--model shapes-turbo" in error.value.next
 
 
 def test_an_export_from_its_own_environment_names_the_one_that_can(
@@ -176,12 +176,14 @@ def test_stages_and_evaluations_are_counted_around_its_own_methods(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not usable, reason="make env-optimum has not been run")
+@pytest.mark.parametrize("model", ["tiny_bundle", "shapes_bundle"])  # the second has no vocab.json
 def test_the_real_one_draws_the_reference_in_its_environment(
-    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bundle: Bundle = request.getfixturevalue(model)
     monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
     flags = ["--backend", "optimum", "--decoder", "vae", "--steps", "1,2", "--quick"]
-    assert sweep(["--model", str(tiny_bundle.path), "--out", str(tmp_path), *flags]) == 0
+    assert sweep(["--model", str(bundle.path), "--out", str(tmp_path), *flags]) == 0
     rows = open_run("latest", tmp_path).rows()
     assert [row["image_check"]["status"] for row in rows] == ["ok", "ok"]
     assert [row["nfe"] for row in rows] == [1, 2]
