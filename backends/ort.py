@@ -121,7 +121,8 @@ class OrtBackend(Backend):
         "precision": Option(
             "fp32",
             "of products with large weights; int8: activations quantised as they come; bf16: both"
-            " sides rounded, with sums in FP32, on AMX, where weights are stored in FP16",
+            " sides rounded, with sums in FP32, on AMX or AVX-512-BF16, where weights are stored in"
+            " FP16",
             ("fp32", "bf16", "int8"),
         ),
     }
@@ -155,11 +156,11 @@ class OrtBackend(Backend):
         vectors = built and {"avx2", "fma", "f16c"} <= set(isa().split())
         tiles = built and operators.may_use_tiles()
         best = "tiles" if tiles else "winograd" if vectors and not small else "op"
-        linear = "linear" if vectors else "op"
+        linear, attention = "linear" if vectors else "op", "tiles" if tiles else "multihead"
         for key, chosen, refused in (
             ("convolutions", best, integers),
             ("products", linear, self.scheme is not None),
-            ("attention", "tiles" if tiles else "multihead", False),
+            ("attention", attention, False),
             ("norms", "operator" if vectors else "layer", False),
         ):
             asked = self.options[key]
@@ -179,17 +180,20 @@ class OrtBackend(Backend):
                     f"drop {key}={asked}, or drop precision, storage and conv",
                 )
         if self.options["precision"] == "bf16":
-            self._check_bf16(tiles)
+            self._check_bf16(
+                built, {"convolutions": best, "products": linear, "attention": attention}
+            )
 
-    def _check_bf16(self, tiles: bool) -> None:
-        forms = [self.options[key] for key in ("convolutions", "products", "attention")]
+    def _check_bf16(self, built: bool, wanted: Mapping[str, str]) -> None:
+        """Refuse it where it cannot be had, or where something would compute otherwise."""
         why = None
-        if not tiles:
-            why = "this CPU has no AMX, Linux does not let it be used, or there is no C++ compiler"
+        if not (built and operators.may_multiply_bf16()):
+            why = "this CPU has neither AMX nor AVX-512-BF16, or there is no C++ compiler"
         elif self.scheme is not None:
             why = "with storage, weights are integers, and products in FP32"
-        elif forms != ["tiles", "linear", "tiles"]:
-            why = "what computes in it are convolutions=tiles, products=linear and attention=tiles"
+        elif any(self.options[key] != value for key, value in wanted.items()):
+            named = ", ".join(f"{key}={value}" for key, value in wanted.items())
+            why = f"on this CPU what computes in it are {named}"
         if why is not None:
             raise UnsupportedError(
                 "ort:precision=bf16 cannot be had", why,

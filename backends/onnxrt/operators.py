@@ -28,10 +28,11 @@ SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]*")))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden")
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-_TILES = ["-mavx512f", "-mavx512bw", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+_BF16 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512bf16"]
 VECTORS = (
     ({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16"},
-     [*_AVX2, *_TILES]),
+     [*_BF16, "-mamx-tile", "-mamx-bf16"]),
+    ({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16"}, _BF16),
     ({"avx2", "fma", "f16c", "avx512f"}, [*_AVX2, "-mavx512f"]),
     ({"avx2", "fma", "f16c"}, _AVX2),
 )  # fmt: skip
@@ -64,6 +65,12 @@ def may_use_tiles() -> bool:
         return False
     arch_prctl, ask_for_state, tile_data = 158, 0x1023, 18
     return ctypes.CDLL(None).syscall(arch_prctl, ask_for_state, tile_data) == 0
+
+
+def may_multiply_bf16() -> bool:
+    """Whether this CPU has products of BF16 numbers in vectors (AVX-512), and the compiler knows
+    them."""
+    return "-mavx512bf16" in _vectors(isa())
 
 
 def register(options: Any) -> None:

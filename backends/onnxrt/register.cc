@@ -3,7 +3,8 @@
 
 #include <mutex>
 
-extern const OrtCustomOp kGroupNorm, kLinear, kTiledAttention, kTiledConv, kWinogradConv;
+extern const OrtCustomOp kGroupNorm, kLinear, kTiledAttention, kTiledConv, kWinogradConv,
+    kWinogradConvBF16;
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     OrtSessionOptions* options, const OrtApiBase* base) {
@@ -15,7 +16,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     OrtCustomOpDomain* fresh = nullptr;
     if (auto* error = api.CreateCustomOpDomain("addbench", &fresh)) return error;
     for (const OrtCustomOp* op :
-         {&kGroupNorm, &kLinear, &kTiledAttention, &kTiledConv, &kWinogradConv})
+         {&kGroupNorm, &kLinear, &kTiledAttention, &kTiledConv, &kWinogradConv,
+          &kWinogradConvBF16})
       if (auto* error = api.CustomOpDomain_Add(fresh, op)) return error;
     domain = fresh;
   }

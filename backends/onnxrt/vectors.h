@@ -1,5 +1,7 @@
-// Vectors of FP32, as wide as the CPU has them, their exponential, and FP16 widened to them.
+// Vectors of FP32, as wide as the CPU has them, their products and exponential, and FP16 widened.
 #pragma once
+
+#include "bf16.h"
 
 #include <cstdint>
 #include <cstring>
@@ -31,6 +33,19 @@ inline Vec load_some(const float* from, int64_t count, float fill) {
 }
 inline void store_some(float* to, int64_t count, Vec value) {
   std::memcpy(to, &value, sizeof(float) * count);
+}
+
+typedef uint32_t Word __attribute__((may_alias));  // a number of FP32; rounded, two of BF16
+constexpr int numbers_of(bool rounded) { return rounded ? 2 : 1; }
+
+// sum + x w, in each place; rounded, of both numbers.
+template <bool Rounded>
+inline Vec add_products(Vec sum, Word x, Vec w) {
+  Vec all = (Vec)(Ints{} + static_cast<int32_t>(x));
+#ifdef ADDBENCH_BF16
+  if (Rounded) return _mm512_dpbf16_ps(sum, (__m512bh)all, (__m512bh)w);
+#endif
+  return sum + all * w;
 }
 
 // e^x within 2 units in the last place; beyond [-87.3, 88] that of the bound, so that neither it

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -79,8 +80,8 @@ class Sizes:
 def convolve(model: ir.Model, folder: Path, kind: Kind, *, bf16: bool = False) -> None:
     """Replace every convolution that the operators can take; the others stay.
 
-    The weights, in their layout, are written into a file in `folder`. With `bf16`, TiledConv rounds
-    images and weights to it.
+    The weights, in their layout, are written into a file in `folder`. With `bf16`, both
+    sides of their products are rounded to it.
     """
     forms = [(node, form) for node in model.graph.all_nodes() if (form := _form(node, kind, bf16))]
     with (folder / FILE).open("wb") as file:
@@ -125,7 +126,8 @@ def _form(node: ir.Node, kind: Kind, bf16: bool) -> _Form | None:
     ):
         return None
     filters, channels = shape[:2]
-    resize = _enlarged(node) if shape[2] == 3 and not bf16 else None  # 36 products in BF16 win
+    direct = kind == "tiles" and bf16  # 36 products on tiles are faster than 9 elsewhere
+    resize = _enlarged(node) if shape[2] == 3 and not direct else None
     halves = found.dtype == ir.DataType.FLOAT16
     if kind == "tiles" and halves and resize is None and sides[1] >= NARROWEST:
         padded = math.prod(-(-side // PANEL) * PANEL for side in (filters, channels))
@@ -133,11 +135,22 @@ def _form(node: ir.Node, kind: Kind, bf16: bool) -> _Form | None:
         return _Form(TILED, "tiled", _tiled, nbytes, {"filters": filters, "bf16": int(bf16)})
     if shape[2] == 3 and filters % ROWS == 0:
         matrix = WEIGHTS if resize is None else ENLARGED
-        nbytes = 4 * len(matrix) ** 2 * filters * channels
+        number = 2 * (channels + channels % 2) if bf16 else 4 * channels
         upsample = {"upsample": int(resize is not None)}
-        name = f"winograd{len(matrix)}"
-        return _Form(WINOGRAD, name, partial(_transformed, matrix), nbytes, upsample, resize)
+        name, operator, layout = f"winograd{len(matrix)}", WINOGRAD, _transformed
+        if bf16:
+            name, operator, layout = f"{name}_bf16", f"{WINOGRAD}BF16", _rounded
+        nbytes = number * len(matrix) ** 2 * filters
+        return _Form(operator, name, partial(layout, matrix), nbytes, upsample, resize)
     return None
+
+
+def _rounded(matrix: np.ndarray, plain: np.ndarray) -> np.ndarray:
+    """Weights [K, C, 3, 3] as WinogradConvBF16 wants them, [K/8, elements, C/2, 8, 2]."""
+    single = _transformed(matrix, plain)
+    even = np.pad(single, ((0, 0), (0, 0), (0, single.shape[2] % 2), (0, 0)))
+    pairs = even.reshape(*even.shape[:2], -1, 2, ROWS).swapaxes(3, 4)
+    return np.ascontiguousarray(pairs.astype(ml_dtypes.bfloat16))
 
 
 def _transformed(matrix: np.ndarray, plain: np.ndarray) -> np.ndarray:

@@ -103,7 +103,7 @@ def written(file: BinaryIO, array: np.ndarray, name: str) -> ir.Value:
     """An initializer that holds `array`, written to the end of a file beside the graph."""
     file.write(bytes(-file.tell() % _PAGE))
     offset = file.tell()
-    file.write(np.ascontiguousarray(array).data)
+    file.write(np.ascontiguousarray(array).view(np.uint8).data)  # BF16 is not a buffer's type
     external = ir.ExternalTensor(
         Path(file.name).name,
         offset,

@@ -250,15 +250,26 @@ def test_tiles_are_for_those_who_have_them(monkeypatch: pytest.MonkeyPatch) -> N
     assert parse_backend("ort:storage=int4").options["convolutions"] == "tiles"
 
 
-@pytest.mark.parametrize("other", ["products=op", "convolutions=winograd", "storage=int8"])
+@pytest.mark.parametrize(
+    ("tiles", "others"),
+    [
+        (True, ["products=op", "convolutions=winograd", "attention=multihead", "storage=int8"]),
+        (False, ["products=op", "convolutions=op", "storage=int8"]),
+    ],
+    ids=["AMX", "AVX-512-BF16"],
+)
 def test_bf16_is_refused_where_something_would_compute_otherwise(
-    other: str, monkeypatch: pytest.MonkeyPatch
+    tiles: bool, others: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operators, "may_use_tiles", lambda: True)
+    monkeypatch.setattr(operators, "may_use_tiles", lambda: tiles)
+    monkeypatch.setattr(operators, "may_multiply_bf16", lambda: True)
     monkeypatch.setattr(operators, "compiler", lambda: ["c++"])
-    assert parse_backend("ort:precision=bf16").options["attention"] == "tiles"
-    with pytest.raises(UnsupportedError, match="(?s)precision=bf16.*drop precision"):
-        parse_backend(f"ort:precision=bf16,{other}")
-    monkeypatch.setattr(operators, "may_use_tiles", lambda: False)
-    with pytest.raises(UnsupportedError, match="(?s)no AMX.*precision=int8"):
+    options = parse_backend("ort:precision=bf16").options
+    assert options["attention"] == ("tiles" if tiles else "multihead")
+    assert options["convolutions"] == ("tiles" if tiles else "winograd")
+    for other in others:
+        with pytest.raises(UnsupportedError, match="(?s)precision=bf16.*drop precision"):
+            parse_backend(f"ort:precision=bf16,{other}")
+    monkeypatch.setattr(operators, "may_multiply_bf16", lambda: False)
+    with pytest.raises(UnsupportedError, match="(?s)neither AMX.*precision=int8"):
         parse_backend("ort:precision=bf16")

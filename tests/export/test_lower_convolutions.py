@@ -19,7 +19,11 @@ from export.lower import Profile, convolutions
 
 PROFILE = Profile("winograd", convolutions="winograd", dtype="float32")
 TILES = Profile("tiles", convolutions="tiles", dtype="float32")
+ROUNDED = replace(PROFILE, arithmetic="bf16")
 needs_tiles = pytest.mark.skipif(not operators.may_use_tiles(), reason="no AMX, or no C++ compiler")
+needs_bf16 = pytest.mark.skipif(
+    not operators.may_multiply_bf16(), reason="no AVX-512-BF16, or no C++ compiler"
+)
 needs_compiler = pytest.mark.skipif(operators.compiler() is None, reason="no C++ compiler")
 NEAREST = {"mode": "nearest", "nearest_mode": "floor",
            "coordinate_transformation_mode": "asymmetric"}  # fmt: skip
@@ -93,6 +97,42 @@ def test_fp16_weights_are_transformed_in_fp32() -> None:
     wide = {name: array.astype(np.float32) for name, array in inputs.items()}
     wanted = reference(model, inputs)[0].astype(np.float32)
     np.testing.assert_allclose(run(low, wide), wanted, rtol=0, atol=1e-2)
+
+
+@needs_bf16
+@given(
+    n=st.integers(1, 3), channels=st.integers(8, 150), blocks=st.integers(1, 10),
+    height=st.integers(1, 40), width=st.integers(7, 70), threads=st.integers(1, 3),
+    enlarged=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_bf16_is_exact_where_nothing_is_to_be_rounded(
+    n: int, channels: int, blocks: int, height: int, width: int, threads: int, enlarged: bool
+) -> None:
+    """Integers so small that both transforms are BF16 numbers, and their sums those of FP32."""
+    height += -(-convolutions.SMALLEST // width)
+    model, inputs = convolution(
+        n, channels, 8 * blocks, (height, width), bias=False, enlarged=enlarged
+    )
+    random = np.random.default_rng(5)
+    inputs["x"] = random.integers(-8, 9, inputs["x"].shape).astype(np.float32)
+    weights = 4 * random.integers(-2, 3, (8 * blocks, channels, 3, 3)).astype(np.float32)
+    (tensor,) = (each for each in model.graph.initializer if each.name == "w")
+    tensor.CopyFrom(onnx.numpy_helper.from_array(weights, "w"))
+    low = lowered(model, ROUNDED)
+    assert f"{convolutions.WINOGRAD}BF16" in ops(low)
+    np.testing.assert_array_equal(run(low, inputs, threads), reference(model, inputs)[0])
+
+
+@needs_bf16
+@pytest.mark.parametrize("enlarged", [False, True])
+def test_bf16_is_as_far_off_as_bf16_is(enlarged: bool) -> None:
+    model, inputs = convolution(
+        channels=70, filters=40, size=(20, 33), enlarged=enlarged, residual=True, relu=True
+    )
+    wanted = reference(model, inputs)[0]
+    error = run(lowered(model, ROUNDED), inputs) - wanted
+    assert 5e-4 < np.sqrt(np.square(error).mean() / np.square(wanted).mean()) < 5e-3
 
 
 @needs_compiler
@@ -187,6 +227,8 @@ def test_the_weights_grow_as_said(tmp_path: Path) -> None:
         onnx.save(model, tmp_path / "model.onnx")
         sizes = convolutions.sizes(tmp_path / "model.onnx", "winograd")
         assert sizes == convolutions.Sizes(9 * 4 * 24 * 16, elements * 4 * 24 * 16)
+        sizes = convolutions.sizes(tmp_path / "model.onnx", "winograd", bf16=True)
+        assert sizes == convolutions.Sizes(9 * 4 * 24 * 16, elements * 2 * 24 * 16)
 
 
 def test_tiles_keep_their_weights_filled_up(tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ from core.isa import isa
 from export.lower import Profile, linear
 
 PROFILE = Profile("linear", products="linear", dtype="float32", gates="halves")
-needs_tiles = pytest.mark.skipif(not operators.may_use_tiles(), reason="no AMX, or no C++ compiler")
+needs_bf16 = pytest.mark.skipif(
+    not operators.may_multiply_bf16(), reason="no AVX-512-BF16, or no C++ compiler"
+)
+BF16 = "avx2 fma f16c avx512f avx512bw avx512_bf16"
 needs_compiler = pytest.mark.skipif(operators.compiler() is None, reason="no C++ compiler")
 Arrays = dict[str, np.ndarray]
 
@@ -83,7 +86,7 @@ def test_it_gives_what_a_product_gives(
 
 @needs_compiler
 @pytest.mark.parametrize("rows", [(1,), (8,), (9,), (300,)], ids=str)
-@pytest.mark.parametrize("flags", ["", "avx2 fma f16c", "avx2 fma f16c avx512f", "own"])
+@pytest.mark.parametrize("flags", ["", "avx2 fma f16c", "avx2 fma f16c avx512f", BF16, "own"])
 def test_every_instruction_set_gives_it(
     flags: str, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,9 +192,16 @@ def test_the_weights_shrink_as_said(tmp_path: Path) -> None:
     assert linear.saved(tmp_path / "model.onnx") == 2 * 96 * 80
 
 
-@needs_tiles
-def test_bf16_rounds_both_sides_and_sums_in_fp32() -> None:
-    model, inputs, constants = product((40,), 700, 96)
+@needs_bf16
+@pytest.mark.parametrize("rows", [(1,), (8,), (40,), (300,)], ids=str)
+@pytest.mark.parametrize("flags", [BF16, "own"])
+def test_bf16_rounds_both_sides_and_sums_in_fp32(
+    flags: str, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Depths that are odd, and beyond one block of weights; in vectors, and on tiles."""
+    if flags != "own":
+        monkeypatch.setattr(operators, "isa", lambda: f"x86_64 {flags}")
+    model, inputs, constants = product(rows, 1301, 96)
     result = run(lowered(model, replace(PROFILE, arithmetic="bf16")), inputs)
     rounded = {
         name: torch.from_numpy(array.astype(np.float32)).bfloat16().double().numpy()
