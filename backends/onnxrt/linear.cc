@@ -173,6 +173,8 @@ void multiply_with_tiles(const Problem& p, int64_t from, int64_t to, int64_t fir
 constexpr int64_t kPiece = 256;                 // words of the depth whose panel is near
 constexpr int kHalves = kPanel / (2 * kLanes);  // of a panel, of two vectors
 constexpr int kRows = kLanes == 16 ? 12 : 6;    // of x that meet two vectors in registers
+constexpr bool kMeanwhile = kHalves == 1;       // weights are widened while the first rows meet them
+constexpr int64_t kFresh = 4;                   // words, at a time
 
 #ifdef __AVX512F__
 
@@ -204,8 +206,8 @@ void pack_rows(const Problem& p, int64_t first, int64_t rows, int64_t k, int64_t
   }
 #else
   for (int64_t i = 0; i < rows; ++i, from += p.inputs)
-    for (int64_t w = 0; w < words; ++w)
-      out[w * rows + i] = reinterpret_cast<const Word*>(from)[w];
+    for (int64_t w = 0; w < words; ++w)  // beyond x, zeros, as the weights are filled up
+      out[w * rows + i] = k + w < p.inputs ? reinterpret_cast<const Word*>(from)[w] : 0;
 #endif
 }
 
@@ -222,16 +224,22 @@ void widen_panel(const Half* from, int64_t words, float* out) {
   widen_pairs(from, words, kPanel, out);
 }
 
-// R rows of x times two vectors of columns: sums [R][32], or what is added to them, for `more`.
+// R rows of x times two vectors of columns: sums [R][32], or what is added to them, for `more`. The
+// weights are widened from `fresh` on the way, if that is there: other units do it meanwhile.
 template <bool Rounded, int R>
-void multiply_rows(const Word* x, const float* weights, int64_t words, bool more, float* sums) {
+void multiply_rows(const Word* x, const Half* fresh, float* weights, int64_t words, bool more,
+                   float* sums) {
   Vec sum[R][2] = {};
-  for (int64_t w = 0; w < words; ++w, weights += 2 * kLanes, x += R) {
-    Vec left = load(weights), right = load(weights + kLanes);
+  for (int64_t w = 0; w < words;) {
+    int64_t until = fresh ? std::min(w + kFresh, words) : words;
+    if (fresh) widen_panel<Rounded>(fresh + w * kPanel * numbers_of(Rounded), until - w, weights);
+    for (; w < until; ++w, weights += 2 * kLanes, x += R) {
+      Vec left = load(weights), right = load(weights + kLanes);
 #pragma GCC unroll 12
-    for (int i = 0; i < R; ++i) {
-      sum[i][0] = add_products<Rounded>(sum[i][0], x[i], left);
-      sum[i][1] = add_products<Rounded>(sum[i][1], x[i], right);
+      for (int i = 0; i < R; ++i) {
+        sum[i][0] = add_products<Rounded>(sum[i][0], x[i], left);
+        sum[i][1] = add_products<Rounded>(sum[i][1], x[i], right);
+      }
     }
   }
 #pragma GCC unroll 12
@@ -244,11 +252,11 @@ void multiply_rows(const Word* x, const float* weights, int64_t words, bool more
 
 // As many rows as are left, at most R.
 template <bool Rounded, int R>
-void multiply_some(int64_t rows, const Word* x, const float* weights, int64_t words, bool more,
-                   float* sums) {
+void multiply_some(int64_t rows, const Word* x, const Half* fresh, float* weights, int64_t words,
+                   bool more, float* sums) {
   if constexpr (R > 1)
-    if (rows < R) return multiply_some<Rounded, R - 1>(rows, x, weights, words, more, sums);
-  multiply_rows<Rounded, R>(x, weights, words, more, sums);
+    if (rows < R) return multiply_some<Rounded, R - 1>(rows, x, fresh, weights, words, more, sums);
+  multiply_rows<Rounded, R>(x, fresh, weights, words, more, sums);
 }
 
 // Part `index` of `count` equal ones of the next panel, on its way into the second cache.
@@ -270,19 +278,19 @@ void multiply_with_vectors(const Problem& p, int64_t from, int64_t to, int64_t f
   float* sums = sums_memory.of<float>((pieces ? end - first : 1) * count * kPanel);
   for (int64_t k = 0; k < p.depth; k += kNumbers) {
     int64_t deep = std::min(kNumbers, p.depth - k), words = deep / numbers_of(Rounded);
-    // Of x there may be less than of the weights, which are filled up.
-    int64_t read = (std::min(deep, p.inputs - k) + numbers_of(Rounded) - 1) / numbers_of(Rounded);
     auto rows_of = [&](int64_t block) { return std::min<int64_t>(kRows, count - block * kRows); };
     for (int64_t b = 0; b < blocks; ++b)
-      pack_rows<Rounded>(p, from + b * kRows, rows_of(b), k, read, rows + b * kRows * read);
+      pack_rows<Rounded>(p, from + b * kRows, rows_of(b), k, words, rows + b * kRows * words);
     for (int64_t panel = first; panel < end; ++panel) {
-      widen_panel<Rounded>(p.panel(panel, k), words, weights);
+      const Half* halves = p.panel(panel, k);
+      if (!kMeanwhile) widen_panel<Rounded>(halves, words, weights);
       float* part = sums + (pieces ? (panel - first) * count * kPanel : 0);
       for (int64_t b = 0; b < blocks; ++b, part += kRows * kPanel) {
         if (panel + 1 < end) fetch(p.panel(panel + 1, k), deep * kPanel, b, blocks);
         for (int half = 0; half < kHalves; ++half)
-          multiply_some<Rounded, kRows>(rows_of(b), rows + b * kRows * read,
-                                        weights + half * words * 2 * kLanes, read, k > 0,
+          multiply_some<Rounded, kRows>(rows_of(b), rows + b * kRows * words,
+                                        kMeanwhile && b == 0 ? halves : nullptr,
+                                        weights + half * words * 2 * kLanes, words, k > 0,
                                         part + half * 2 * kLanes);
         if (k + deep == p.depth)
           finish(p, part, from + b * kRows, rows_of(b), panel * kPanel);
