@@ -102,8 +102,8 @@ class OrtBackend(Backend):
         ),
         "attention": Option(
             "auto",
-            "tiles: by an operator that your C++ compiler builds, on AMX; multihead, onnxruntime's",
-            ("auto", "multihead", "tiles"),
+            "operator: by one that your C++ compiler builds; multihead, onnxruntime's",
+            ("auto", "multihead", "operator"),
         ),
         "norms": Option(
             "auto",
@@ -156,7 +156,7 @@ class OrtBackend(Backend):
         vectors = built and {"avx2", "fma", "f16c"} <= set(isa().split())
         tiles = built and operators.may_use_tiles()
         best = "tiles" if tiles else "winograd" if vectors and not small else "op"
-        linear, attention = "linear" if vectors else "op", "tiles" if tiles else "multihead"
+        linear, attention = ("linear", "operator") if vectors else ("op", "multihead")
         for key, chosen, refused in (
             ("convolutions", best, integers),
             ("products", linear, self.scheme is not None),

@@ -20,7 +20,7 @@
 // AVX-512-BF16).
 #include "amx.h"
 #include "kernel.h"
-#include "vectors.h"
+#include "products.h"
 
 #include <algorithm>
 #include <atomic>
@@ -29,7 +29,6 @@
 
 namespace {
 
-constexpr int kPanel = 32;            // columns of y that lie together in the weights
 constexpr int64_t kBlock = 256;       // rows of x that meet a block of weights while it is near
 constexpr int64_t kFewRows = 8;       // up to these, tiles would stay empty
 constexpr int64_t kGroup = 16;        // panels of a piece of work, at least, if cores allow it
@@ -171,94 +170,6 @@ void multiply_with_tiles(const Problem& p, int64_t from, int64_t to, int64_t fir
 #endif
 
 constexpr int64_t kPiece = 256;                 // words of the depth whose panel is near
-constexpr int kHalves = kPanel / (2 * kLanes);  // of a panel, of two vectors
-constexpr int kRows = kLanes == 16 ? 12 : 6;    // of x that meet two vectors in registers
-constexpr bool kMeanwhile = kHalves == 1;       // weights are widened while the first rows meet them
-constexpr int64_t kFresh = 4;                   // words, at a time
-
-#ifdef __AVX512F__
-
-// 16 words, of which `left` numbers are there.
-template <bool Rounded>
-inline __m512 load_words(const float* from, int64_t left) {
-#ifdef ADDBENCH_BF16
-  if (Rounded) return (__m512)_mm512_cvtne2ps_pbh(load(from + 16, left - 16), load(from, left));
-#endif
-  return load(from, left);
-}
-
-#endif
-
-// Rows of x from its number k on, as a product reads them: out [word][row]. Vectors of 16 words
-// write beyond their rows, where the next ones go.
-template <bool Rounded>
-void pack_rows(const Problem& p, int64_t first, int64_t rows, int64_t k, int64_t words, Word* out) {
-  const float* from = p.x + first * p.inputs + k;
-#ifdef __AVX512F__
-  int64_t left = p.inputs - k;
-  for (int64_t w = 0; w < words; w += 16, from += 16 * numbers_of(Rounded)) {
-    __m512 square[16] = {};
-    for (int64_t i = 0; i < rows; ++i)
-      square[i] = load_words<Rounded>(from + i * p.inputs, left - w * numbers_of(Rounded));
-    transpose(square);
-    for (int64_t j = 0; j < std::min<int64_t>(16, words - w); ++j, out += rows)
-      _mm512_storeu_ps(out, square[j]);
-  }
-#else
-  for (int64_t i = 0; i < rows; ++i, from += p.inputs)
-    for (int64_t w = 0; w < words; ++w)  // beyond x, zeros, as the weights are filled up
-      out[w * rows + i] = k + w < p.inputs ? reinterpret_cast<const Word*>(from)[w] : 0;
-#endif
-}
-
-// A panel of weights: out [half][word][2 vectors].
-template <bool Rounded>
-void widen_panel(const Half* from, int64_t words, float* out) {
-#ifdef ADDBENCH_BF16
-  if (Rounded) {
-    for (int64_t i = 0; i < 2 * words; ++i)
-      cut_halves<1>(from + i * 32, reinterpret_cast<char*>(out + i * 16), 0);
-    return;
-  }
-#endif
-  widen_pairs(from, words, kPanel, out);
-}
-
-// R rows of x times two vectors of columns: sums [R][32], or what is added to them, for `more`. The
-// weights are widened from `fresh` on the way, if that is there: other units do it meanwhile.
-template <bool Rounded, int R>
-void multiply_rows(const Word* x, const Half* fresh, float* weights, int64_t words, bool more,
-                   float* sums) {
-  Vec sum[R][2] = {};
-  for (int64_t w = 0; w < words;) {
-    int64_t until = fresh ? std::min(w + kFresh, words) : words;
-    if (fresh) widen_panel<Rounded>(fresh + w * kPanel * numbers_of(Rounded), until - w, weights);
-    for (; w < until; ++w, weights += 2 * kLanes, x += R) {
-      Vec left = load(weights), right = load(weights + kLanes);
-#pragma GCC unroll 12
-      for (int i = 0; i < R; ++i) {
-        sum[i][0] = add_products<Rounded>(sum[i][0], x[i], left);
-        sum[i][1] = add_products<Rounded>(sum[i][1], x[i], right);
-      }
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < R; ++i)
-    for (int j = 0; j < 2; ++j) {
-      float* to = sums + i * kPanel + j * kLanes;
-      store(to, more ? load(to) + sum[i][j] : sum[i][j]);
-    }
-}
-
-// As many rows as are left, at most R.
-template <bool Rounded, int R>
-void multiply_some(int64_t rows, const Word* x, const Half* fresh, float* weights, int64_t words,
-                   bool more, float* sums) {
-  if constexpr (R > 1)
-    if (rows < R) return multiply_some<Rounded, R - 1>(rows, x, fresh, weights, words, more, sums);
-  multiply_rows<Rounded, R>(x, fresh, weights, words, more, sums);
-}
-
 // Part `index` of `count` equal ones of the next panel, on its way into the second cache.
 void fetch(const Half* panel, int64_t halves, int64_t index, int64_t count) {
   for (int64_t at = halves * index / count; at < halves * (index + 1) / count; at += 32)
@@ -280,7 +191,8 @@ void multiply_with_vectors(const Problem& p, int64_t from, int64_t to, int64_t f
     int64_t deep = std::min(kNumbers, p.depth - k), words = deep / numbers_of(Rounded);
     auto rows_of = [&](int64_t block) { return std::min<int64_t>(kRows, count - block * kRows); };
     for (int64_t b = 0; b < blocks; ++b)
-      pack_rows<Rounded>(p, from + b * kRows, rows_of(b), k, words, rows + b * kRows * words);
+      pack_rows<Rounded>(p.x + (from + b * kRows) * p.inputs + k, p.inputs, rows_of(b), p.inputs - k,
+                         words, rows_of(b), rows + b * kRows * words);
     for (int64_t panel = first; panel < end; ++panel) {
       const Half* halves = p.panel(panel, k);
       if (!kMeanwhile) widen_panel<Rounded>(halves, words, weights);

@@ -3,7 +3,7 @@
 
 #include <mutex>
 
-extern const OrtCustomOp kGroupNorm, kLinear, kTiledAttention, kTiledConv, kWinogradConv,
+extern const OrtCustomOp kFusedAttention, kGroupNorm, kLinear, kTiledConv, kWinogradConv,
     kWinogradConvBF16;
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
@@ -16,7 +16,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     OrtCustomOpDomain* fresh = nullptr;
     if (auto* error = api.CreateCustomOpDomain("addbench", &fresh)) return error;
     for (const OrtCustomOp* op :
-         {&kGroupNorm, &kLinear, &kTiledAttention, &kTiledConv, &kWinogradConv,
+         {&kFusedAttention, &kGroupNorm, &kLinear, &kTiledConv, &kWinogradConv,
           &kWinogradConvBF16})
       if (auto* error = api.CustomOpDomain_Add(fresh, op)) return error;
     domain = fresh;

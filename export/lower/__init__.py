@@ -13,8 +13,8 @@ A profile says what; each pass below does one of its fields and knows nothing of
                   the second; norms="operator": the first, and SiLU, as an operator of the
                   project's own
     attention.py  attention="matmul": Attention as MatMul, Softmax, MatMul; attention_block
-    multihead.py  attention="multihead": Attention as onnxruntime's MultiHeadAttention; "tiles": as
-                  an operator of the project's own
+    multihead.py  attention="multihead": Attention as onnxruntime's MultiHeadAttention;
+                  "operator": as one of the project's own
     convolutions.py  convolutions="winograd" or "tiles": those of 3x3 and 1x1 as operators of the
                   project's own
     linear.py     products="linear": products with FP16 weights as another
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Attention = Literal["op", "matmul", "multihead", "tiles"]
+Attention = Literal["op", "matmul", "multihead", "operator"]
 Convolutions = Literal["op", "winograd", "tiles"]
 Products = Literal["op", "linear"]
 Norms = Literal["op", "layer", "operator", "decomposed", "instance"]
@@ -51,8 +51,8 @@ class Profile:
         name: names the profile in messages and cache keys.
         opset: ONNX opset, 16 to 23.
         attention: `op` keeps the Attention operator (opset 23); `matmul` spells it out;
-            `multihead` makes it onnxruntime's own MultiHeadAttention, at any opset; `tiles` the
-            project's own operator for CPUs with AMX, where that takes the heads.
+            `multihead` makes it onnxruntime's own MultiHeadAttention, at any opset; `operator`
+            the project's own, where that takes the heads.
         attention_block: queries that self-attention handles at a time where it is spelled out, so
             that a block of scores fits a small memory; 0 for all at once. Cross-attention, whose
             keys are few, is never cut.
@@ -169,7 +169,7 @@ def lower(graph: Path, profile: Profile, out: Path) -> None:
     if profile.attention == "matmul":
         attention.decompose(model, profile.attention_block)
     elif profile.attention != "op":
-        multihead.fuse(model, tiles=profile.attention == "tiles", bf16=bf16)
+        multihead.fuse(model, own=profile.attention == "operator", bf16=bf16)
     if profile.constants == "fp16-range":
         constants.clip(model)
     if profile.argmax == "float32":

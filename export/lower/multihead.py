@@ -17,15 +17,15 @@ _HEADS_FIRST = [0, 2, 1, 3]
 
 
 OWN_DOMAIN = "addbench"
-OPERATOR = "TiledAttention"
+OPERATOR = "FusedAttention"
 HEADS = range(32, 257)
-"""Sizes of a head that TiledAttention takes (backends/onnxrt): smaller ones would be filled up."""
+"""Sizes of a head that it takes (backends/onnxrt): smaller ones would be filled up."""
 
 
-def fuse(model: ir.Model, *, tiles: bool = False, bf16: bool = False) -> None:
+def fuse(model: ir.Model, *, own: bool = False, bf16: bool = False) -> None:
     """Replace every Attention node.
 
-    With `tiles` by TiledAttention, where that takes it; with `bf16` that rounds what it multiplies.
+    With `own` by our own operator, where that takes it; with `bf16` it rounds what it multiplies.
 
     Raises:
         PreconditionError: a mask, a key/value cache, a softcap, a second output, or fewer key heads
@@ -34,7 +34,7 @@ def fuse(model: ir.Model, *, tiles: bool = False, bf16: bool = False) -> None:
     for node in list(model.graph.all_nodes()):
         if node.domain == "" and node.op_type == "Attention":
             _check(node)
-            _multihead(model, node, tiles, bf16)
+            _multihead(model, node, own, bf16)
 
 
 def _check(node: ir.Node) -> None:
@@ -48,7 +48,7 @@ def _check(node: ir.Node) -> None:
         raise refuse(node, "more than its first output is used", other)
 
 
-def _multihead(model: ir.Model, node: ir.Node, tiles: bool, bf16: bool) -> None:
+def _multihead(model: ir.Model, node: ir.Node, own: bool, bf16: bool) -> None:
     edit = Edit(model, node)
     q, k, v = (required(node, index) for index in range(3))
     _, rank = dtype_and_rank(node, q)
@@ -70,7 +70,7 @@ def _multihead(model: ir.Model, node: ir.Node, tiles: bool, bf16: bool) -> None:
         )
     scale = float(attribute(node, "scale", None) or 1 / math.sqrt(size))
     causal = int(attribute(node, "is_causal", 0))
-    if tiles and size in HEADS:
+    if own and size in HEADS:
         result = edit(
             OPERATOR, q, k, v, domain=OWN_DOMAIN, heads=heads, scale=scale, causal=causal,
             bf16=int(bf16),

@@ -254,7 +254,7 @@ def test_tiles_are_for_those_who_have_them(monkeypatch: pytest.MonkeyPatch) -> N
     ("tiles", "others"),
     [
         (True, ["products=op", "convolutions=winograd", "attention=multihead", "storage=int8"]),
-        (False, ["products=op", "convolutions=op", "storage=int8"]),
+        (False, ["products=op", "convolutions=op", "attention=multihead", "storage=int8"]),
     ],
     ids=["AMX", "AVX-512-BF16"],
 )
@@ -265,7 +265,7 @@ def test_bf16_is_refused_where_something_would_compute_otherwise(
     monkeypatch.setattr(operators, "may_multiply_bf16", lambda: True)
     monkeypatch.setattr(operators, "compiler", lambda: ["c++"])
     options = parse_backend("ort:precision=bf16").options
-    assert options["attention"] == ("tiles" if tiles else "multihead")
+    assert options["attention"] == "operator"
     assert options["convolutions"] == ("tiles" if tiles else "winograd")
     for other in others:
         with pytest.raises(UnsupportedError, match="(?s)precision=bf16.*drop precision"):

@@ -1,25 +1,17 @@
-// Attention with tiles (AMX), as an operator of onnxruntime.
+// Attention with tiles (AMX): 32 queries meet all keys at a time (attention.cc).
 //
-//   q [N, L, heads * D], k and v [N, M, heads * D] FP32 -> softmax(q k' scale) v, [N, L, heads * D].
-//   `causal`: a query sees no key behind its own place. D is at most 256.
-//
-// The arithmetic is Linear's, with three parts on both sides and the six products of them that
-// matter; with `bf16`, one. All is computed transposed, so that a vector holds 16 queries: scores of
-// keys in rows and queries in columns are what the second product wants of them, two rows to a word.
-// 32 queries meet all keys at a time, and their scores stay in the second cache.
+// All is computed transposed, so that a vector holds 16 queries: scores of keys in rows and queries
+// in columns are what the second product wants of them, two rows to a word. The scores stay in the
+// second cache.
+#pragma once
+
 #include "amx.h"
 #include "kernel.h"
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <thread>
+#include <cstdint>
 
-namespace {
-
-constexpr const char* kNoTiles =
-    "TiledAttention wants a CPU with AMX, and a kernel that lets it be used";
-constexpr int64_t kWidest = 256;  // of a head
+namespace attention {
 
 struct Problem {
   const float *q, *k, *v;
@@ -29,16 +21,15 @@ struct Problem {
   bool causal, rounded;
 };
 
+inline int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
 #ifdef ADDBENCH_AMX
 
-constexpr int64_t kQueries = 32;    // of a block
-constexpr int64_t kShare = 8;       // blocks of a piece of work, at least
+constexpr int64_t kQueries = 32;  // of a block
 constexpr int64_t kWords = kTile / 4;
 
-int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 // 16 x 16 numbers at `from`, of which `rows` and `columns` are there; the others are zero.
-void load_square(const float* from, int64_t stride, int64_t rows, int64_t columns, __m512* out) {
+inline void load_square(const float* from, int64_t stride, int64_t rows, int64_t columns, __m512* out) {
   for (int64_t i = 0; i < 16; ++i)
     out[i] = i < rows ? load(from + i * stride, columns) : _mm512_setzero_ps();
 }
@@ -55,7 +46,7 @@ void cut_pairs(__m512 low, __m512 high, uint32_t* to, int64_t stride) {
 }
 
 // e^x for x <= 0, to 1e-7 of it (Cephes' expf); 0 where it is below FP32's normal numbers.
-__m512 exponential(__m512 x) {
+inline __m512 vanishing_exponential(__m512 x) {
   __m512 least = _mm512_set1_ps(-87.0f);
   __mmask16 some = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);  // what is no number stays none
   __m512 n = _mm512_roundscale_ps(x * _mm512_set1_ps(1.44269504088896341f), 0);
@@ -172,7 +163,7 @@ void soften(const Problem& p, const Head<Parts>& h, int64_t first, __m512 invers
     __m512 most = none, sum = _mm512_setzero_ps();
     for (int64_t key = 0; key < p.keys; ++key) most = _mm512_max_ps(most, score(key));
     for (int64_t key = 0; key < h.keys; key += 2) {
-      __m512 low = exponential(score(key) - most), high = exponential(score(key + 1) - most);
+      __m512 low = vanishing_exponential(score(key) - most), high = vanishing_exponential(score(key + 1) - most);
       sum += low + high;
       cut_pairs<Parts>(low, high,
                        h.weights + (key / 32 * Parts * 2 + half) * kWords + key % 32 / 2 * 16,
@@ -183,7 +174,7 @@ void soften(const Problem& p, const Head<Parts>& h, int64_t first, __m512 invers
 }
 
 template <int Parts>
-void attend(const Problem& p, int64_t image, int64_t head, int64_t from, int64_t to) {
+void attend_with_tiles(const Problem& p, int64_t image, int64_t head, int64_t from, int64_t to) {
   static thread_local Scratch memory;
   Tiles tiles;
   Head<Parts> h(p, memory);
@@ -215,83 +206,6 @@ void attend(const Problem& p, int64_t image, int64_t head, int64_t from, int64_t
   }
 }
 
-struct Job {
-  const Problem* problem;
-  int64_t shares, share;  // of the queries of a head: how many, how large
-  std::atomic<bool> failed{false};
-};
-
-void work(void* data, size_t index) noexcept {
-  auto& job = *static_cast<Job*>(data);
-  const Problem& p = *job.problem;
-  int64_t number = static_cast<int64_t>(index), pair = number / job.shares;
-  int64_t from = number % job.shares * job.share, to = std::min(p.queries, from + job.share);
-  try {
-    (p.rounded ? attend<1> : attend<3>)(p, pair / p.heads, pair % p.heads, from, to);
-  } catch (const std::bad_alloc&) {
-    job.failed = true;
-  }
-}
-
-OrtStatus* attend(const Api& api, OrtKernelContext* context, const Problem& p) {
-  if (!may_use_tiles()) return api.CreateStatus(kFail, kNoTiles);
-  // Keys and values are cut again in each share of the queries: no more of them than cores need.
-  int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
-  int64_t heads = p.images * p.heads, blocks = (p.queries + kQueries - 1) / kQueries;
-  int64_t wanted = std::min((2 * cores + heads - 1) / heads, (blocks + kShare - 1) / kShare);
-  int64_t share = up((p.queries + wanted - 1) / wanted, kQueries);
-  Job job{&p, (p.queries + share - 1) / share, share};
-  if (auto* error = api.KernelContext_ParallelFor(
-          context, work, static_cast<size_t>(heads * job.shares), 0, &job))
-    return error;
-  return job.failed ? api.CreateStatus(kFail, "bad_alloc: no memory for the scores of attention")
-                    : nullptr;
-}
-
-#else
-
-OrtStatus* attend(const Api& api, OrtKernelContext*, const Problem&) {
-  return api.CreateStatus(kFail, kNoTiles);
-}
-
 #endif
 
-struct TiledAttention {
-  static constexpr const char* kName = "TiledAttention";
-  static constexpr int kInputs[] = {kFloat, kFloat, kFloat};
-  static constexpr size_t kNeeded = 3;
-  static constexpr int kOverwritten = -1;
-
-  Api api;
-  int64_t heads = 0, causal = 0, bf16 = 0;
-  float scale = 0;
-
-  OrtStatus* configure(const OrtKernelInfo* info) {
-    if (auto* error = api.KernelInfoGetAttribute_int64(info, "heads", &heads)) return error;
-    if (auto* error = api.KernelInfoGetAttribute_int64(info, "causal", &causal)) return error;
-    if (auto* error = api.KernelInfoGetAttribute_int64(info, "bf16", &bf16)) return error;
-    return api.KernelInfoGetAttribute_float(info, "scale", &scale);
-  }
-
-  OrtStatus* compute(OrtKernelContext* context) const {
-    Tensor q, k, v;
-    if (auto* error = read(api, context, {&q, &k, &v})) return error;
-    Problem p{};
-    p.q = q.floats(), p.k = k.floats(), p.v = v.floats();
-    p.images = q.dims[0], p.queries = q.dims[1], p.keys = k.dims[1], p.heads = heads;
-    p.size = heads > 0 ? q.dims[2] / heads : 0;
-    p.scale = scale, p.causal = causal != 0, p.rounded = bf16 != 0;
-    if (q.rank != 3 || k.rank != 3 || v.rank != 3 || p.size < 1 || p.size > kWidest ||
-        q.dims[2] != p.size * heads || !std::equal(k.dims, k.dims + 3, v.dims) ||
-        k.dims[0] != p.images || k.dims[2] != q.dims[2] || p.keys < 1)
-      return api.CreateStatus(kInvalidArgument,
-                              "TiledAttention wants q [N, L, heads * D], k and v [N, M, heads * D],"
-                              " D at most 256");
-    if (auto* error = write(api, context, q.dims, 3, &p.y)) return error;
-    return p.images * p.queries > 0 ? attend(api, context, p) : nullptr;
-  }
-};
-
-}  // namespace
-
-extern const OrtCustomOp kTiledAttention = describe<TiledAttention>();
+}  // namespace attention

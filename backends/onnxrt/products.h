@@ -1,0 +1,98 @@
+// The inner loop of products without tiles: rows, in the order in which they are read, times a panel
+// of columns whose sums stay in registers.
+#pragma once
+
+#include "avx512.h"
+#include "vectors.h"
+
+#include <algorithm>
+
+constexpr int kPanel = 32;                      // columns that lie together
+constexpr int kHalves = kPanel / (2 * kLanes);  // of a panel, of two vectors
+constexpr int kRows = kLanes == 16 ? 12 : 6;    // of x that meet two vectors in registers
+constexpr bool kMeanwhile = kHalves == 1;       // weights are widened while the first rows meet them
+constexpr int64_t kFresh = 4;                   // words, at a time
+
+#ifdef __AVX512F__
+
+// 16 words, of which `left` numbers are there.
+template <bool Rounded>
+inline __m512 load_words(const float* from, int64_t left) {
+#ifdef ADDBENCH_BF16
+  if (Rounded) return (__m512)_mm512_cvtne2ps_pbh(load(from + 16, left - 16), load(from, left));
+#endif
+  return load(from, left);
+}
+
+#endif
+
+// At most 16 rows of x, each with `left` numbers, as a product reads them: out [word][row], whose
+// words are `pitch` apart. What is missing is zero. Vectors of AVX-512 write 16 rows: beyond the
+// pitch, where the next words go.
+template <bool Rounded>
+void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t left, int64_t words,
+               int64_t pitch, Word* out) {
+#ifdef __AVX512F__
+  for (int64_t w = 0; w < words; w += 16) {
+    int64_t at = w * numbers_of(Rounded);
+    __m512 square[16] = {};
+    for (int64_t i = 0; i < rows; ++i)
+      square[i] = load_words<Rounded>(x + i * stride + at, left - at);
+    transpose(square);
+    for (int64_t j = 0; j < std::min<int64_t>(16, words - w); ++j, out += pitch)
+      _mm512_storeu_ps(out, square[j]);
+  }
+#else
+  for (int64_t i = 0; i < std::min<int64_t>(16, pitch); ++i, x += stride)
+    for (int64_t w = 0; w < words; ++w)
+      out[w * pitch + i] = i < rows && w < left ? reinterpret_cast<const Word*>(x)[w] : 0;
+#endif
+}
+
+// A panel of weights: out [half][word][2 vectors].
+template <bool Rounded>
+void widen_panel(const Half* from, int64_t words, float* out) {
+#ifdef ADDBENCH_BF16
+  if (Rounded) {
+    for (int64_t i = 0; i < 2 * words; ++i)
+      cut_halves<1>(from + i * 32, reinterpret_cast<char*>(out + i * 16), 0);
+    return;
+  }
+#endif
+  widen_pairs(from, words, kPanel, out);
+}
+
+// R rows of x times two vectors of columns: sums [R][32], or what is added to them, for `more`. The
+// weights are widened from `fresh` on the way, if that is there: other units do it meanwhile.
+template <bool Rounded, int R>
+void multiply_rows(const Word* x, const Half* fresh, float* weights, int64_t words, bool more,
+                   float* sums) {
+  Vec sum[R][2] = {};
+  for (int64_t w = 0; w < words;) {
+    int64_t until = fresh ? std::min(w + kFresh, words) : words;
+    if (fresh) widen_panel<Rounded>(fresh + w * kPanel * numbers_of(Rounded), until - w, weights);
+    for (; w < until; ++w, weights += 2 * kLanes, x += R) {
+      Vec left = load(weights), right = load(weights + kLanes);
+#pragma GCC unroll 12
+      for (int i = 0; i < R; ++i) {
+        sum[i][0] = add_products<Rounded>(sum[i][0], x[i], left);
+        sum[i][1] = add_products<Rounded>(sum[i][1], x[i], right);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < 2; ++j) {
+      float* to = sums + i * kPanel + j * kLanes;
+      store(to, more ? load(to) + sum[i][j] : sum[i][j]);
+    }
+}
+
+// As many rows as are left, at most R.
+template <bool Rounded, int R>
+void multiply_some(int64_t rows, const Word* x, const Half* fresh, float* weights, int64_t words,
+                   bool more, float* sums) {
+  if constexpr (R > 1)
+    if (rows < R) return multiply_some<Rounded, R - 1>(rows, x, fresh, weights, words, more, sums);
+  multiply_rows<Rounded, R>(x, fresh, weights, words, more, sums);
+}
