@@ -98,9 +98,7 @@ def test_far_scores_and_what_is_no_number() -> None:
     assert not np.isnan(result[0, 4]).any()
 
 
-@pytest.mark.skipif(
-    not operators.may_multiply_bf16(), reason="no AVX-512-BF16, or no C++ compiler"
-)
+@pytest.mark.skipif(not operators.may_multiply_bf16(), reason="no AVX-512-BF16, or no C++ compiler")
 def test_bf16_is_as_far_off_as_bf16_is() -> None:
     model, inputs = attention(1, 300, 200, 2, 64)
     wanted = exact(inputs, 2)
