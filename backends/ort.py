@@ -1,10 +1,11 @@
 """ONNX Runtime on the CPU: the embedded default.
 
-Compiling optimises the graph once, in a process of its own, and stores it with its weights in FP32
+Compiling optimises the graph once, in a process of its own, and stores it with its weights
 (`prepack=1`: also as they are laid out for this CPU's kernels, to be mapped into memory).
-FP16 weights are stored as FP16 in the bundle and computed in FP32; `precision=int8` and `storage`
-make the large ones integers (backends/quantised). 3x3 convolutions, products with FP16 weights and
-group norms are operators of our own, where a C++ compiler can build them (backends/onnxrt).
+FP16 weights are computed in FP32, and become that where onnxruntime's own kernels read them;
+`precision=int8` and `storage` make the large ones integers (backends/quantised). 3x3 convolutions,
+products with FP16 weights, attention and group norms are operators of our own, where a C++ compiler
+can build them (backends/onnxrt).
 """
 
 from __future__ import annotations
@@ -188,12 +189,15 @@ class OrtBackend(Backend):
         """Refuse it where it cannot be had, or where something would compute otherwise."""
         why = None
         if not (built and operators.may_multiply_bf16()):
-            why = "this CPU has neither AMX nor AVX-512-BF16, or there is no C++ compiler"
+            why = (
+                "this CPU has neither AMX nor AVX-512-BF16, or there is no C++ compiler that knows"
+                " them"
+            )
         elif self.scheme is not None:
             why = "with storage, weights are integers, and products in FP32"
         elif any(self.options[key] != value for key, value in wanted.items()):
             named = ", ".join(f"{key}={value}" for key, value in wanted.items())
-            why = f"on this CPU what computes in it are {named}"
+            why = f"on this CPU what computes in it at its best are {named}"
         if why is not None:
             raise UnsupportedError(
                 "ort:precision=bf16 cannot be had", why,
@@ -226,8 +230,8 @@ class OrtBackend(Backend):
         words = self.summary
         if not (self.plain or operators.compiler()):
             words += (
-                "; no C++ compiler, so that convolutions, products and group norms are"
-                " onnxruntime's own, which are slower"
+                "; no C++ compiler, so that convolutions, products, attention and group norms"
+                " are onnxruntime's own, which are slower"
             )
         return Capability(True, words, version=cpu or gpu or "unknown", devices=("cpu",))
 

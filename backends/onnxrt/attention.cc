@@ -105,7 +105,8 @@ inline float soften(float* scores, int64_t keys, int64_t seen, float scale) {
   for (int i = 1; i < kLanes; ++i) highest = std::max(highest, most[i]);
   for (int64_t key = 0; key < keys; key += kLanes) {
     float* at = scores + key / kPanel * kNext + key % kPanel;
-    Vec weight = exponential(load(at) - highest);
+    Vec gap = load(at) - highest, weight = exponential(gap);
+    weight = gap < -87.0f ? Vec{} : weight;  // NaN stays
     store(at, weight);
     sum += weight;
   }
@@ -196,6 +197,7 @@ struct FusedAttention {
     if (auto* error = api.KernelInfoGetAttribute_int64(info, "heads", &heads)) return error;
     if (auto* error = api.KernelInfoGetAttribute_int64(info, "causal", &causal)) return error;
     if (auto* error = api.KernelInfoGetAttribute_int64(info, "bf16", &bf16)) return error;
+    if (auto* error = check_bf16(api, bf16)) return error;
     return api.KernelInfoGetAttribute_float(info, "scale", &scale);
   }
 

@@ -1,4 +1,5 @@
 // Numbers of BF16 in vectors of AVX-512: how FP32 and FP16 become them, whole or in parts.
+// ADDBENCH_BF16: this build has them.
 #pragma once
 
 #include "avx512.h"

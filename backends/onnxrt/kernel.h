@@ -1,6 +1,7 @@
 // What the project's operators share: their inputs, their memory, their description.
 #pragma once
 
+#include "bf16.h"
 #include "ort_abi.h"
 
 #include <cstdlib>
@@ -69,6 +70,14 @@ inline OrtStatus* write(const Api& api, OrtKernelContext* context, const int64_t
   if (auto* error = api.GetTensorMutableData(value, &data)) return error;
   *out = static_cast<float*>(data);
   return nullptr;
+}
+
+// Refuses what is to be rounded to BF16 where this build cannot multiply it.
+inline OrtStatus* check_bf16(const Api& api, bool rounded) {
+#ifdef ADDBENCH_BF16
+  rounded = false;
+#endif
+  return rounded ? api.CreateStatus(kFail, "products of BF16 want a CPU with AVX-512-BF16") : nullptr;
 }
 
 // onnxruntime's description of an operator. Op has a name, the types of its inputs, how many of

@@ -240,13 +240,14 @@ struct Linear {
   static constexpr const char* kName = "Linear";
   static constexpr int kInputs[] = {kFloat, kHalf, kFloat, kFloat};
   static constexpr size_t kNeeded = 2;
-  static constexpr int kOverwritten = -1;  // sums so far are kept in the output
+  static constexpr int kOverwritten = -1;
 
   Api api;
   int64_t features = 0, bf16 = 0;
 
   OrtStatus* configure(const OrtKernelInfo* info) {
     if (auto* error = api.KernelInfoGetAttribute_int64(info, "bf16", &bf16)) return error;
+    if (auto* error = check_bf16(api, bf16)) return error;
     return api.KernelInfoGetAttribute_int64(info, "features", &features);
   }
 

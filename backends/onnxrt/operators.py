@@ -85,10 +85,8 @@ def library() -> Path:
         BackendError: there is no compiler, or it fails.
     """
     cxx, vectors = compiler(), _vectors(isa())
-    advice = (
-        "use ort:convolutions=op,products=op,norms=layer, or install a C++ compiler"
-        " (apt install g++)"
-    )
+    plain = ",".join(f"{key}={value}" for key, value in PLAIN.items())
+    advice = f"use ort:{plain}, or install a C++ compiler (apt install g++)"
     if cxx is None:
         raise BackendError("the operators for onnxruntime cannot be built",
                            "there is no C++ compiler", advice)  # fmt: skip

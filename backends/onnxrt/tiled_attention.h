@@ -8,6 +8,7 @@
 #include "amx.h"
 #include "kernel.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -29,7 +30,8 @@ constexpr int64_t kQueries = 32;  // of a block
 constexpr int64_t kWords = kTile / 4;
 
 // 16 x 16 numbers at `from`, of which `rows` and `columns` are there; the others are zero.
-inline void load_square(const float* from, int64_t stride, int64_t rows, int64_t columns, __m512* out) {
+inline void load_square(const float* from, int64_t stride, int64_t rows, int64_t columns,
+                        __m512* out) {
   for (int64_t i = 0; i < 16; ++i)
     out[i] = i < rows ? load(from + i * stride, columns) : _mm512_setzero_ps();
 }
@@ -163,7 +165,8 @@ void soften(const Problem& p, const Head<Parts>& h, int64_t first, __m512 invers
     __m512 most = none, sum = _mm512_setzero_ps();
     for (int64_t key = 0; key < p.keys; ++key) most = _mm512_max_ps(most, score(key));
     for (int64_t key = 0; key < h.keys; key += 2) {
-      __m512 low = vanishing_exponential(score(key) - most), high = vanishing_exponential(score(key + 1) - most);
+      __m512 low = vanishing_exponential(score(key) - most);
+      __m512 high = vanishing_exponential(score(key + 1) - most);
       sum += low + high;
       cut_pairs<Parts>(low, high,
                        h.weights + (key / 32 * Parts * 2 + half) * kWords + key % 32 / 2 * 16,

@@ -161,6 +161,7 @@ struct WinogradConv {
   int64_t upsample = 0, relu = 0;
 
   OrtStatus* configure(const OrtKernelInfo* info) {
+    if (auto* error = check_bf16(api, Rounded)) return error;
     if (auto* error = api.KernelInfoGetAttribute_int64(info, "upsample", &upsample)) return error;
     return api.KernelInfoGetAttribute_int64(info, "relu", &relu);
   }
@@ -187,9 +188,6 @@ struct WinogradConv {
                               "WinogradConv wants x [N, C, H, W], weights [K/8, 16 (9 with"
                               " upsample), C, 8] (BF16: [.., C/2, 8, 2]), bias [K], and what is"
                               " added in the shape of the output");
-#ifndef ADDBENCH_BF16
-    if (Rounded) return api.CreateStatus(kFail, "WinogradConvBF16 wants a CPU with AVX-512-BF16");
-#endif
     if (auto* error = write(api, context, dims, 4, &p.y)) return error;
     return p.tiles ? convolve<Rounded>(api, context, p) : nullptr;
   }

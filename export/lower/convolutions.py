@@ -1,8 +1,8 @@
 """Convolutions as the project's own operators for onnxruntime (backends/onnxrt).
 
 TiledConv, for CPUs with AMX, takes FP16 weights as they are stored. WinogradConv takes them
-transformed, in FP32: 16 products for the 36 of a tile of 2x2 pixels, and 9 where the image is
-enlarged just before (nearest neighbour), which beats tiles.
+transformed, in FP32 or BF16: 16 products for the 36 of a tile of 2x2 pixels, and 9 where the image
+is enlarged just before (nearest neighbour), which in FP32 beats tiles.
 
 The weights are laid out here, and written into a file: a compiler that folds them itself holds them
 several times (SDXL's UNet: 22 GB, not 14).
@@ -147,10 +147,11 @@ def _form(node: ir.Node, kind: Kind, bf16: bool) -> _Form | None:
 
 def _rounded(matrix: np.ndarray, plain: np.ndarray) -> np.ndarray:
     """Weights [K, C, 3, 3] as WinogradConvBF16 wants them, [K/8, elements, C/2, 8, 2]."""
-    single = _transformed(matrix, plain)
-    even = np.pad(single, ((0, 0), (0, 0), (0, single.shape[2] % 2), (0, 0)))
-    pairs = even.reshape(*even.shape[:2], -1, 2, ROWS).swapaxes(3, 4)
-    return np.ascontiguousarray(pairs.astype(ml_dtypes.bfloat16))
+    single = _transformed(matrix, plain).astype(ml_dtypes.bfloat16)
+    if single.shape[2] % 2:
+        single = np.pad(single, ((0, 0), (0, 0), (0, 1), (0, 0)))
+    pairs = single.reshape(*single.shape[:2], -1, 2, ROWS).swapaxes(3, 4)
+    return np.ascontiguousarray(pairs)
 
 
 def _transformed(matrix: np.ndarray, plain: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ _HEADS_FIRST = [0, 2, 1, 3]
 OWN_DOMAIN = "addbench"
 OPERATOR = "FusedAttention"
 HEADS = range(32, 257)
-"""Sizes of a head that it takes (backends/onnxrt): smaller ones would be filled up."""
+"""Sizes of a head that it takes (backends/onnxrt), values' too: smaller ones would be filled up."""
 
 
 def fuse(model: ir.Model, *, own: bool = False, bf16: bool = False) -> None:
@@ -54,6 +54,7 @@ def _multihead(model: ir.Model, node: ir.Node, own: bool, bf16: bool) -> None:
     _, rank = dtype_and_rank(node, q)
     if rank == 4:  # [B, H, L, D] -> [B, L, H*D]
         heads, kv_heads, size = static_dim(q, 1), static_dim(k, 1), static_dim(q, 3)
+        alike = static_dim(v, 3) == size
         q, k, v = (
             edit("Reshape", edit("Transpose", each, perm=_HEADS_FIRST), [0, 0, -1])
             for each in (q, k, v)
@@ -62,6 +63,7 @@ def _multihead(model: ir.Model, node: ir.Node, own: bool, bf16: bool) -> None:
         heads, kv_heads = (attribute(node, f"{of}_num_heads", 0) for of in ("q", "kv"))
         width = static_dim(q, 2)
         size = width // heads if width and heads else None
+        alike = static_dim(v, 2) == width
     if not heads or heads != kv_heads or not size:
         raise refuse(
             node,
@@ -70,7 +72,7 @@ def _multihead(model: ir.Model, node: ir.Node, own: bool, bf16: bool) -> None:
         )
     scale = float(attribute(node, "scale", None) or 1 / math.sqrt(size))
     causal = int(attribute(node, "is_causal", 0))
-    if own and size in HEADS:
+    if own and alike and size in HEADS:
         result = edit(
             OPERATOR, q, k, v, domain=OWN_DOMAIN, heads=heads, scale=scale, causal=causal,
             bf16=int(bf16),

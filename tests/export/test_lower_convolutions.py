@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,11 +16,13 @@ from lowering import lowered, model_of, normal, ops, reference, session, session
 from onnx import ModelProto, TensorProto, helper
 
 from backends.onnxrt import operators
+from core.isa import isa
 from export.lower import Profile, convolutions
 
 PROFILE = Profile("winograd", convolutions="winograd", dtype="float32")
 TILES = Profile("tiles", convolutions="tiles", dtype="float32")
 ROUNDED = replace(PROFILE, arithmetic="bf16")
+BF16 = "avx2 fma f16c avx512f avx512bw avx512_bf16"
 needs_tiles = pytest.mark.skipif(not operators.may_use_tiles(), reason="no AMX, or no C++ compiler")
 needs_bf16 = pytest.mark.skipif(
     not operators.may_multiply_bf16(), reason="no AVX-512-BF16, or no C++ compiler"
@@ -88,6 +91,26 @@ def test_it_gives_what_a_convolution_gives(
     result = -run(low, inputs, threads)
     assert result.shape == wanted.shape
     np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+@needs_compiler
+@pytest.mark.parametrize("enlarged", [False, True])
+@pytest.mark.parametrize("flags", ["", "avx2 fma f16c", "avx2 fma f16c avx512f", BF16])
+def test_every_instruction_set_gives_it(
+    flags: str, enlarged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not set(flags.split()) <= set(isa().split()):
+        pytest.skip(f"this CPU has no {flags}")
+    monkeypatch.setattr(operators, "isa", lambda: f"x86_64 {flags}")
+    model, inputs = convolution(2, 75, 40, (23, 45), enlarged=enlarged, residual=True, relu=True)
+    wanted = reference(model, inputs)[0]
+    result = run(lowered(model, PROFILE), inputs)
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+    if flags != BF16 and "avx512_bf16" in isa():
+        with pytest.raises(
+            onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException, match="AVX"
+        ):
+            run(lowered(model, ROUNDED), inputs)
 
 
 @needs_compiler
