@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench.frontier import MEASURED, MODELLED, SIZE, Chart, Point
-from bench.plot import COLOURS, STYLE, plain_log, scale_of
+from bench.plot import STYLE, plain_log, scale_of
+from bench.series import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

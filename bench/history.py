@@ -129,7 +129,8 @@ def figure(target: Run, lines: Mapping[Cell, Line], bands: Mapping[Cell, Band]) 
     from matplotlib.figure import Figure as NewFigure
     from matplotlib.ticker import MaxNLocator
 
-    from bench.plot import COLOURS, STYLE
+    from bench.plot import STYLE
+    from bench.series import COLOURS
 
     across = min(3, len(lines))
     down = math.ceil(len(lines) / across)

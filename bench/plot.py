@@ -1,20 +1,20 @@
 """`python -m bench.plot RUN`: latency and images/s against steps, as SVG and PNG.
 
-A column per batch. Colour says the backend (and recipe), marker and dash the decoder; the line
-through the points is the fit `fixed cost + steps x cost per step`, drawn to zero steps, where it
-meets the fixed cost. With `--x nfe` UNet evaluations take the place of steps: guidance takes two a
-step, and some schedulers run a timestep more.
+A column per batch. Colour says the backend (and recipe), hollow once the colours are used up,
+marker and dash the decoder; with one step count, series lie beside each other. The line through
+the points is the fit `fixed cost + steps x cost per step`, drawn to zero steps, where it meets the
+fixed cost. With `--x nfe` UNet evaluations take the place of steps: guidance takes two a step, and
+some schedulers run a timestep more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.columns import Line, lines_of, switching_high
-from bench.stats import Fit, fit_steps
+from bench.series import AXES, Series, places_of, series_of, shift, side_by_side
 from bench.store import LATEST, MODELLED, RUNS, Row, Run, is_timed, open_run
 from core.cli import Parser, run
 from core.errors import EXIT_OK
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette: tells apart for all common forms of colour blindness. Yellow left out.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-SHAPES = {"vae": ("o", "-"), "taesd": ("^", (0, (5, 2)))}
-AXES = {"steps": "denoising steps", "nfe": "UNet evaluations of an image (NFE)"}
-"""What `--x` takes -> the label of the axis."""
 STYLE = {
     "svg.hashsalt": "addbench",  # the same ids, and so the same bytes, every time
     "svg.fonttype": "path",
@@ -44,77 +39,6 @@ STYLE = {
     "axes.titleweight": "bold",
     "axes.titlesize": 10.5,
 }
-
-
-@dataclass(frozen=True)
-class Series:
-    """The points of one line: cells that differ in steps only, ok ones. `axis`: a key of AXES."""
-
-    label: str
-    colour: str
-    marker: str
-    dash: Any
-    lines: Sequence[Line]
-    axis: str = "steps"
-
-    @property
-    def modelled(self) -> bool:
-        return all(MODELLED in line.provenance for line in self.lines)
-
-    def place(self, line: Line) -> int:
-        """Where a cell lies on the x axis."""
-        nfe = line.median("nfe")
-        return line.cell.steps if self.axis == "steps" or nfe is None else int(nfe)
-
-    def points(self, column: str) -> list[tuple[int, float]]:
-        values = [(self.place(line), line.median(column)) for line in self.lines]
-        return sorted((place, value) for place, value in values if value is not None)
-
-    @property
-    def fit(self) -> Fit | None:
-        return fit_steps(self.points("median_ms"))
-
-
-def series_of(lines: Sequence[Line], axis: str = "steps") -> dict[int, list[Series]]:
-    """Batch -> its series, backends in the order of the run, so that colours agree over columns."""
-
-    def key_of(line: Line) -> tuple[str, str, str]:
-        return line.cell.backend_text, line.cell.numerics, line.cell.recipe_text
-
-    good = [line for line in lines if line.median("median_ms") is not None]
-    mixed = len({line.cell.numerics for line in good}) > 1
-    recipes = len({line.cell.recipe_text for line in good}) > 1
-    backends = list(dict.fromkeys(map(key_of, good)))
-    found: dict[int, list[Series]] = {}
-    for batch in sorted({line.cell.batch for line in good}):
-        for place, key in enumerate(backends):
-            for decoder in dict.fromkeys(line.cell.decoder for line in good):
-                mine = [
-                    line
-                    for line in good
-                    if key_of(line) == key
-                    and line.cell.decoder == decoder
-                    and line.cell.batch == batch
-                ]
-                if not mine:
-                    continue
-                cell = mine[0].cell
-                numerics = f" ({cell.storage} weights, {cell.precision})" if mixed else ""
-                recipe = f", {cell.recipe_text}" if recipes and cell.recipe_text else ""
-                if any(MODELLED in line.provenance for line in mine):
-                    numerics += ", modelled"
-                marker, dash = SHAPES.get(decoder, ("s", ":"))
-                found.setdefault(batch, []).append(
-                    Series(
-                        f"{cell.backend_text}, {decoder}{recipe}{numerics}",
-                        COLOURS[place % len(COLOURS)],
-                        marker,
-                        dash,
-                        mine,
-                        axis,
-                    )
-                )
-    return found
 
 
 def scale_of(largest_ms: float) -> tuple[float, str]:
@@ -192,21 +116,21 @@ def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
     for series in found:
         points = series.points("median_ms")
         steps = [x for x, _ in points]
+        aside = shift(series, found)
         axes.plot(
-            steps,
+            [x + aside for x in steps],
             [y / unit_ms for _, y in points],
-            series.marker,
-            color=series.colour,
+            linestyle="none",
             markersize=6.5,
-            markeredgecolor="white",
-            markeredgewidth=0.8,
             zorder=3,
             clip_on=False,
+            **series.look,
         )
         for line in series.lines:  # every round beside its median
             spread = [row["median_ms"] / unit_ms for row in line.good if is_timed(row)]
             if len(spread) > 1:
-                axes.plot([series.place(line)] * len(spread), spread, "_", color=series.colour)
+                at = series.place(line) + aside
+                axes.plot([at] * len(spread), spread, "_", color=series.colour)
         intervals(axes, series, found, lambda line, ms: ms / unit_ms)
         if series.fit:
             reach = np.array([0, max(steps)])
@@ -244,17 +168,14 @@ def throughput(axes: Axes, found: Sequence[Series], batch: int) -> None:
     for series in found:
         points = series.points("images_per_s")
         axes.plot(
-            [x for x, _ in points],
+            [x + shift(series, found) for x, _ in points],
             [y for _, y in points],
-            marker=series.marker,
             linestyle=series.dash,
-            color=series.colour,
             linewidth=1.5,
             markersize=6.5,
-            markeredgecolor="white",
-            markeredgewidth=0.8,
             clip_on=False,
             zorder=3,
+            **series.look,
         )
         intervals(axes, series, found, lambda line, ms: 1e3 * line.cell.batch / ms)
     frame(axes, found, f"Images per second, batch {batch}", "images/s", from_zero=False)
@@ -262,15 +183,16 @@ def throughput(axes: Axes, found: Sequence[Series], batch: int) -> None:
 
 def frame(axes: Axes, found: Sequence[Series], title: str, label: str, *, from_zero: bool) -> None:
     """Titles, ticks at the measured steps, axes from zero: lengths can be compared by eye."""
-    steps = sorted({series.place(line) for series in found for line in series.lines})
+    steps = places_of(found)
     modelled = ", modelled" if all(series.modelled for series in found) else ""
     axes.set_title(f"{title}{modelled}", loc="left")
     axes.set_ylabel(label)
     axes.set_xlabel(AXES[found[0].axis])
-    places = [0, *steps] if from_zero else steps
+    beside = side_by_side(found)
+    places = [0, *steps] if from_zero and not beside else steps
     axes.set_xticks(places, spread(places))
-    margin = 0.06 * max(steps)
-    axes.set_xlim(0 if from_zero else min(steps) - margin, max(steps) + margin)
+    margin = 0.5 if beside else 0.06 * max(steps)
+    axes.set_xlim(0 if from_zero and not beside else min(steps) - margin, max(steps) + margin)
     axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
 
 
@@ -305,12 +227,10 @@ def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> N
         Line2D(
             [],
             [],
-            color=series.colour,
-            marker=series.marker,
             linestyle=series.dash if len(series.points("median_ms")) > 1 else "none",
-            markeredgecolor="white",
             markersize=7,
             label=legend_text(series),
+            **series.look | {"markeredgewidth": 1.0},
         )
         for series in found
     ]

@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from bench.plot import COLOURS, SHAPES, STYLE, save, scale_of
+from bench.plot import STYLE, save, scale_of
+from bench.series import COLOURS, SHAPES
 from bench.store import RUNS, Row, is_timed, open_run
 from core.cli import Parser, run
 from core.errors import EXIT_OK, PreconditionError

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from bench.ceilings import Ceilings
 from bench.columns import Line, lines_of
-from bench.plot import COLOURS, STYLE, plain_log, save
+from bench.plot import STYLE, plain_log, save
 from bench.roofline import ceilings_of
+from bench.series import COLOURS
 from bench.stats import median_or_none
 from bench.store import Row, Run
 from core.errors import PreconditionError

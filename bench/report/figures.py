@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.columns import Line
-from bench.plot import COLOURS, STYLE, digits, image_bytes, scale_of
+from bench.plot import STYLE, digits, image_bytes, scale_of
+from bench.series import COLOURS
 from bench.store import MODELLED
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from bench.columns import Column, Line
 from bench.compare import compare
 from bench.ledger import measured, read_claims
 from bench.outcome import Outcome
-from bench.plot import digits, legend_text, series_of
+from bench.plot import digits, legend_text
 from bench.report import figures
 from bench.rows import by_provenance, some_rows
+from bench.series import series_of
 from bench.stats import DISTURBED_CPU, UNSTABLE_CV
 from bench.store import FLAGS, MODELLED, OK, Row, Run, portable
 from core.errors import AddbenchError

@@ -12,6 +12,7 @@ from made import cell, make_run, row
 from bench import columns, plot, rows, table
 from bench.cell import KEY_COLUMNS, LATER, Cell
 from bench.plan import default_steps, make_cells, probe
+from bench.series import series_of
 from bench.store import ROWS, Run, open_run
 from bench.sweep import main as sweep_main
 from core.cli import run as shell
@@ -177,8 +178,8 @@ def test_a_resumed_sweep_keeps_its_recipes(
 
 def test_latency_against_evaluations(swept: Run, capsys: pytest.CaptureFixture[str]) -> None:
     lines = columns.lines_of(swept.rows())
-    by_nfe = {s.label: s for s in plot.series_of(lines, "nfe")[3]}
-    by_steps = {s.label: s for s in plot.series_of(lines)[3]}
+    by_nfe = {s.label: s for s in series_of(lines, "nfe")[3]}
+    by_steps = {s.label: s for s in series_of(lines)[3]}
     assert set(by_nfe) == {"null, taesd, guidance 3", "null, taesd, ddim guidance 3"}
     for label, series in by_nfe.items():
         assert [y for _, y in series.points("median_ms")] == [

@@ -15,6 +15,7 @@ from made import cell, make_run, row
 
 from bench import columns, plot, publish, table
 from bench.progress import Display
+from bench.series import series_of, shift
 from bench.store import HEADER, ROWS, Row, Run, open_run, run_names
 from bench.sums import SUMS
 from core import files
@@ -138,7 +139,7 @@ def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixtur
 
 
 def test_the_plot_states_the_fit_beside_the_points(made: Run) -> None:
-    found = plot.series_of(columns.lines_of(made.rows()))
+    found = series_of(columns.lines_of(made.rows()))
     assert sorted(found) == [1, 4]
     first = found[1][0]
     assert first.points("median_ms") == [(1, 60.0), (2, 70.0), (4, 90.0)]
@@ -153,9 +154,23 @@ def test_the_plot_states_the_fit_beside_the_points(made: Run) -> None:
 
 
 def test_series_can_be_told_apart(made: Run) -> None:
-    for batch in plot.series_of(columns.lines_of(made.rows())).values():
+    for batch in series_of(columns.lines_of(made.rows())).values():
         looks = {(series.colour, series.marker, str(series.dash)) for series in batch}
         assert len(looks) == len(batch)
+
+
+def test_many_series_of_one_step_count_can_be_told_apart(made: Run) -> None:
+    """More backends than there are colours; and none covers another."""
+    rows = [row for row in made.rows() if row["steps"] == 1 and row["batch"] == 1]
+    many = [row | {"options": f"delay={number}"} for number in range(9) for row in rows]
+    (found,) = series_of(columns.lines_of(many)).values()
+    assert len(found) == 9 * len({row["decoder"] for row in rows})
+    assert len({str(sorted(series.look.items())) for series in found}) == len(found)
+    places = [1 + shift(series, found) for series in found]
+    assert len(set(places)) == len(places)
+    assert 0.5 < min(places) < max(places) < 1.5
+    assert shift(found[0], found[:1]) == 0
+    assert plot.figure(made, many) is not None
 
 
 def test_labels_of_steps_do_not_touch() -> None:
@@ -171,7 +186,7 @@ def test_thousands_have_no_exponent() -> None:
         "0.447", "4.74", "999", "1000", "1726", "-1726",
     ]  # fmt: skip
     rows = [row(cell(steps=steps), [ms] * 3) for steps, ms in ((1, 300.0), (2, 1500.0))]
-    (series,) = plot.series_of(columns.lines_of(rows))[1]
+    (series,) = series_of(columns.lines_of(rows))[1]
     assert plot.fit_text(series) == "1200 ms/step \u2212 900 ms fixed"
 
 
@@ -183,7 +198,7 @@ def test_a_plot_of_one_step_count_has_points_and_no_fit(tmp_path: Path) -> None:
     (key,) = drawn.legends
     assert key.get_title().get_text() == ""  # of lines that are not there
     assert [line.get_linestyle() for line in key.get_lines()] == ["None"]
-    assert plot.fit_text(plot.series_of(columns.lines_of(rows))[1][0]) == "one step count, no fit"
+    assert plot.fit_text(series_of(columns.lines_of(rows))[1][0]) == "one step count, no fit"
     assert [file.suffix for file in plot.write(run, rows)] == [".svg", ".png"]
 
 
