@@ -10,13 +10,31 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from backends.onnxrt import operators
+from core.isa import isa
 from export.lower import Profile, lower
 
 Arrays = dict[str, np.ndarray]
+BF16 = "avx2 fma f16c avx512f avx512bw avx512_bf16"
+INSTRUCTION_SETS = ("", "avx2 fma f16c", "avx2 fma f16c avx512f", BF16, "own")
+"""Those that our operators are built for, on tiles in what is this CPU's own."""
+needs_compiler = pytest.mark.skipif(operators.compiler() is None, reason="no C++ compiler")
+needs_bf16 = pytest.mark.skipif(
+    not operators.may_multiply_bf16(), reason="no AVX-512-BF16, or no C++ compiler"
+)
+
+
+def build_for(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the operators built for one of INSTRUCTION_SETS; skips where this CPU lacks it."""
+    if flags == "own":
+        return
+    if not set(flags.split()) <= set(isa().split()):
+        pytest.skip(f"this CPU has no {flags}")
+    monkeypatch.setattr(operators, "isa", lambda: f"x86_64 {flags}")
 
 
 def model_of(

@@ -12,7 +12,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowering import lowered, model_of, normal, ops, reference, session, session_of
+from lowering import (
+    BF16,
+    INSTRUCTION_SETS,
+    build_for,
+    lowered,
+    model_of,
+    needs_bf16,
+    needs_compiler,
+    normal,
+    ops,
+    reference,
+    session,
+    session_of,
+)
 from onnx import ModelProto, TensorProto, helper
 
 from backends.onnxrt import operators
@@ -22,12 +35,7 @@ from export.lower import Profile, convolutions
 PROFILE = Profile("winograd", convolutions="winograd", dtype="float32")
 TILES = Profile("tiles", convolutions="tiles", dtype="float32")
 ROUNDED = replace(PROFILE, arithmetic="bf16")
-BF16 = "avx2 fma f16c avx512f avx512bw avx512_bf16"
 needs_tiles = pytest.mark.skipif(not operators.may_use_tiles(), reason="no AMX, or no C++ compiler")
-needs_bf16 = pytest.mark.skipif(
-    not operators.may_multiply_bf16(), reason="no AVX-512-BF16, or no C++ compiler"
-)
-needs_compiler = pytest.mark.skipif(operators.compiler() is None, reason="no C++ compiler")
 NEAREST = {"mode": "nearest", "nearest_mode": "floor",
            "coordinate_transformation_mode": "asymmetric"}  # fmt: skip
 
@@ -95,13 +103,11 @@ def test_it_gives_what_a_convolution_gives(
 
 @needs_compiler
 @pytest.mark.parametrize("enlarged", [False, True])
-@pytest.mark.parametrize("flags", ["", "avx2 fma f16c", "avx2 fma f16c avx512f", BF16])
+@pytest.mark.parametrize("flags", INSTRUCTION_SETS[:-1])
 def test_every_instruction_set_gives_it(
     flags: str, enlarged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not set(flags.split()) <= set(isa().split()):
-        pytest.skip(f"this CPU has no {flags}")
-    monkeypatch.setattr(operators, "isa", lambda: f"x86_64 {flags}")
+    build_for(flags, monkeypatch)
     model, inputs = convolution(2, 75, 40, (23, 45), enlarged=enlarged, residual=True, relu=True)
     wanted = reference(model, inputs)[0]
     result = run(lowered(model, PROFILE), inputs)

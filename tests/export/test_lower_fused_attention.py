@@ -6,17 +6,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowering import lowered, model_of, normal, ops, session_of
+from lowering import (
+    INSTRUCTION_SETS,
+    build_for,
+    lowered,
+    model_of,
+    needs_bf16,
+    needs_compiler,
+    normal,
+    ops,
+    session_of,
+)
 from onnx import ModelProto, helper
 
 from backends.onnxrt import operators
-from core.isa import isa
 from export.lower import Profile
 
 PROFILE = Profile("own", attention="operator")
 ROUNDED = Profile("rounded", attention="operator", arithmetic="bf16")
-BF16 = "avx2 fma f16c avx512f avx512bw avx512_bf16"
-needs_compiler = pytest.mark.skipif(operators.compiler() is None, reason="no C++ compiler")
 Arrays = dict[str, np.ndarray]
 
 
@@ -79,16 +86,12 @@ def test_it_gives_what_attention_gives(
 
 @needs_compiler
 @pytest.mark.parametrize("rounded", [False, True])
-@pytest.mark.parametrize("flags", ["", "avx2 fma f16c", "avx2 fma f16c avx512f", BF16, "own"])
+@pytest.mark.parametrize("flags", INSTRUCTION_SETS)
 def test_every_instruction_set_gives_it(
     flags: str, rounded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Queries, keys and heads that fill no block; what is rounded is off by so much."""
-    own = isa().split()[1:]
-    if flags != "own":
-        if not set(flags.split()) <= set(own):
-            pytest.skip(f"this CPU has no {flags}")
-        monkeypatch.setattr(operators, "isa", lambda: f"x86_64 {flags}")
+    build_for(flags, monkeypatch)
     if rounded and not operators.may_multiply_bf16():
         pytest.skip("no BF16")
     for size, causal in ((32, False), (45, True), (100, True), (255, False), (256, True)):
@@ -135,7 +138,7 @@ def test_far_scores_and_what_is_no_number() -> None:
     assert not np.isnan(result[0, 4]).any()
 
 
-@pytest.mark.skipif(not operators.may_multiply_bf16(), reason="no AVX-512-BF16, or no C++ compiler")
+@needs_bf16
 def test_bf16_is_as_far_off_as_bf16_is() -> None:
     model, inputs = attention(1, 300, 200, 2, 64)
     wanted = exact(inputs, 2)

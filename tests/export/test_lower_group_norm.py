@@ -9,7 +9,16 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowering import Arrays, lowered, model_of, normal, ops, reference, session_of
+from lowering import (
+    Arrays,
+    lowered,
+    model_of,
+    needs_compiler,
+    normal,
+    ops,
+    reference,
+    session_of,
+)
 from onnx import ModelProto, TensorProto, helper
 
 from backends.onnxrt import operators
@@ -18,7 +27,6 @@ from export.lower import Profile
 from export.lower.norms import OPERATOR
 
 PROFILE = Profile("group-norm", norms="operator", dtype="float32")
-needs_compiler = pytest.mark.skipif(operators.compiler() is None, reason="no C++ compiler")
 
 
 def group_norm(

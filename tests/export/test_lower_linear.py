@@ -12,19 +12,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowering import lowered, model_of, normal, ops, session_of
+from lowering import (
+    BF16,
+    INSTRUCTION_SETS,
+    build_for,
+    lowered,
+    model_of,
+    needs_bf16,
+    needs_compiler,
+    normal,
+    ops,
+    session_of,
+)
 from onnx import ModelProto, helper
 
-from backends.onnxrt import operators
-from core.isa import isa
 from export.lower import Profile, linear
 
 PROFILE = Profile("linear", products="linear", dtype="float32", gates="halves")
-needs_bf16 = pytest.mark.skipif(
-    not operators.may_multiply_bf16(), reason="no AVX-512-BF16, or no C++ compiler"
-)
-BF16 = "avx2 fma f16c avx512f avx512bw avx512_bf16"
-needs_compiler = pytest.mark.skipif(operators.compiler() is None, reason="no C++ compiler")
 Arrays = dict[str, np.ndarray]
 
 
@@ -86,16 +90,12 @@ def test_it_gives_what_a_product_gives(
 
 @needs_compiler
 @pytest.mark.parametrize("rows", [(1,), (8,), (9,), (300,)], ids=str)
-@pytest.mark.parametrize("flags", ["", "avx2 fma f16c", "avx2 fma f16c avx512f", BF16, "own"])
+@pytest.mark.parametrize("flags", INSTRUCTION_SETS)
 def test_every_instruction_set_gives_it(
     flags: str, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Depths beyond one block of weights, columns that fill no panel; tiny and large numbers."""
-    own = isa().split()[1:]
-    if flags != "own":
-        if not set(flags.split()) <= set(own):
-            pytest.skip(f"this CPU has no {flags}")
-        monkeypatch.setattr(operators, "isa", lambda: f"x86_64 {flags}")
+    build_for(flags, monkeypatch)
     model, inputs, constants = product(rows, 2100, 72)
     constants["w"][:300] *= np.float16(2**-12)  # below FP16's normal numbers
     inputs["x"][..., 300:600] *= np.float16(1000)
@@ -199,8 +199,7 @@ def test_bf16_rounds_both_sides_and_sums_in_fp32(
     flags: str, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Depths that are odd, and beyond one block of weights; in vectors, and on tiles."""
-    if flags != "own":
-        monkeypatch.setattr(operators, "isa", lambda: f"x86_64 {flags}")
+    build_for(flags, monkeypatch)
     model, inputs, constants = product(rows, 1301, 96)
     result = run(lowered(model, replace(PROFILE, arithmetic="bf16")), inputs)
     rounded = {
