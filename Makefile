@@ -44,7 +44,7 @@ sweep: export
 	$(PY) -m bench.sweep --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --steps $(STEPS) --batch $(BATCH) --decoder $(DECODER) $(SWEEP_FLAGS)
 
 image: export
-	$(PY) -m backends.generate "$$PROMPT" --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --out '$(OUT)'
+	$(PY) -m addbench image "$$PROMPT" --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --out '$(OUT)'
 
 test: $(READY)
 	$(PY) -m pytest -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadfile
@@ -63,10 +63,10 @@ lint: $(READY) $(TYPES)
 	$(PY) -m basedpyright --pythonpath $(PY)
 
 compare: $(READY)
-	$(PY) -m bench.compare '$(BASE)' '$(HEAD)'
+	$(PY) -m addbench compare '$(BASE)' '$(HEAD)'
 
 publish: $(READY)
-	$(PY) -m bench.publish $(foreach run,$(RUN),'$(run)')
+	$(PY) -m addbench publish $(foreach run,$(RUN),'$(run)')
 
 publish-check: $(READY)
-	$(PY) -m bench.publish --check
+	$(PY) -m addbench publish --check

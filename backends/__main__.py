@@ -1,4 +1,4 @@
-"""`python -m backends`: list backends, fill and look after the artifact cache, check parity."""
+"""`addbench backends`: list backends, fill and look after the artifact cache, check parity."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from export.models import DEFAULT_MODEL
 
 
 def parser() -> Parser:
-    top = Parser(prog="python -m backends", description=__doc__)
+    top = Parser(prog="addbench backends", description=__doc__)
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     commands.add_parser("list", help="every backend, usable or not and why (the default)")
@@ -79,7 +79,7 @@ def list_backends() -> int:
 
 def compile_parts(args: argparse.Namespace) -> int:
     from backends.base import Shapes, check_decoder, parse_backend, stage_parts
-    from backends.precision import with_precision
+    from backends.quantised.precision import with_precision
 
     texts = [with_precision(text, args.precision) for text in args.backend or ["ort"]]
     chosen, done = [parse_backend(text) for text in texts], []
@@ -94,7 +94,7 @@ def compile_parts(args: argparse.Namespace) -> int:
     chosen = [backend for backend in chosen if backend not in done]
     if not chosen:
         return EXIT_OK
-    from backends.recipe import make_recipe
+    from backends.pipeline.recipe import make_recipe
     from export.bundle import find_bundle
 
     bundle = find_bundle(args.model, args.weights, args.dtype)
@@ -145,7 +145,7 @@ def list_parts(args: argparse.Namespace) -> int:
 
 
 def cache(args: argparse.Namespace) -> int:
-    from backends.cache import ArtifactCache, Entry, disk_bytes
+    from backends.artifacts.cache import ArtifactCache, Entry, disk_bytes
 
     store = ArtifactCache()
 
@@ -182,12 +182,12 @@ def cache(args: argparse.Namespace) -> int:
 
 def parity(args: argparse.Namespace) -> int:
     from backends.base import parse_backend
-    from backends.precision import with_precision
+    from backends.quantised.precision import with_precision
 
     text = with_precision(args.backend, args.precision)
     backend = parse_backend(text)
     backend.probe().require(backend.name)
-    from backends.parity import check, report
+    from backends.check.parity import check, report
     from export.bundle import find_bundle
 
     bundle = find_bundle(args.model, args.weights, args.dtype)

@@ -21,8 +21,8 @@ from core.errors import AddbenchError, PreconditionError
 if TYPE_CHECKING:
     import torch
 
-    from backends.pipeline import Pipeline
-    from backends.recipe import Recipe
+    from backends.pipeline.pipeline import Pipeline
+    from backends.pipeline.recipe import Recipe
     from export.bundle import Bundle, Spec
     from export.lower import Profile
 
@@ -96,7 +96,7 @@ class Artifact:
 
 
 IN_ONE_GO = "its parts run without waiting in between, and so lie on the device together"
-"""Why a backend whose images are drawn by `backends.captured` has no low memory."""
+"""Why a backend whose images are drawn by `backends.pipeline.captured` has no low memory."""
 
 
 class Session(ABC):
@@ -245,14 +245,14 @@ class Backend(ABC):
 
     def compile(self, bundle: Bundle, part: str, shapes: Shapes) -> Artifact:
         """Compile one part, or find it in the cache. Locked: two processes compile it once."""
-        from backends.cache import ArtifactCache
+        from backends.artifacts.cache import ArtifactCache
 
         self.probe_compiler().require(self.name)
         if self.keeps_artifacts and not bundle.has_graphs:
             raise PreconditionError(
                 f"backend {self.name} cannot run {bundle.path.name}",
                 "it compiles graphs, and this bundle has none: its weights are drawn on the device",
-                f"python -m export --model {bundle.name} --weights random",
+                f"addbench export --model {bundle.name} --weights random",
             )
         started = time.perf_counter()
         cache = ArtifactCache()
@@ -327,7 +327,7 @@ class Backend(ABC):
 
     def pipeline_class(self) -> type[Pipeline]:
         """A backend that owns the order of the parts has one of its own."""
-        from backends.pipeline import Pipeline
+        from backends.pipeline.pipeline import Pipeline
 
         return Pipeline
 
@@ -348,7 +348,7 @@ def parse_backend(text: str) -> Backend:
         raise PreconditionError(
             f"there is no backend called {name!r}",
             f"known backends: {', '.join(BACKENDS)}",
-            "`python -m backends` lists them and says which can be used here",
+            "`addbench backends` lists them and says which can be used here",
         )
     options: dict[str, str] = {}
     for piece in rest.split(",") if rest else ():
@@ -393,7 +393,9 @@ def physical_cores() -> int:
     allowed = len(os.sched_getaffinity(0))
     try:
         import psutil
-    except ImportError:  # it comes with the project, not with torch: see bench/gpu_check.py
+    except (
+        ImportError
+    ):  # it comes with the project, not with torch: see bench/commands/gpu_check.py
         return allowed
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 

@@ -34,7 +34,7 @@ from backends.base import (
     Shapes,
     UnsupportedError,
 )
-from backends.nvidia import gpu_name, installed, missing_gpu, torch_cuda, torch_on_gpu
+from backends.nvidia.gpu import gpu_name, installed, missing_gpu, torch_cuda, torch_on_gpu
 from backends.onnxrt.session import TYPES, translate
 from backends.ort import MODEL
 from core.files import require_disk
@@ -43,7 +43,7 @@ from export.lower import Profile, lower
 if TYPE_CHECKING:
     import torch
 
-    from backends.pipeline import Pipeline
+    from backends.pipeline.pipeline import Pipeline
     from export.bundle import Bundle, PartInfo, Spec
 
 PROVIDER = "CUDAExecutionProvider"
@@ -225,7 +225,7 @@ class CudaBackend(Backend):
         return {"attention": self.options["attention"]}
 
     def pipeline(self, bundle: Bundle, decoder: str, shapes: Shapes, **rest: Any) -> Pipeline:
-        from backends.captured import DevicePipeline
+        from backends.pipeline.captured import DevicePipeline
 
         return DevicePipeline(
             self, bundle, decoder, shapes, capture=False, stream=self.stream(), **rest

@@ -23,9 +23,9 @@ from backends.base import (
     OutOfMemoryError,
     Session,
 )
-from backends.conditioning import Conditioning, Denoised
-from backends.output import Output
-from backends.pipeline import DTYPES, Pipeline
+from backends.pipeline.conditioning import Conditioning, Denoised
+from backends.pipeline.output import Output
+from backends.pipeline.pipeline import DTYPES, Pipeline
 from export.lower import CANONICAL, Profile
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
+from backends.artifacts.child import run_child, serve
 from backends.base import (
     Artifact,
     Backend,
@@ -28,7 +29,6 @@ from backends.base import (
     Shapes,
     thread_count,
 )
-from backends.child import run_child, serve
 from backends.onnxrt.session import translate
 from backends.ort import MODEL, SMALL, installed
 from core.files import require_disk
@@ -161,7 +161,7 @@ class OpenVinoBackend(Backend):
             folder,
             doing=doing,
             need_bytes=need,
-            advice="`python -m export verify` checks the bundle; ort takes the same graphs",
+            advice="`addbench verify` checks the bundle; ort takes the same graphs",
         )
 
     def _fp32_bytes(self, bundle: Bundle, part: str) -> int:

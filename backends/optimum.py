@@ -20,6 +20,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from backends.artifacts.cache import ArtifactCache
+from backends.artifacts.child import HOME_PYTHON, home_python, run_child, serve
 from backends.base import (
     Artifact,
     Backend,
@@ -31,14 +33,12 @@ from backends.base import (
     UnsupportedError,
     thread_count,
 )
-from backends.cache import ArtifactCache
-from backends.child import HOME_PYTHON, home_python, run_child, serve
 from backends.onnxrt.session import plain_options, translate
 from backends.ort import installed
-from backends.output import Output, Timings
-from backends.pipeline import Pipeline
-from backends.prompts import check_prompts, check_seeds
-from backends.recipe import check_steps
+from backends.pipeline.output import Output, Timings
+from backends.pipeline.pipeline import Pipeline
+from backends.pipeline.prompts import check_prompts, check_seeds
+from backends.pipeline.recipe import check_steps
 from core.errors import PreconditionError
 from core.files import ROOT, require_disk, sha256_json, write_json
 from core.isa import isa
@@ -46,7 +46,7 @@ from core.memory import give_memory_back, require_memory
 from export.lower import CANONICAL, Profile
 
 if TYPE_CHECKING:
-    from backends.recipe import Recipe
+    from backends.pipeline.recipe import Recipe
     from export.bundle import Bundle
 
 PACKAGES = ("optimum-onnx", "optimum", "transformers", "diffusers", "torch", "onnx", "onnxruntime")
@@ -236,7 +236,7 @@ class OptimumBackend(Backend):
             raise PreconditionError(
                 f"{bundle.name} is not exported by optimum yet",
                 "its checkpoint is written by the project's own environment, and this is optimum's",
-                f"there: python -m backends compile --backend optimum --model {bundle.path}",
+                f"there: addbench compile --backend optimum --model {bundle.path}",
             )
         doing = f"exporting {bundle.name} with optimum"
         graphs = checkpoint_bytes(bundle)
@@ -273,8 +273,7 @@ class OptimumBackend(Backend):
             raise UnsupportedError(
                 "optimum does not run in this environment",
                 "its packages clash with the project's; its worker runs in its own",
-                "python -m bench.sweep --backend optimum, or this command with"
-                " .venv-optimum/bin/python",
+                "addbench sweep --backend optimum, or this command with .venv-optimum/bin/python",
             )
         require_sdxl(bundle)
         if decoder != "vae":
@@ -298,7 +297,7 @@ class OptimumBackend(Backend):
         raise UnsupportedError(
             "optimum has no sessions of single parts",
             "its pipeline owns the order of the parts",
-            "measure it whole: python -m bench.sweep --backend optimum",
+            "measure it whole: addbench sweep --backend optimum",
         )
 
 
@@ -329,8 +328,8 @@ def write_checkpoint(bundle: Bundle, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from export.checkpoint import tokenizer_names
-    from export.layout import COMPONENTS
+    from export.source.checkpoint import tokenizer_names
+    from export.source.layout import COMPONENTS
 
     checkpoint = bundle.checkpoint()
     # Random weights are FP16 numbers; what was read may be more.

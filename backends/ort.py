@@ -20,7 +20,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from backends import halves, quantised
+from backends import quantised
+from backends.artifacts import halves
+from backends.artifacts.child import run_child, serve
 from backends.base import (
     Artifact,
     Backend,
@@ -32,7 +34,6 @@ from backends.base import (
     UnsupportedError,
     thread_count,
 )
-from backends.child import run_child, serve
 from backends.onnxrt import operators
 from backends.onnxrt.session import (
     LEVELS,
@@ -296,7 +297,7 @@ class OrtBackend(Backend):
             folder,
             doing=f"compiling {part} for onnxruntime",
             need_bytes=self.memory_need(bundle, part),
-            advice="try ort:level=basic; `python -m export verify` checks the bundle",
+            advice="try ort:level=basic; `addbench verify` checks the bundle",
         )
 
     def _laid_out(self, bundle: Bundle, part: str) -> Sizes:

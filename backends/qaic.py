@@ -36,8 +36,8 @@ from core.files import read_json, require_disk, sha256_file
 from export.lower import Profile, lower
 
 if TYPE_CHECKING:
-    from backends.pipeline import Pipeline
-    from backends.recipe import Recipe
+    from backends.pipeline.pipeline import Pipeline
+    from backends.pipeline.recipe import Recipe
     from export.bundle import Bundle
 
 GRAPH, IO_LIST = "model.onnx", "buffers.yaml"
@@ -185,7 +185,7 @@ class QaicBackend(Backend):
 
     def compile(self, bundle: Bundle, part: str, shapes: Shapes) -> Artifact:
         """As every backend; an artifact from the cache that is no QPC is made again, once."""
-        from backends.cache import ArtifactCache
+        from backends.artifacts.cache import ArtifactCache
 
         self._require_half_range(bundle, part)
         artifact = super().compile(bundle, part, shapes)
@@ -323,7 +323,7 @@ class QaicBackend(Backend):
         recipe: Recipe | None = None,
     ) -> Pipeline:
         from backends.cloud_ai.lanes import LanesPipeline
-        from backends.recipe import make_recipe
+        from backends.pipeline.recipe import make_recipe
 
         recipe = recipe or make_recipe(bundle)
         each = replace(shapes, batch=1) if self.options["split"] == "pipelines" else shapes

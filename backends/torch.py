@@ -5,14 +5,14 @@ FP16, with convolutions in channels-last layout, and in four modes:
 
     eager            op by op, as most people run it
     compile          each part through torch.compile
-    graph            the whole image as one CUDA graph (backends/captured.py)
+    graph            the whole image as one CUDA graph (backends/pipeline/captured.py)
     compiled-graph   both
 
-All but eager take a self-attention's Q, K and V as one product (backends/selfattention.py).
+All but eager take a self-attention's Q, K and V as one product (backends/pytorch/selfattention.py).
 
 No GPU was at hand when this was written: what ran on the CPU is the arithmetic of all modes (the
 graph's code path uncaptured); that a capture works, and any speed, is for `python -m
-bench.gpu_check` to say.
+bench.commands.gpu_check` to say.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from backends.base import (
     UnsupportedError,
     thread_count,
 )
-from backends.nvidia import architecture, gpu_name, memory_errors, torch_on_gpu
+from backends.nvidia.gpu import architecture, gpu_name, memory_errors, torch_on_gpu
 from core.memory import require_memory
 from export.lower import CANONICAL, Profile
 
 if TYPE_CHECKING:
     import torch
 
-    from backends.pipeline import Pipeline
+    from backends.pipeline.pipeline import Pipeline
     from export.bundle import Bundle, Spec
 
 MODES = ("eager", "compile", "graph", "compiled-graph")
@@ -198,7 +198,7 @@ class TorchBackend(Backend):
     def pipeline(self, bundle: Bundle, decoder: str, shapes: Shapes, **rest: Any) -> Pipeline:
         if not self.in_one_go:
             return super().pipeline(bundle, decoder, shapes, **rest)
-        from backends.captured import DevicePipeline
+        from backends.pipeline.captured import DevicePipeline
 
         return DevicePipeline(
             self,
@@ -232,11 +232,11 @@ class TorchBackend(Backend):
                 module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             session = TorchSession(bundle, part, wrap(part, module, checkpoint.model), self)
             if part == "unet" and self.in_one_go:
-                from backends.crossattention import PromptProjections
+                from backends.pytorch.crossattention import PromptProjections
 
                 session.projections = PromptProjections(session.module)
                 if self.options["mode"] != "eager":
-                    from backends.selfattention import fuse_projections
+                    from backends.pytorch.selfattention import fuse_projections
 
                     fuse_projections(session.module)
         if self.compiles:

@@ -7,10 +7,10 @@ of TensorRT's API, and that double against NVIDIA's type stubs; all calls agains
 against the sources of the Python bindings from 10.1 to 11.1. What did not run: TensorRT itself. So
 whether its parser takes every node, whether a capture works, and any speed are still to be seen.
 
-`precision=fp8` and `int8`: Q/DQ pairs around the UNet's large layers (export/qdq.py), what else
-there is stays FP16. The pairs are as the sources of NVIDIA's parser want them: a constant, positive
-scale in the dtype of what it scales, a zero point in that of the stored numbers. What they cost in
-accuracy is measured on the CPU (backends/scales_parity.py) and lies beside the plan.
+`precision=fp8` and `int8`: Q/DQ pairs around the UNet's large layers (export/quantize/qdq.py), what
+else there is stays FP16. The pairs are as the sources of NVIDIA's parser want them: a constant,
+positive scale in the dtype of what it scales, a zero point in that of the stored numbers. What they
+cost in accuracy is measured on the CPU (backends/check/scales_parity.py) and lies beside the plan.
 
 `context=split` is the default, since a plan does not know the step count that it will run: SDXL's
 keys and values take a step 0.68 GB of weights to read (0.16 ms at an H200's 4.3 TB/s), and 26 MB an
@@ -30,7 +30,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backends import halves
+from backends.artifacts import halves
+from backends.artifacts.halves import HALVES
 from backends.base import (
     IN_ONE_GO,
     Artifact,
@@ -42,8 +43,9 @@ from backends.base import (
     Shapes,
     UnsupportedError,
 )
-from backends.halves import HALVES
-from backends.scales import (
+from backends.check.scales_parity import PARITY, report
+from backends.nvidia.driver import Gpu
+from backends.quantised.scales import (
     Quantisation,
     calibration_file,
     comparison,
@@ -51,8 +53,6 @@ from backends.scales import (
     quantisation,
     scales,
 )
-from backends.scales_parity import PARITY, report
-from backends.tensorrt.gpu import Gpu
 from backends.tensorrt.probe import (
     ATTENTION,
     OLDEST_FOR,
@@ -79,12 +79,12 @@ from backends.tensorrt.request import (
 )
 from core.files import build_root, read_json, require_disk, write_json
 from core.memory import give_memory_back, require_memory
-from export.calibrate import command as calibrate_command
 from export.lower import Profile, lower
-from export.qdq import SCALES, insert, scheme_of
+from export.quantize.calibration import command as calibrate_command
+from export.quantize.qdq import SCALES, insert, scheme_of
 
 if TYPE_CHECKING:
-    from backends.pipeline import Pipeline
+    from backends.pipeline.pipeline import Pipeline
     from backends.tensorrt.device import CudaDevice, Scratch
     from export.bundle import Bundle
 
@@ -127,7 +127,8 @@ class TrtBackend(Backend):
             ("auto", "fp16", "fp8", "int8"),
         ),
         "calibration": Option(
-            "auto", "the file (auto: where `python -m backends.calibrate` puts the bundle's)"
+            "auto",
+            "the file (auto: where `addbench calibrate` puts the bundle's)",
         ),
     }
 
@@ -191,7 +192,7 @@ class TrtBackend(Backend):
         """Scheme and calibration file that the options ask for; None for the graph as it is.
 
         Raises:
-            PreconditionError: it cannot be had for `bundle`, see `backends.scales.quantisation`.
+            PreconditionError: it cannot be had for `bundle`, see `scales.quantisation`.
         """
         precision = self.options["precision"]
         if precision in ("auto", bundle.dtype):
@@ -200,7 +201,7 @@ class TrtBackend(Backend):
             raise UnsupportedError(
                 f"precision=fp16 does not fit {bundle.path.name}",
                 f"a plan computes in the graph's dtypes, and they are {bundle.dtype} here",
-                f"python -m export --model {bundle.name} --dtype fp16",
+                f"addbench export --model {bundle.name} --dtype fp16",
             )
         return quantisation(bundle, precision, self.options["calibration"])
 
@@ -310,7 +311,7 @@ class TrtBackend(Backend):
     def load(self, bundle: Bundle, artifact: Artifact) -> Session:
         """As every backend; a plan that TensorRT does not take is built again, once."""
         loaded_version()
-        from backends.cache import ArtifactCache
+        from backends.artifacts.cache import ArtifactCache
         from backends.tensorrt.session import StalePlanError
 
         path = artifact_folder(artifact)
@@ -325,7 +326,7 @@ class TrtBackend(Backend):
 
     def pipeline(self, bundle: Bundle, decoder: str, shapes: Shapes, **rest: Any) -> Pipeline:
         """All stages on the device without waiting in between; by default as one CUDA graph."""
-        from backends.captured import DevicePipeline
+        from backends.pipeline.captured import DevicePipeline
 
         self.quantisation(bundle)  # refused before a plan is built
         return DevicePipeline(

@@ -1,4 +1,4 @@
-"""`python -m bench.sweep`: plan cells, measure each in a worker, keep every row as it comes.
+"""`addbench sweep`: plan cells, measure each in a worker, keep every row as it comes.
 
 Exit code 0 if every planned cell has an ok row; 4 if one failed or is missing; 2 if nothing could
 start; 130 after Ctrl-C. A run that ended early is finished with --resume.
@@ -16,16 +16,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from bench.arguments import AXES, check_arguments, parser, settings_of, shown
-from bench.cell import Cell
-from bench.plan import Candidate, Settings
-from bench.store import OK, RUNS, Row, RowWriter, Run, make_row
+from bench.rows.cell import Cell
+from bench.rows.store import OK, RUNS, Row, RowWriter, Run, make_row
+from bench.run.arguments import AXES, check_arguments, parser, settings_of, shown
+from bench.run.plan import Candidate, Settings
 from core.cli import run
 from core.errors import EXIT_FAILED, EXIT_OK
 
 if TYPE_CHECKING:
-    from bench.progress import Display
-    from bench.spawn import Limits
+    from bench.run.progress import Display
+    from bench.run.spawn import Limits
     from export.bundle import Bundle
 
 
@@ -49,16 +49,16 @@ def interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
-    from backends.precision import with_precision
-    from bench.cardrows import bundle_for, with_devices
-    from bench.plan import default_steps, make_cells, probe
+    from backends.quantised.precision import with_precision
+    from bench.run.cardrows import bundle_for, with_devices
+    from bench.run.plan import default_steps, make_cells, probe
 
     settings = settings_of(args)
     texts = [with_precision(text, args.precision) for text in args.backend or ["ort"]]
     candidates = probe(with_devices(texts, args.device or ()))
     bundle = bundle_for(args, candidates)
     if settings.rule.quality:
-        from bench.quality import require_judge
+        from bench.run.quality import require_judge
 
         require_judge(bundle.name)
     cells = make_cells(
@@ -72,7 +72,7 @@ def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
         guidance_modes=args.guidance_mode or (),
         low_memory=args.low_memory or [False],
     )
-    from bench.environment import collect, git_state, with_hardware
+    from bench.machine.environment import collect, git_state, with_hardware
 
     header = {
         "command": ["python", "-m", "bench.sweep", *shown(arguments)],
@@ -114,7 +114,7 @@ def bundle_columns(bundle: Bundle) -> dict[str, Any]:
 
 
 def reopened(args: argparse.Namespace) -> Sweep:
-    from bench.resume import reopen
+    from bench.run.resume import reopen
 
     rest = reopen(args)
     return Sweep(
@@ -145,7 +145,7 @@ class Sweep:
 
         So a drift of the machine (heat, a neighbour) meets every cell, not the last ones.
         """
-        from bench.plan import groups
+        from bench.run.plan import groups
 
         rounds = sorted({round_ for _, round_ in self.work})
         return [
@@ -157,7 +157,7 @@ class Sweep:
     # ---- --dry-run
 
     def describe(self) -> int:
-        from bench.plan import estimate, load_s, past_rows
+        from bench.run.plan import estimate, load_s, past_rows
 
         history = past_rows(self.out, self.header["environment"]["machine"])
         surveyed = None
@@ -189,10 +189,10 @@ class Sweep:
     # ---- the sweep itself
 
     def run(self, timeout_s: float, budget_s: float | None, roofline: bool) -> int:
-        from bench.cardrows import figures_apart
-        from bench.progress import Display
-        from bench.spawn import BudgetSpentError, Limits
-        from bench.store import create_run
+        from bench.rows.store import create_run
+        from bench.run.cardrows import figures_apart
+        from bench.run.progress import Display
+        from bench.run.spawn import BudgetSpentError, Limits
 
         deadline = None if budget_s is None else time.monotonic() + budget_s
         if self.old is None:
@@ -230,10 +230,10 @@ class Sweep:
         display: Display,
     ) -> None:
         """One group of cells in one round, each row on disk before the next cell is done."""
-        from bench.cardrows import figures_apart, with_image, without_worker
-        from bench.environment import git_state
-        from bench.roofline import of_row
-        from bench.spawn import BudgetSpentError, Job, results
+        from bench.limits.floors import of_row
+        from bench.machine.environment import git_state
+        from bench.run.cardrows import figures_apart, with_image, without_worker
+        from bench.run.spawn import BudgetSpentError, Job, results
 
         context = {"run": target.name, "bundle_hash": self.bundle.hash, **git_state()}
         surveyed = self.header.get("roofline")
@@ -277,7 +277,7 @@ class Sweep:
 
     def survey(self) -> dict[str, Any] | None:
         """The machine's ceilings and the parts' costs, or None where no cell computes here."""
-        from bench.roofline import survey_apart
+        from bench.limits.floors import survey_apart
 
         cells = [cell for cell, _ in self.work]
         devices = ("cpu", "cuda")
@@ -296,7 +296,8 @@ def unavailable(candidate: Candidate) -> dict[str, Any]:
 
 def conclude(target: Run, spent_budget_s: float | None) -> int:
     """Table, plot, and the list of what is not ok; the exit code."""
-    from bench import plot, table
+    from bench.show import latency as plot
+    from bench.show import table
 
     rows = target.rows()
     table.show(target, rows)

@@ -25,17 +25,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from bench import environment, stats
-from bench.cell import Cell
-from bench.measure import Measurement, PeakMemory, StopRule, inputs_of_call, measure
-from bench.power import Gauge, source_of
-from bench.store import MODELLED, OK, now_utc
+from bench.machine import environment
+from bench.machine.power import Gauge, source_of
+from bench.rows import stats
+from bench.rows.cell import Cell
+from bench.rows.store import MODELLED, OK, now_utc
+from bench.run.measure import Measurement, PeakMemory, StopRule, inputs_of_call, measure
 from core.errors import AddbenchError, PreconditionError
 from core.process import die_with_parent
 
 if TYPE_CHECKING:
     from backends.base import Backend
-    from backends.pipeline import Pipeline
+    from backends.pipeline.pipeline import Pipeline
     from export.bundle import Bundle
 
 PROTOCOL = 1
@@ -106,7 +107,7 @@ class Worker:
         environment.package("skimage.metrics")
 
         from backends.base import Shapes
-        from backends.recipe import Recipe
+        from backends.pipeline.recipe import Recipe
 
         self.bundle, self.backend, self.cells, self.rule = bundle, backend, cells, rule
         self.references = bundle.references()
@@ -125,7 +126,7 @@ class Worker:
 
     def load(self) -> dict[str, Any]:
         """Compile and load; the columns that all cells of this process share."""
-        from backends.child import compile_peak_mb, home_python
+        from backends.artifacts.child import compile_peak_mb, home_python
 
         self.pipe.prepare()
         artifacts = self.pipe.artifacts
@@ -193,7 +194,7 @@ class Worker:
 
     def quality(self, cell: Cell) -> dict[str, Any]:
         """What the judge reads from this cell's pictures of held-out captions."""
-        from bench.quality import measure_quality
+        from bench.run.quality import measure_quality
 
         fid = self.bundle.checkpoint().root / "fid"
         return measure_quality(self.pipe, cell, self.rule.quality, fid)
@@ -203,8 +204,8 @@ class Worker:
 
         References are of the model's own recipe; how guidance is computed changes no image.
         """
-        from backends.gate import gate_for, image_distance
-        from backends.recipe import make_recipe
+        from backends.check.gate import gate_for, image_distance
+        from backends.pipeline.recipe import make_recipe
 
         key, own = (cell.decoder, cell.steps), make_recipe(self.bundle)
         other = (cell.scheduler, cell.guidance) != (own.scheduler, own.guidance)
@@ -225,7 +226,7 @@ class Worker:
             "what": f"image 0 differs from torch FP32: PSNR {distance.psnr_db:.1f} dB, SSIM"
             f" {distance.ssim:.4f}",
             "why": f"the gate is {gate.psnr_db:g} dB and {gate.ssim:g}",
-            "next": f"`python -m backends parity ... --backend {cell.backend}` names the part",
+            "next": f"`addbench parity ... --backend {cell.backend}` names the part",
         }
         check = {"status": "mismatch", **found}
         return {"status": "mismatch", "image_check": check, "error": error}

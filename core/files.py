@@ -155,5 +155,5 @@ def require_disk(folder: Path, need_bytes: int, purpose: str) -> None:
         raise PreconditionError(
             f"{purpose} needs {need_bytes / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free",
             f"{existing} is the disk it would be written to",
-            "free some room (`python -m backends cache prune`) or set ADDBENCH_BUILD",
+            "free some room (`addbench cache prune`) or set ADDBENCH_BUILD",
         )

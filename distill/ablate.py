@@ -1,6 +1,6 @@
 """Table 1 of the paper in small: one student per choice, compared in direction with the paper's.
 
-python -m distill.ablate --base shapes
+addbench ablate --base shapes
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ CHOICES = (
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m distill.ablate", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="addbench ablate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="shapes")
     parser.add_argument("--base", help="run whose autoencoder, features and teacher are used")
     parser.add_argument("--share", type=float, default=0.2, help="of the student's iterations")

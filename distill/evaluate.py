@@ -1,7 +1,7 @@
 """Judge a model folder: prompt following on held-out captions, and FID, by steps.
 
-python -m distill.evaluate build/distill/shapes/shapes-turbo --steps 1,2,4
-python -m distill.evaluate build/distill/shapes/shapes-teacher --steps 50,4,1 --guidance 3
+addbench evaluate build/distill/shapes/shapes-turbo --steps 1,2,4
+addbench evaluate build/distill/shapes/shapes-teacher --steps 50,4,1 --guidance 3
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CAPTION_SEED = 7
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m distill.evaluate", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="addbench evaluate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path, help="folder in diffusers format")
     parser.add_argument("--steps", type=int_list, default=[1, 2, 4], help="comma list")
     parser.add_argument("--guidance", type=float, default=0.0, help="0: none")

@@ -229,7 +229,7 @@ def load_features(folder: Path, name: str) -> nn.Module:
         raise PreconditionError(
             f"there is no feature network {name!r} in {folder}",
             f"{name}.safetensors is missing",
-            "run `python -m distill.train --stage features`, or --stage fid",
+            "run `addbench train --stage features`, or --stage fid",
         )
     settings = read_json(folder / f"{name}.json")
     network: nn.Module = (PictureFeatures if name == "pictures" else FidFeatures)(**settings)

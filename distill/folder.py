@@ -174,7 +174,7 @@ def write_card(
         "    a large red circle on the left of a black background",
         "    a small blue star above a large white square on a gray background",
         "",
-        f"Trained from nothing by `python -m distill.train --preset {config.name}`, seed"
+        f"Trained from nothing by `addbench train --preset {config.name}`, seed"
         f" {config.seed}, written at git revision {record['git_revision']}; nothing in it comes"
         " from another model or from pictures of others. `training.json` has the whole"
         " configuration and the time of each stage, `training-log.jsonl` the losses,"

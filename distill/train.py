@@ -1,7 +1,7 @@
 """Train a model by adversarial diffusion distillation, every stage from nothing or one of them.
 
-python -m distill.train --preset shapes
-python -m distill.train --preset shapes --stage student --minutes 60
+addbench train --preset shapes
+addbench train --preset shapes --stage student --minutes 60
 accelerate launch -m distill.train --preset sdxl --device cuda --shard
 """
 
@@ -27,7 +27,7 @@ PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m distill.train", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="addbench train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="shapes", help="shapes, smoke, sdxl or a .toml file")
     parser.add_argument("--smoke", action="store_true", help="the same as --preset smoke")
     parser.add_argument("--stage", help="only this stage (default: all that are not finished)")

@@ -1,4 +1,4 @@
-"""`python -m export`: a checkpoint becomes a bundle. `python -m export verify PATH` checks one."""
+"""`addbench export`: a checkpoint becomes a bundle. `addbench verify PATH` checks one."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="python -m export",
+        prog="addbench export",
         description="Export a checkpoint to a bundle: one ONNX graph for each part.",
-        epilog="`python -m export verify PATH` hashes a bundle again.",
+        epilog="`addbench verify PATH` hashes a bundle again.",
     )
     parser.add_argument(
         "--model",
@@ -91,7 +91,7 @@ def _parser() -> Parser:
 
 def _verify_parser() -> Parser:
     parser = Parser(
-        prog="python -m export verify", description="Hash a bundle's files against its manifest."
+        prog="addbench verify", description="Hash a bundle's files against its manifest."
     )
     parser.add_argument("bundle", type=Path, metavar="PATH", help="the bundle's folder")
     return parser
@@ -163,8 +163,8 @@ def _build(
     target: Path,
     console: Console,
 ) -> None:
-    from export.checkpoint import open_request
     from export.request import require_size
+    from export.source.checkpoint import open_request
 
     named = "".join(f" + the terms of {lora.name}" for lora in request.loras)
     console.print(f"licence: {model.licence}{named}", soft_wrap=True, highlight=False)
@@ -250,7 +250,7 @@ def _parity(bundle: Path) -> int:
     if code:
         print(
             f"parity failed with exit code {code}: the bundle {bundle} is complete, its numbers are"
-            f" not vouched for\n  next: python -m backends parity {bundle}",
+            f" not vouched for\n  next: addbench parity {bundle}",
             file=sys.stderr,
         )
     return code if code >= 0 else EXIT_FAILED  # a negative one is a signal

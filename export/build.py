@@ -20,8 +20,8 @@ from core.errors import AddbenchError, PreconditionError
 from core.files import require_disk, sha256_file, staged_folder, write_json
 from core.memory import give_memory_back, require_memory
 from export.bundle import MANIFEST, SCHEMA, part_hash
-from export.checkpoint import Checkpoint
 from export.request import require_size
+from export.source.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Console

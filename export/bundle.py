@@ -19,11 +19,11 @@ from export.models import CONTEXT_PART, PARTS, Model
 if TYPE_CHECKING:
     import numpy as np
 
-    from export.checkpoint import Checkpoint
+    from export.source.checkpoint import Checkpoint
 
 SCHEMA = 1
 PARITY = "parity.json"
-"""The record of the comparison with torch; written by backends/parity.py."""
+"""The record of the comparison with torch; written by backends/check/parity.py."""
 MANIFEST = "manifest.json"
 WEIGHTS_ORDER = ("hub", "folder", "random")
 DTYPES = ("fp16", "fp32")
@@ -79,7 +79,7 @@ class Bundle:
         path = Path(path).absolute()
         if not (path / MANIFEST).is_file():
             raise PreconditionError(
-                f"{path} is not a bundle", f"it holds no {MANIFEST}", "make one: python -m export"
+                f"{path} is not a bundle", f"it holds no {MANIFEST}", "make one: addbench export"
             )
         try:
             manifest = read_json(path / MANIFEST)
@@ -232,7 +232,7 @@ class Bundle:
 
     def tokenizers(self) -> list[Any]:
         """One transformers CLIP tokenizer for each text encoder."""
-        from export.checkpoint import load_tokenizers
+        from export.source.checkpoint import load_tokenizers
 
         return load_tokenizers(self.model, self.path)
 
@@ -242,8 +242,8 @@ class Bundle:
             from export.graphless import drawn_checkpoint
 
             return drawn_checkpoint(self.model, self.manifest["source"]["seed"])
-        from export.checkpoint import reopen
         from export.request import require_unchanged
+        from export.source.checkpoint import reopen
 
         require_unchanged(self.manifest["request"])
         return reopen(self.model, self.manifest["source"], self.dtype)
@@ -264,7 +264,7 @@ class Bundle:
                 raise AddbenchError(
                     f"the reference image {index.parent / entry['file']} has changed",
                     "its hash is not the one in reference.json",
-                    f"draw it again: python -m backends parity {self.path}",
+                    f"draw it again: addbench parity {self.path}",
                 )
             decoder, _, steps = key.rpartition("-")
             images[decoder, int(steps)] = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
@@ -335,7 +335,7 @@ def _export_command(
     name, _, lora = model.partition("+")
     if weights is None:
         weights = default_weights(MODELS[name]) if name in MODELS else "hub"
-    words = f"python -m export --model {name} --weights {weights} --dtype {dtype or 'fp16'}"
+    words = f"addbench export --model {name} --weights {weights} --dtype {dtype or 'fp16'}"
     words += f" --size {size_text(size)}" if size else ""
     return words + (f" --lora FILE (with the weights called {lora})" if lora else "")
 

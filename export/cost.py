@@ -36,7 +36,7 @@ from export.models import CONTEXT_PART
 if TYPE_CHECKING:
     import onnx
 
-    from export.checkpoint import Checkpoint
+    from export.source.checkpoint import Checkpoint
 
 KINDS = ("linear", "conv", "attention")
 BUDGET = Path(__file__).with_name("budget.csv")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from core.files import sha256_file, sha256_json, staged_folder, write_json
 from export.build import Plan, check_sizes, pipeline_entry, torch_dtype
 from export.bundle import MANIFEST, SCHEMA
-from export.checkpoint import Checkpoint, open_checkpoint
 from export.models import Model
+from export.source.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class DrawnCheckpoint(Checkpoint):
         import torch
         from torch import nn
 
-        from export.random_weights import draw_in_place
+        from export.source.random_weights import draw_in_place
 
         with torch.device(device):
             module = self.construct(part).requires_grad_(False)

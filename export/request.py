@@ -11,8 +11,8 @@ from typing import Any
 
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT, read_json, sha256_json
-from export.layout import FOLDERS, CheckpointError
 from export.models import MODELS, SOLVERS, Model
+from export.source.layout import FOLDERS, CheckpointError
 
 HUB_ID = re.compile(
     r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<file>[\w./-]+\.safetensors))?(@(?P<revision>[\w./-]+))?"

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from core.files import ROOT
 from export.bundle import Bundle
-from export.checkpoint import open_checkpoint
 from export.models import MODELS
+from export.source.checkpoint import open_checkpoint
 
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in
                                ("models", "cpu", "nvidia", "few-step"))]  # fmt: skip
@@ -31,7 +31,7 @@ ELSEWHERE = {
     "make test": "the test runs inside it",
     "make test-slow": "the test may run inside it",
     "make lint": "run by the CI script before the tests",
-    "python -m bench.gpu_check": "up to its refusal below; without a GPU in its own tests",
+    "addbench gpu-check": "up to its refusal below; without a GPU in its own tests",
 }
 """Commands that some other run covers."""
 
@@ -56,7 +56,7 @@ STAND_INS = {
     r"(?<=-m export )(?=--)": "--no-parity ",
     r"^(make export .*)$": r"\1 EXPORT_FLAGS=--no-parity",
     # What is not here: planned for something that is. The refusals are tested below.
-    r"(?<=bench.sweep )(.*)--backend trt(?= |$)": r"\1--backend null --dry-run",
+    r"(?<=addbench sweep )(.*)--backend trt(?= |$)": r"\1--backend null --dry-run",
     r"--backend torch:device=cuda,(\S+)": r"--backend torch:device=cpu,\1 --dry-run",
     r"--backend trt:precision=fp8(?= |$)": "--backend trt:precision=fp8 --dry-run",
     r"^pip install --extra-index-url \S+": f"{shlex.quote(sys.executable)} -m pip install "
@@ -189,7 +189,7 @@ def test_what_the_text_names_exists() -> None:
     modules = set(
         re.findall(r"(?:^|; |-m )((?:bench|backends|export|distill)[.\w]*)(?= |$)", spans)
     )
-    assert {"bench.loading", "bench.compare", "backends"} <= modules
+    assert {"bench.harness.loading", "bench.verdict.compare", "backends"} <= modules
     assert not [name for name in modules if importlib.util.find_spec(name) is None]
     verbs = set(re.findall(r"\bmake ([\w-]+)", spans))
     assert {"publish", "env-optimum"} <= verbs

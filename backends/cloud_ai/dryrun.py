@@ -102,7 +102,7 @@ def write(
             write_atomic(folder / job.spec.io_list, io_list(job.buffers))
     if bundle is not None:
         write_graphs(backend, bundle, jobs, folder)
-    export = f"python -m export --model {model} --dtype fp32"
+    export = f"addbench export --model {model} --dtype fp32"
     missing = ("this dry run was made without a bundle", f"{export}, then the dry run again")
     if bundle is not None:
         missing = ("the dry run wrote it", "copy the whole folder again")

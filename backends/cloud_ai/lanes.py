@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from backends.base import Session, Shapes, UnsupportedError
-from backends.output import Output, Timings
-from backends.pipeline import Pipeline
-from backends.prompts import check_prompts, check_seeds
+from backends.pipeline.output import Output, Timings
+from backends.pipeline.pipeline import Pipeline
+from backends.pipeline.prompts import check_prompts, check_seeds
 
 if TYPE_CHECKING:
+    from backends.pipeline.recipe import Recipe
     from backends.qaic import QaicBackend
-    from backends.recipe import Recipe
     from export.bundle import Bundle
 
 FEWEST_CALLS = 3

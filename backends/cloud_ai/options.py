@@ -9,7 +9,7 @@ from backends.base import Option
 from backends.cloud_ai.presets import CORES, SPLITS
 from backends.cloud_ai.probe import RUNTIMES
 from backends.cloud_ai.spec import DIALECTS
-from backends.devices import devices as known_devices
+from core.devices import devices as known_devices
 from core.errors import PreconditionError
 
 OPTIONS: Mapping[str, Option] = {
@@ -53,7 +53,7 @@ def parse_devices(text: str) -> tuple[int, ...]:
         raise PreconditionError(
             f"qaic:device={text} is the name of a modelled card",
             "this option takes ids of real devices, and neither stands in for the other",
-            f"python -m bench.sweep --backend qaic --device {text} models it; qaic:device=0 runs",
+            f"addbench sweep --backend qaic --device {text} models it; qaic:device=0 runs",
         )
     cards = [card.name for card in known_devices().values() if card.name.startswith("ai100-")]
     found: list[int] = []

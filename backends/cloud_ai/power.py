@@ -19,7 +19,7 @@ from pathlib import Path
 
 from backends.cloud_ai.presets import SKUS
 from backends.cloud_ai.probe import PCI_DEVICES, Card, Findings
-from backends.devices import Device, devices
+from core.devices import Device, devices
 
 MICRO, MILLI = 1e-6, 1e-3
 

@@ -30,8 +30,8 @@ READY = "Ready"
 RUNTIMES = ("qaic", "qaicrt", "ep")
 """Python module qaic, Python module qaicrt, ONNX Runtime's QAicExecutionProvider."""
 MODELLED = (
-    "without a card: `python -m backends compile --backend qaic --dry-run` writes the commands, "
-    "`python -m bench.sweep --backend qaic --device ai100-ultra` models one"
+    "without a card: `addbench compile --backend qaic --dry-run` writes the commands, "
+    "`addbench sweep --backend qaic --device ai100-ultra` models one"
 )
 
 

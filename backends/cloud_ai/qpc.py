@@ -36,7 +36,7 @@ def read_header(folder: Path) -> Header:
         QpcError: it is missing, cut, not a QPC, or of another format version.
     """
     file = folder / FILE
-    again = "`python -m backends cache verify`, then compile it again"
+    again = "`addbench cache verify`, then compile it again"
     try:
         with file.open("rb") as opened:
             head = opened.read(HEADER.size)

@@ -76,7 +76,7 @@ class QaicSession(Session):
                 raise BackendError(
                     f"the program of {self.part} has other buffers than the part",
                     f"the part has {spec.name} {list(shape)}, the program has {has}",
-                    "`python -m backends cache prune --max-gb 0`, then compile it again",
+                    "`addbench cache prune --max-gb 0`, then compile it again",
                 )
             found[spec.name] = replace(spec, shape=shape, dtype=buffer.dtype.name)
         return found
@@ -114,7 +114,7 @@ class QaicSession(Session):
         return BackendError(
             f"device {device} failed {doing} {self.part}",
             words,
-            "`python -m backends cache verify`; try another runtime with qaic:runtime=...",
+            "`addbench cache verify`; try another runtime with qaic:runtime=...",
         )
 
     def close(self) -> None:

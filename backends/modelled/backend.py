@@ -14,13 +14,13 @@ from backends.base import (
     Session,
     UnsupportedError,
 )
-from backends.devices import Device, devices
+from core.devices import Device, devices
 from export.lower import CANONICAL, Profile
 
 if TYPE_CHECKING:
     from backends.modelled.card import Call
-    from backends.pipeline import Pipeline
-    from backends.recipe import Recipe
+    from backends.pipeline.pipeline import Pipeline
+    from backends.pipeline.recipe import Recipe
     from export.bundle import Bundle
 
 VENDOR = "Qualcomm"

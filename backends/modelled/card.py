@@ -24,8 +24,8 @@ from functools import cache
 import numpy as np
 
 from backends.base import UnsupportedError
-from backends.devices import Device
 from backends.modelled.fit import DDR, KINDS, Vector, factor, fits
+from core.devices import Device
 from export.cost import Cost
 
 SPLITS = ("pipelines", "batch", "parts")

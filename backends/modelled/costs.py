@@ -38,7 +38,7 @@ def known_costs(model: str, size: tuple[int, int]) -> Mapping[str, Cost]:
 
 
 def traced_costs(model: str, size: tuple[int, int]) -> Mapping[str, Cost]:
-    from export.checkpoint import open_checkpoint
+    from export.source.checkpoint import open_checkpoint
 
     entry = find_model(model)
     checkpoint = open_checkpoint(entry, "random")

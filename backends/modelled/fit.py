@@ -46,7 +46,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from backends.devices import devices
+from core.devices import devices
 
 DATA = Path(__file__).with_name("data")
 MEASURED, ARCHITECTURES = DATA / "ai100_standard_measured.csv", DATA / "architectures.csv"

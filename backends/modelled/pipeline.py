@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
+from backends.artifacts.cache import ArtifactCache
 from backends.base import Shapes
-from backends.cache import ArtifactCache
 from backends.modelled.card import estimate
 from backends.modelled.costs import bundle_costs
 from backends.onnxrt import operators
 from backends.ort import OrtBackend
-from backends.output import Output, Timings
-from backends.pipeline import Pipeline
-from backends.prompts import check_prompts, check_seeds
-from backends.recipe import Recipe, check_steps
+from backends.pipeline.output import Output, Timings
+from backends.pipeline.pipeline import Pipeline
+from backends.pipeline.prompts import check_prompts, check_seeds
+from backends.pipeline.recipe import Recipe, check_steps
 from core.files import ROOT, read_json, sha256_file, sha256_json, write_json
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 IMAGE, FACTS = "image.npy", "facts.json"
 CODE = (
     "backends/modelled/pipeline.py",
-    "backends/pipeline.py",
+    "backends/pipeline/pipeline.py",
     "backends/ort.py",
     *(str(source.relative_to(ROOT)) for source in operators.SOURCES),
 )

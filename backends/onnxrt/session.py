@@ -104,5 +104,5 @@ def translate(error: Exception, doing: str, library: str = "onnxruntime") -> Bac
             "use a smaller batch, or close other programs",
         )
     return BackendError(
-        f"{library} failed {doing}", text[:2000], "`python -m backends cache verify`, then retry"
+        f"{library} failed {doing}", text[:2000], "`addbench cache verify`, then retry"
     )

@@ -139,7 +139,7 @@ def quantise(job: Mapping[str, Any], graph: Path, out: Path) -> None:
 
 def depends_on(bundle: Bundle) -> dict[str, str]:
     """Layers are measured on an image of the whole bundle, by the code here."""
-    from backends.cache import compiler_code
+    from backends.artifacts.cache import compiler_code
 
     code = compiler_code("backends.ort", "backends.onnxrt", __name__, "export.quantize")
     return {"bundle": bundle.hash, "code": code}

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.base import Artifact, Session, Shapes
+from backends.check.parity import SEED
 from backends.onnxrt.session import session_options, translate
 from backends.ort import MODEL, OrtBackend
-from backends.parity import SEED
 from core.memory import give_memory_back
 from export.lower import CPU, lower, storage
 from export.quantize import Scheme
@@ -25,7 +25,7 @@ from export.quantize.measure import Sample, add_probes, relative_errors, samples
 if TYPE_CHECKING:
     import torch
 
-    from backends.pipeline import Pipeline
+    from backends.pipeline.pipeline import Pipeline
     from export.bundle import Bundle
 
 STEPS = 4

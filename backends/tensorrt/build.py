@@ -69,8 +69,7 @@ def parse(network: trt.INetworkDefinition, graph: Path, log: Log) -> None:
         raise BackendError(
             f"TensorRT {trt.__version__} cannot read the graph {graph.name}",
             parser_errors(parser),
-            "try trt:attention=matmul, or a newer TensorRT; `python -m export verify` checks the"
-            " bundle",
+            "try trt:attention=matmul, or a newer TensorRT; `addbench verify` checks the bundle",
         )
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from backends.base import BackendError
-from backends.nvidia import first_cause, memory_errors
+from backends.nvidia.gpu import first_cause, memory_errors
 
 
 class CudaDevice:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib.util
 
 from backends.base import Capability, UnavailableError
-from backends.nvidia import installed, torch_cuda
-from backends.tensorrt.gpu import Gpu, NoGpu, driver_problem, find_gpu
+from backends.nvidia.driver import Gpu, NoGpu, driver_problem, find_gpu
+from backends.nvidia.gpu import installed, torch_cuda
 from core.errors import PreconditionError
-from export.modelopt import modelopt_version
+from export.quantize.modelopt import modelopt_version
 
 OLDEST = (10, 1)
 """Activation memory by `set_device_memory(address, size)` came with 10.1."""
@@ -30,9 +30,7 @@ INSTALL = (
     " nvcr.io/nvidia/pytorch:<tag>-py3 (PyTorch and TensorRT) or nvcr.io/nvidia/tensorrt:<tag>-py3"
     " (TensorRT and trtexec)"
 )
-DRY_RUN = (
-    "without one: `python -m backends compile --backend trt --dry-run` prints trtexec's commands"
-)
+DRY_RUN = "without one: `addbench compile --backend trt --dry-run` prints trtexec's commands"
 INSTALL_TORCH = "pip uninstall -y torch && pip install torch: its default build for Linux has CUDA"
 
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backends.artifacts.halves import form_of
 from backends.base import Shapes
-from backends.halves import form_of
 from backends.tensorrt.probe import ATTENTION, GROUP_NORM
 from core.errors import PreconditionError
 from export.lower import Profile
@@ -178,7 +178,7 @@ def lower_command(
     code = "from pathlib import Path; from export.lower import Profile, lower; "
     if scales is not None:
         pairs = out.parent / PAIRS / out.name
-        code += f"from export.qdq import insert; insert({path(graph)}, {path(scales)}, "
+        code += f"from export.quantize.qdq import insert; insert({path(graph)}, {path(scales)}, "
         code += f"{path(pairs)}); "
         graph = pairs
     return ["python", "-c", code + f"lower({path(graph)}, Profile({asked}), {path(out)})"]
@@ -191,7 +191,8 @@ def scales_command(graph: Path, scheme: str, calibration: Path, folder: Path) ->
         for index, text in enumerate((str(graph), scheme, str(calibration), str(folder)))
     )
     code = (
-        f"from pathlib import Path; from export.modelopt import make_scales; make_scales({asked})"
+        "from pathlib import Path; from export.quantize.modelopt import make_scales;"
+        f" make_scales({asked})"
     )
     return ["python", "-c", code]
 

@@ -74,7 +74,7 @@ class Binding:
             done = self._context.execute_async_v3(stream)
         if not done:
             raise self._log.failure(
-                "TensorRT did not run the plan", "`python -m backends cache verify`, then retry"
+                "TensorRT did not run the plan", "`addbench cache verify`, then retry"
             )
 
     def launch(self) -> None:
@@ -229,7 +229,7 @@ def refit(engine: trt.ICudaEngine, graph: Path, log: Log) -> None:
         raise BackendError(
             "TensorRT cannot put the weights back into the plan",
             parser_errors(parser),
-            "use trt:refit=0; `python -m export verify` checks the bundle",
+            "use trt:refit=0; `addbench verify` checks the bundle",
         )
     if not refitter.refit_cuda_engine():
         missing = ", ".join(refitter.get_missing_weights()[:8])

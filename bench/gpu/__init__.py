@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu_check` is made of.
+"""What `addbench gpu-check` is made of.
 
 checks.py    the child process on the device: runs the three below, writes what they give
 sanity.py    the device, what it can do at most, whether a captured graph does what it should

@@ -1,4 +1,4 @@
-"""The child process of `python -m bench.gpu_check`: everything that touches the device itself.
+"""The child process of `addbench gpu-check`: everything that touches the device itself.
 
 A JSON job on stdin; each stage's result goes to the job's `out` as soon as it is there, so that a
 stage which takes the process down costs only itself and what comes after it.

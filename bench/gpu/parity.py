@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.gate import GATES
-from backends.parity import SEED, seeded_inputs
+from backends.check.gate import GATES
+from backends.check.parity import SEED, seeded_inputs
 from bench.gpu.checks import Job, Result
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from backends.pipeline import Pipeline
+    from backends.pipeline.pipeline import Pipeline
 
     Image = NDArray[np.uint8]
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.parity import SEED, seeded_inputs
+from backends.check.parity import SEED, seeded_inputs
 from bench.gpu.checks import Job, Result
 from bench.gpu.parity import opened
 
 if TYPE_CHECKING:
-    from backends.pipeline import Pipeline
+    from backends.pipeline.pipeline import Pipeline
     from export.bundle import Bundle
 
 CALLS = 5
@@ -105,8 +105,8 @@ def floor_of(
     milliseconds: float,
 ) -> dict[str, Any]:
     """GFLOP, what bounds the part, its floor by the ceilings measured here, and the share of it."""
-    from bench.ceilings import Ceilings
-    from bench.roofline import floor
+    from bench.limits.floors import floor
+    from bench.machine.ceilings import Ceilings
     from export.cost import part_cost_at
 
     cost = part_cost_at(bundle.checkpoint(), part, batch, *bundle.size, dtype)

@@ -1,4 +1,4 @@
-"""What `python -m bench.gpu_check` found, as text: checks, goals, and where the time goes."""
+"""What `addbench gpu-check` found, as text: checks, goals, and where the time goes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.cell import Cell
-from bench.columns import Column, grid
-from bench.store import Row, Run, is_timed
+from bench.rows.cell import Cell
+from bench.rows.store import Row, Run, is_timed
+from bench.show.columns import Column, grid
 from export.models import PARTS
 
 GOAL_DEVICE, GOAL_MODEL, GOAL_SIZE = "h200-sxm", "sdxl-turbo", "512x512"
@@ -63,7 +63,7 @@ class Reached:
 
 def goals(rows: Sequence[Row], device: str) -> list[Reached]:
     """Every goal beside the fastest cell that is ok; `device`: as its driver calls it."""
-    from backends.devices import identify
+    from core.devices import identify
 
     known = identify(device)
     found = []
@@ -162,9 +162,9 @@ def verdict(one: Reached) -> str:
 
 def claims_text(target: Run) -> list[str]:
     """What was published for NVIDIA hardware, judged with the rows of this run beside it."""
-    from backends.devices import devices
-    from bench.claims import figure, findings, near_text
-    from bench.ledger import measured, read_claims
+    from bench.limits.claims import figure, findings, near_text
+    from bench.limits.ledger import measured, read_claims
+    from core.devices import devices
 
     known = devices()
     claims = [

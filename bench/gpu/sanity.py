@@ -47,7 +47,7 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def ceilings(job: Job) -> dict[str, Any]:
-    from bench.ceilings import Ceilings, copy_rate, measure_dtype, measure_gpu
+    from bench.machine.ceilings import Ceilings, copy_rate, measure_dtype, measure_gpu
 
     seconds = QUICK_S if job.quick else None
     if job.device == "cuda":

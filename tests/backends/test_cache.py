@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from backends import cache as module
+from backends.artifacts import cache as module
+from backends.artifacts.cache import ENTRY, ArtifactCache, disk_bytes
 from backends.base import Shapes, parse_backend
-from backends.cache import ENTRY, ArtifactCache, disk_bytes
 from core.files import ROOT
 from export.bundle import Bundle
 
@@ -207,7 +207,7 @@ def test_weights_are_not_copied_for_another_batch_or_level(
 RACER = """
 import sys, time
 from pathlib import Path
-from backends.cache import ArtifactCache
+from backends.artifacts.cache import ArtifactCache
 def make(folder):
     with open(Path(sys.argv[1]) / "made", "a") as log:
         log.write("x")

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from backends.base import Backend, Session, UnsupportedError, parse_backend
-from backends.calibrate import CallRecorder, main, record, rows
+from backends.commands.calibrate import CallRecorder, main, record, rows
 from backends.ort import OrtBackend
 from core.cli import run as shell
 from core.errors import PreconditionError
 from export.bundle import Bundle, Spec
-from export.calibrate import META, Calibration, calibration_path
+from export.quantize.calibration import META, Calibration, calibration_path
 
 PLAIN = {"graph": "canonical", "threads": "1"}
 PROMPTS = ["a fox", "a hen", "a cow"]

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from backends.base import BackendError, OutOfMemoryError, Shapes, UnsupportedError, parse_backend
-from backends.captured import DevicePipeline
-from backends.gate import image_distance
-from backends.pipeline import Pipeline
-from backends.recipe import Recipe
+from backends.check.gate import image_distance
+from backends.pipeline.captured import DevicePipeline
+from backends.pipeline.pipeline import Pipeline
+from backends.pipeline.recipe import Recipe
 from core.errors import AddbenchError
 from core.files import ROOT
 from export.bundle import Bundle

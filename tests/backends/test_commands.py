@@ -29,7 +29,7 @@ def test_listing_says_what_can_be_used() -> None:
 def test_generate_writes_a_png_that_says_what_made_it(tiny_bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "pig.png"
     done = command(
-        "backends.generate", "an origami pig on fire", "--model", str(tiny_bundle.path),
+        "backends.commands.image", "an origami pig on fire", "--model", str(tiny_bundle.path),
         "--backend", "ort", "--steps", "2", "--seed", "7", "--out", str(out),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -50,11 +50,11 @@ def test_generate_writes_a_png_that_says_what_made_it(tiny_bundle: Bundle, tmp_p
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["backends.generate", "x", "--out", "x.gif"], 2, "not a PNG"),
-        (["backends.generate", "x", "--steps", "0"], 2, "less than 1"),
-        (["backends.generate", "x", "--backend", "tpu"], 2, "no backend called"),
-        (["backends.generate", "x", "--model", "no-such"], 2, "next:"),
-        (["backends.generate", "x", "--decoder", "gan"], 2, "next:"),
+        (["backends.commands.image", "x", "--out", "x.gif"], 2, "not a PNG"),
+        (["backends.commands.image", "x", "--steps", "0"], 2, "less than 1"),
+        (["backends.commands.image", "x", "--backend", "tpu"], 2, "no backend called"),
+        (["backends.commands.image", "x", "--model", "no-such"], 2, "next:"),
+        (["backends.commands.image", "x", "--decoder", "gan"], 2, "next:"),
         (["backends", "compile", "--batch", "0"], 2, "at least 1"),
         (["backends", "cache", "prune", "--max-gb", "-1"], 2, "negative"),
         (["backends", "parity", "/no/such/place"], 2, "next:"),
@@ -73,7 +73,8 @@ def test_mistakes_are_answered(
 
 
 @pytest.mark.parametrize(
-    "module", ["backends", "backends.generate", "backends.calibrate", "export", "bench.sweep"]
+    "module",
+    ["backends", "backends.commands.image", "backends.commands.calibrate", "export", "bench.sweep"],
 )
 def test_help_is_quick_and_imports_nothing_heavy(module: str) -> None:
     code = (

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from backends.__main__ import main
+from backends.artifacts.cache import ArtifactCache
 from backends.base import Shapes, UnsupportedError, parse_backend
-from backends.cache import ArtifactCache
-from backends.captured import DevicePipeline
-from backends.gate import image_distance
-from backends.pipeline import Pipeline, load_pipeline
-from backends.recipe import Recipe
+from backends.check.gate import image_distance
+from backends.pipeline.captured import DevicePipeline
+from backends.pipeline.pipeline import Pipeline, load_pipeline
+from backends.pipeline.recipe import Recipe
 from core.cli import run as shell
 from core.errors import PreconditionError
 from export.bundle import Bundle
@@ -189,7 +189,7 @@ def test_what_cannot_be_split_is_refused() -> None:
 @pytest.mark.slow
 def test_tiny_sd_and_its_parity_in_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model without pooled embeddings that encodes the empty prompt, from export to image."""
-    from backends.parity import check
+    from backends.check.parity import check
     from export.__main__ import main as export
 
     monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))

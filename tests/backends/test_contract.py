@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from backends import BACKENDS
+from backends.artifacts.halves import HALVES
 from backends.base import BackendError, Shapes, UnavailableError, each_backend, parse_backend
-from backends.gate import gate_for, image_distance
-from backends.halves import HALVES
-from backends.pipeline import Pipeline, load_pipeline
+from backends.check.gate import gate_for, image_distance
+from backends.pipeline.pipeline import Pipeline, load_pipeline
 from core.errors import PreconditionError
 from export.bundle import Bundle
 from export.lower.context import PROMPT

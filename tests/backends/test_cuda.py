@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 
-from backends import cuda, nvidia
+from backends import cuda
 from backends.base import (
     BackendError,
     OutOfMemoryError,
@@ -24,9 +24,10 @@ from backends.base import (
     UnsupportedError,
     parse_backend,
 )
+from backends.check.parity import seeded_inputs
 from backends.cuda import BoundSession, open_session, provider_options, require_on_device
-from backends.parity import seeded_inputs
-from backends.tensorrt.gpu import Gpu, NoGpu
+from backends.nvidia import gpu as nvidia
+from backends.nvidia.driver import Gpu, NoGpu
 from core.errors import PreconditionError
 from export.bundle import Bundle
 from export.lower import lower

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.base import UnsupportedError
-from backends.conditioning import takes_generator
-from backends.linear import TOLERANCE, Schedule, read_schedule, relative
+from backends.pipeline.conditioning import takes_generator
+from backends.pipeline.linear import TOLERANCE, Schedule, read_schedule, relative
 from export.models import SCHEDULERS
 
 SDXL = {

@@ -18,9 +18,9 @@ from backends.base import (
     UnsupportedError,
     parse_backend,
 )
-from backends.generate import main as generate
-from backends.pipeline import Pipeline, load_pipeline
-from backends.recipe import Recipe
+from backends.commands.image import main as generate
+from backends.pipeline.pipeline import Pipeline, load_pipeline
+from backends.pipeline.recipe import Recipe
 from core.cli import run as shell
 from export.bundle import Bundle
 from export.models import SCHEDULERS

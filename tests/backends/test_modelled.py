@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.base import BackendError, Capability, Shapes, UnsupportedError, parse_backend
-from backends.devices import Device, devices
 from backends.modelled import fit
 from backends.modelled.backend import ModelledBackend, modelled
 from backends.modelled.card import (
@@ -32,7 +31,8 @@ from backends.modelled.card import (
 )
 from backends.modelled.costs import bundle_costs, known_costs
 from backends.modelled.pipeline import to_half
-from backends.pipeline import load_pipeline
+from backends.pipeline.pipeline import load_pipeline
+from core.devices import Device, devices
 from core.errors import PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
@@ -98,7 +98,7 @@ def test_the_fit_knows_nothing_of_the_claim_it_is_to_explain(
 ) -> None:
     """Nothing that was published about SDXL-Turbo or an Ultra is among its inputs; and with any
     other figure in the ledger it is the same."""
-    from bench import ledger
+    from bench.limits import ledger
 
     text = "".join(file.read_text().lower() for file in fit.DATA.iterdir())
     for word in ("sdxl", "diffusion", "ultra"):
@@ -346,7 +346,7 @@ def test_images_are_near_the_reference_and_made_once(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second card, and the second split, take them from the cache: no session is opened."""
-    from backends.gate import gate_for, image_distance
+    from backends.check.gate import gate_for, image_distance
     from backends.modelled import pipeline
 
     other = secrets.randbelow(2**62)  # so no earlier run has made it

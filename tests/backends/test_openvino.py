@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from backends import openvino
+from backends.artifacts.cache import ArtifactCache
+from backends.artifacts.child import compile_peak_mb
 from backends.base import (
     Artifact,
     BackendError,
@@ -18,10 +20,8 @@ from backends.base import (
     UnsupportedError,
     parse_backend,
 )
-from backends.cache import ArtifactCache
-from backends.child import compile_peak_mb
-from backends.gate import GATES, gate_for, image_distance
-from backends.pipeline import load_pipeline
+from backends.check.gate import GATES, gate_for, image_distance
+from backends.pipeline.pipeline import load_pipeline
 from core.errors import PreconditionError
 from export.bundle import Bundle
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from backends import optimum
+from backends.artifacts.child import HOME_PYTHON
 from backends.base import Artifact, Shapes, UnavailableError, UnsupportedError, parse_backend
-from backends.child import HOME_PYTHON
-from backends.recipe import Recipe
-from bench.store import open_run
+from backends.pipeline.recipe import Recipe
+from bench.rows.store import open_run
 from bench.sweep import main as sweep
 from core.errors import PreconditionError
 from export.bundle import Bundle
-from export.checkpoint import tokenizer_names
+from export.source.checkpoint import tokenizer_names
 
 usable = parse_backend("optimum").probe().usable
 

@@ -12,9 +12,9 @@ import pytest
 
 from backends import ort
 from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
-from backends.gate import gate_for, image_distance
+from backends.check.gate import gate_for, image_distance
 from backends.onnxrt import operators, session
-from backends.pipeline import load_pipeline
+from backends.pipeline.pipeline import load_pipeline
 from core.errors import PreconditionError
 from export.bundle import Bundle
 

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.gate import GATES, ImageDistance, gate_for, image_distance
-from backends.parity import FP16_MAX, verdict
-from backends.pipeline import load_pipeline
-from backends.watch import Watch
+from backends.check.gate import GATES, ImageDistance, gate_for, image_distance
+from backends.check.parity import FP16_MAX, verdict
+from backends.check.watch import Watch
+from backends.pipeline.pipeline import load_pipeline
 from core.errors import AddbenchError
 from export.bundle import Bundle
 
@@ -110,7 +110,7 @@ def test_the_gate_is_that_of_the_coarser_dtype() -> None:
 
 
 def test_parity_on_record_is_not_run_again(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    from backends.parity import check
+    from backends.check.parity import check
 
     said: list[str] = []
     check(tiny_bundle, "ort", say=said.append)
@@ -121,7 +121,8 @@ def test_parity_on_record_is_not_run_again(tiny_bundle: Bundle, tmp_path: Path) 
 def test_parity_of_other_compiler_code_is_run_again(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from backends import cache, parity
+    from backends.artifacts import cache
+    from backends.check import parity
 
     monkeypatch.setattr(cache, "compiler_code", lambda *modules: "another")
     monkeypatch.setattr(parity, "walk", lambda *job: pytest.fail("walks", pytrace=False))

@@ -76,7 +76,7 @@ def test_without_bundle_and_sdk_everything_but_the_graphs_is_there(
     no_graph = sh(script, "compile", make_sdk(empty / "sdk"))
     assert no_graph.returncode == 2
     assert "onnx/text_encoder-batch1/model.onnx is missing" in no_graph.stderr
-    assert "python -m export --model sdxl-turbo" in no_graph.stderr
+    assert "addbench export --model sdxl-turbo" in no_graph.stderr
     assert sh(script, "dance", empty).returncode == 2
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from backends.__main__ import main
+from backends.artifacts.cache import ENTRY
 from backends.base import (
     BackendError,
     OutOfMemoryError,
@@ -28,15 +29,14 @@ from backends.base import (
     UnsupportedError,
     parse_backend,
 )
-from backends.cache import ENTRY
+from backends.check.gate import gate_for, image_distance
 from backends.cloud_ai import probe, runtimes
 from backends.cloud_ai.compiler import FlagError
 from backends.cloud_ai.session import DeviceLostError
-from backends.gate import gate_for, image_distance
-from backends.pipeline import load_pipeline
+from backends.pipeline.pipeline import load_pipeline
 from backends.qaic import QaicBackend
-from bench.cell import Cell
-from bench.measure import StopRule, inputs_of_call
+from bench.rows.cell import Cell
+from bench.run.measure import StopRule, inputs_of_call
 from bench.worker import Reporter, Worker
 from core.files import build_root, read_json, sha256_file, write_json
 from export.bundle import Bundle

@@ -18,13 +18,13 @@ import torch
 from backends import qnn
 from backends.__main__ import main as backends_main
 from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
-from backends.parity import seeded_inputs
-from backends.pipeline import Pipeline
-from bench.compare import gather, judge
-from bench.rows import smaller_is_better
-from bench.store import FIGURES, NUMERICS, Run, check_row, open_run
+from backends.check.parity import seeded_inputs
+from backends.pipeline.pipeline import Pipeline
+from bench.rows.store import FIGURES, NUMERICS, Run, check_row, open_run
+from bench.show.export import smaller_is_better
+from bench.show.table import EMULATED_WORDS, markdown
 from bench.sweep import main as sweep_main
-from bench.table import EMULATED_WORDS, markdown
+from bench.verdict.compare import gather, judge
 from core.errors import EXIT_OK, AddbenchError, PreconditionError
 from export.bundle import Bundle
 from export.lower import CANONICAL

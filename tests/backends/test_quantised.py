@@ -15,14 +15,14 @@ from filelock import FileLock
 
 from backends import ort
 from backends.__main__ import main as backends_main
+from backends.artifacts.cache import ArtifactCache
 from backends.base import Artifact, BackendError, Shapes, UnsupportedError, parse_backend
-from backends.cache import ArtifactCache
-from backends.gate import GATES, gate_for, image_distance
-from backends.generate import main as generate_main
-from backends.parity import record_name, report
-from backends.pipeline import load_pipeline
-from backends.precision import RANDOM_WORDS, with_precision
+from backends.check.gate import GATES, gate_for, image_distance
+from backends.check.parity import record_name, report
+from backends.commands.image import main as generate_main
+from backends.pipeline.pipeline import load_pipeline
 from backends.quantised import RECORD
+from backends.quantised.precision import RANDOM_WORDS, with_precision
 from bench.sweep import main as sweep_main
 from core.errors import PreconditionError
 from core.files import ROOT

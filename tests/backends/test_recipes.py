@@ -20,13 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backends.base import Shapes, UnsupportedError, parse_backend
-from backends.conditioning import guidance_embedding
-from backends.gate import image_distance
-from backends.pipeline import Pipeline
-from backends.recipe import Recipe, check_steps, make_recipe
+from backends.check.gate import image_distance
+from backends.pipeline.conditioning import guidance_embedding
+from backends.pipeline.pipeline import Pipeline
+from backends.pipeline.recipe import Recipe, check_steps, make_recipe
 from core.errors import PreconditionError
 from export.bundle import Bundle
-from export.checkpoint import ARCHITECTURES
 from export.graphless import write_graphless
 from export.models import (
     CONTEXT_PART,
@@ -38,6 +37,7 @@ from export.models import (
     TINY_SDXL,
     Model,
 )
+from export.source.checkpoint import ARCHITECTURES
 
 PROMPTS = ["a small red circle", "a large blue star on a white background"]
 SEEDS = [3, 4]
@@ -336,7 +336,7 @@ def test_generate_takes_the_recipe_and_refuses_what_does_not_fit(
 ) -> None:
     from PIL import Image
 
-    from backends.generate import main
+    from backends.commands.image import main
 
     def draw(model: Model, *flags: str) -> int:
         where = ["--model", str(make(model).path), "--backend", "torch", "--decoder", "taesd"]

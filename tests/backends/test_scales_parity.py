@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from backends.calibrate import record
-from backends.gate import GATES
+from backends.check.gate import GATES
+from backends.check.scales_parity import compare, report
+from backends.commands.calibrate import record
 from backends.ort import OrtBackend
-from backends.scales import disk_need, memory_need
-from backends.scales_parity import compare, report
+from backends.quantised.scales import disk_need, memory_need
 from core.errors import PreconditionError
 from core.files import ROOT
 from export.__main__ import main as export_main
 from export.bundle import Bundle
-from export.calibrate import Calibration
-from export.modelopt import make_scales, modelopt_version
-from export.qdq import (
+from export.quantize.calibration import Calibration
+from export.quantize.modelopt import make_scales, modelopt_version
+from export.quantize.qdq import (
     SCALES,
     SCHEMES,
     read_scales,
@@ -43,7 +43,7 @@ def test_bad_scales_are_seen(
     for name in [name for name in sys.modules if name.partition(".")[0] == "modelopt"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(STANDIN)
-    monkeypatch.setattr("backends.scales_parity.IMAGES", 1)
+    monkeypatch.setattr("backends.check.scales_parity.IMAGES", 1)
     found = recorded(
         tiny_bundle,
         tmp_path / "c.safetensors",
@@ -91,7 +91,7 @@ def test_the_shipped_teacher_in_8_bits(precision: str, tmp_path: Path) -> None:
     )
     assert found.samples == 2 * 4 * 2
     code = (
-        "import sys; from pathlib import Path; from export.modelopt import make_scales;"
+        "import sys; from pathlib import Path; from export.quantize.modelopt import make_scales;"
         " make_scales(*map(Path, sys.argv[1:2]), sys.argv[2], *map(Path, sys.argv[3:]))"
     )
     scheme = scheme_of(precision).name

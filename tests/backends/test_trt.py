@@ -26,8 +26,8 @@ from backends.base import (
     UnsupportedError,
     parse_backend,
 )
-from backends.gate import gate_for, image_distance
-from backends.pipeline import Pipeline, load_pipeline
+from backends.check.gate import gate_for, image_distance
+from backends.pipeline.pipeline import Pipeline, load_pipeline
 from core.errors import PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
@@ -250,7 +250,7 @@ def test_a_plan_lies_beside_its_log_and_its_record(
 
 def test_what_a_plan_depends_on_is_in_its_key(world: gpu_double.World, tiny_bundle: Bundle) -> None:
     def key(text: str = "trt", batch: int = 1) -> str:
-        from backends.cache import ArtifactCache
+        from backends.artifacts.cache import ArtifactCache
 
         return ArtifactCache.key(
             parse_backend(text), tiny_bundle, SMALL_PART, shapes(tiny_bundle, batch)

@@ -18,8 +18,9 @@ import pytest
 
 from backends.__main__ import main
 from backends.base import Shapes, parse_backend
-from backends.tensorrt import gpu, probe
-from backends.tensorrt.gpu import Gpu, NoGpu
+from backends.nvidia import driver as gpu
+from backends.nvidia.driver import Gpu, NoGpu
+from backends.tensorrt import probe
 from core.files import ROOT
 from export.bundle import Bundle
 

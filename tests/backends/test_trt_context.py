@@ -21,12 +21,12 @@ import test_contract as contract
 import torch
 
 from backends.__main__ import main
+from backends.artifacts.cache import ArtifactCache
 from backends.base import Shapes, parse_backend
-from backends.cache import ArtifactCache
-from backends.captured import DevicePipeline
-from backends.gate import image_distance
-from backends.pipeline import load_pipeline
-from backends.recipe import Recipe
+from backends.check.gate import image_distance
+from backends.pipeline.captured import DevicePipeline
+from backends.pipeline.pipeline import load_pipeline
+from backends.pipeline.recipe import Recipe
 from core.files import ROOT
 from export.bundle import Bundle
 from export.models import CONTEXT_PART, SCHEDULERS

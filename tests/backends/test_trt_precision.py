@@ -22,21 +22,22 @@ import onnx
 import pytest
 import torch
 
-from backends import scales, scales_parity
 from backends.__main__ import main
+from backends.artifacts.cache import ArtifactCache
 from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
-from backends.cache import ArtifactCache
-from backends.calibrate import record
-from backends.gate import GATES, gate_for, image_distance
+from backends.check import scales_parity
+from backends.check.gate import GATES, gate_for, image_distance
+from backends.commands.calibrate import record
 from backends.ort import OrtBackend
-from backends.pipeline import load_pipeline
+from backends.pipeline.pipeline import load_pipeline
+from backends.quantised import scales
 from backends.tensorrt import probe
 from core.cli import run as shell
 from core.errors import PreconditionError
 from core.files import ROOT, read_json
 from export.bundle import Bundle
-from export.calibrate import calibration_path
 from export.models import CONTEXT_PART
+from export.quantize.calibration import calibration_path
 
 sys.path.insert(0, str(ROOT / "tests" / "doubles"))
 import gpu_double
@@ -78,8 +79,8 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The child processes' work in this one, which is quicker; the modules that were asked for."""
     asked: list[str] = []
     work: dict[str, Callable[[dict[str, Any]], None]] = {
-        "backends.scales": scales._calibrate,
-        "backends.scales_parity": scales_parity._compare,
+        "backends.quantised.scales": scales._calibrate,
+        "backends.check.scales_parity": scales_parity._compare,
     }
 
     def run(module: str, job: dict[str, Any], folder: Path, **words: Any) -> None:
@@ -157,7 +158,7 @@ def test_scales_serve_every_batch_and_each_scheme_has_its_own(
         backend.compile(tiny_bundle, "unet", shapes(tiny_bundle, batch)).path for batch in (1, 2)
     ]
     assert None not in folders
-    assert inline == ["backends.scales", "backends.scales_parity"]
+    assert inline == ["backends.quantised.scales", "backends.check.scales_parity"]
     assert read_json(folders[0] / "parity.json")["scheme"] == "qdq-int8"  # type: ignore[operator]
     zeros = {
         t.data_type
@@ -246,7 +247,7 @@ def test_scales_without_a_comparison_say_so(
     run = scales.run_child
 
     def failing(module: str, job: dict[str, Any], folder: Path, **words: Any) -> None:
-        if module == "backends.scales_parity":
+        if module == "backends.check.scales_parity":
             raise BackendError("the comparison was killed", "no memory", "")
         run(module, job, folder, **words)
 
@@ -264,10 +265,10 @@ def test_scales_without_a_comparison_say_so(
         assert inline == []
         assert "needs about" in capsys.readouterr().err
     again = backend.compile(tiny_bundle, "unet", shapes(tiny_bundle))
-    assert (again.cached, inline) == (True, ["backends.scales_parity"])
+    assert (again.cached, inline) == (True, ["backends.check.scales_parity"])
     assert "on the CPU, against FP32" in backend.remark(again)
     backend.compile(tiny_bundle, "unet", shapes(tiny_bundle))
-    assert inline == ["backends.scales_parity"], "once"
+    assert inline == ["backends.check.scales_parity"], "once"
 
 
 # ---- refusals
@@ -308,7 +309,7 @@ def test_a_missing_modelopt_is_named_with_its_extra(
     def nothing(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("export.modelopt.version", nothing)
+    monkeypatch.setattr("export.quantize.modelopt.version", nothing)
     found = parse_backend("trt:precision=fp8").probe()
     assert not found.usable
     assert "nvidia-modelopt" in found.what
@@ -373,7 +374,10 @@ def test_a_calibration_file_that_is_not_right_is_refused_before_any_build(
     }
     with pytest.raises(PreconditionError, match=words[state]) as caught:
         load_pipeline(str(tiny_bundle.path), f"trt:precision=fp8,calibration={file}", "taesd")
-    assert f"backends.calibrate --model {tiny_bundle.path} --random-weights" in caught.value.next
+    assert (
+        f"backends.commands.calibrate --model {tiny_bundle.path} --random-weights"
+        in caught.value.next
+    )
     trained = Bundle(tiny_bundle.path, {**tiny_bundle.manifest, "weights": "folder"})
     if state == "missing":
         backend = parse_backend(f"trt:precision=fp8,calibration={file}")
@@ -396,7 +400,7 @@ def test_a_dry_run_prints_what_a_compile_does(
     lines = [shlex.split(x, comments=True) for x in capsys.readouterr().out.splitlines()]
     commands = [words for words in lines if words]
     assert len(commands) == 3 * 5 + 2  # the UNet's halves share their scales
-    (at,) = (i for i, words in enumerate(commands) if "backends.calibrate" in words)
+    (at,) = (i for i, words in enumerate(commands) if "backends.commands.calibrate" in words)
     calibrate, scale, lower, trtexec, clear = commands[at : at + 5]
     assert calibrate[-2:] == ["--out", str(file)]
     assert trtexec[0] == "trtexec"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.store import ROWS, Row, open_run
+from bench.rows.store import ROWS, Row, open_run
 from bench.sweep import main as sweep_main
 from core.cli import run as shell
 from core.files import ROOT

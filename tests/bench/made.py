@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import stats
-from bench.cell import Cell
-from bench.store import ROWS, Row, Run, create_run, make_row
+from bench.rows import stats
+from bench.rows.cell import Cell
+from bench.rows.store import ROWS, Row, Run, create_run, make_row
 
 
 def cell(**columns: Any) -> Cell:

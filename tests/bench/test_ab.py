@@ -1,4 +1,4 @@
-"""`bench.ab`: order, budget and confirmation on scripted sides; then real revisions in a scratch
+"""`addbench ab`: order, budget and confirmation on scripted sides; then real revisions in a scratch
 repository, with a scripted worker, and (slow) with the real one on the null backend.
 """
 
@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from made import cell, row
 
-from bench import sides
-from bench.ab import given
-from bench.cell import Cell
-from bench.store import open_run, run_names
-from bench.trial import BASE, HEAD, Measured, Trial, order
+from bench.commands.ab import given
+from bench.rows.cell import Cell
+from bench.rows.store import open_run, run_names
+from bench.run import revisions as sides
+from bench.run.orders import BASE, HEAD, Measured, Trial, order
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
@@ -227,10 +227,10 @@ class Finished:
 
 @pytest.fixture
 def ab(scratch: Path, tiny_bundle: Bundle, tmp_path: Path) -> Iterator[Any]:
-    """Run bench.ab in the scratch repository; nothing of it may be left there afterwards."""
+    """Run `addbench ab` in the scratch repository; nothing of it may be left there afterwards."""
 
     def run(*arguments: str, backend: str = "null") -> Finished:
-        command = [sys.executable, "-m", "bench.ab", "--model", str(tiny_bundle.path)]
+        command = [sys.executable, "-m", "bench.commands.ab", "--model", str(tiny_bundle.path)]
         command += ["--backend", backend, "--decoder", "taesd", "--steps", "1,2"]
         command += ["--rounds", "5", "--out", str(tmp_path / "runs"), "--format", "json"]
         return Finished(
@@ -321,7 +321,7 @@ def test_ctrl_c_leaves_nothing_behind(
     log = tmp_path / "err.txt"
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.ab", "--base", "base", "--head", "slow",
+            [sys.executable, "-m", "bench.commands.ab", "--base", "base", "--head", "slow",
              "--model", str(tiny_bundle.path), "--backend", "null", "--out", str(tmp_path)],
             cwd=scratch, stdout=subprocess.DEVNULL, stderr=stream,
         )  # fmt: skip

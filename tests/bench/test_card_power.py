@@ -15,13 +15,13 @@ from made import cell, make_run, row
 from backends.cloud_ai import power as sensors
 from backends.cloud_ai.power import Board, boards, hardware
 from backends.cloud_ai.probe import ROOT_VARIABLE, look
-from bench import power
-from bench.claims import judge
-from bench.columns import columns_for, lines_of
-from bench.environment import with_hardware
-from bench.ledger import hardware_of, measured, read_claims
-from bench.plan import probe
-from bench.power import Gauge, Sensors
+from bench.limits.claims import judge
+from bench.limits.ledger import hardware_of, measured, read_claims
+from bench.machine import power
+from bench.machine.environment import with_hardware
+from bench.machine.power import Gauge, Sensors
+from bench.run.plan import probe
+from bench.show.columns import columns_for, lines_of
 from tests.doubles.cloud_ai_sdk_standin import ULTRA, make_sdk, make_sensors, set_state
 
 

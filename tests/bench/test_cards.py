@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 from made import make_run, row
 
-from backends.devices import devices
 from backends.modelled.card import SPLITS, Call, estimate
 from backends.modelled.costs import known_costs
-from bench import plot, table
-from bench.cardrows import with_image
-from bench.cards import main as cards_main
-from bench.cell import Cell
-from bench.report.page import render
-from bench.roofline import floor, published
-from bench.rows import parquet
-from bench.store import Run, open_run, read_rows
+from bench.limits.cards import main as cards_main
+from bench.limits.floors import floor, published
+from bench.rows.cell import Cell
+from bench.rows.store import Run, open_run, read_rows
+from bench.run.cardrows import with_image
+from bench.show import latency as plot
+from bench.show import table
+from bench.show.export import parquet
+from bench.show.page.page import render
 from bench.sweep import main as sweep_main
 from core.cli import run as shell
+from core.devices import devices
 from core.files import ROOT
 from export.bundle import Bundle
 
@@ -205,7 +206,7 @@ def test_a_run_without_images_is_not_resumed(
 ) -> None:
     words = ["--resume", without_bundle.name, "--out", str(without_bundle.path.parent)]
     assert shell(sweep_main, words) == 2
-    assert "start it again: python -m bench.sweep" in capsys.readouterr().err
+    assert "start it again: addbench sweep" in capsys.readouterr().err
 
 
 def test_the_plan_says_modelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,7 +229,7 @@ def test_a_failed_image_keeps_its_error_and_no_figure() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_modelled_time_is_below_the_roofline_of_the_card(name: str) -> None:
-    """bench.roofline's floor of a whole card: all its SoCs, and activations through its memory."""
+    """The floor of a whole card: all its SoCs, and activations through its memory."""
     costs, card, ceilings = known_costs("sdxl-turbo", (512, 512)), devices()[name], published(name)
     for decoder in ("vae", "taesd"):
         for batch in (1, 4, 8):

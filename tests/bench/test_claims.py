@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from made import cell, make_run, row
 
-from backends.devices import devices, find_device, identify
 from backends.modelled.costs import traced_costs
-from bench import claims
-from bench.claims import findings, judge, main
-from bench.ledger import Claim, Ours, measured, mismatches, nearest, read_claims
-from bench.modelled import cost_of, modelled, models_of
+from bench.limits import claims
+from bench.limits.claims import findings, judge, main
+from bench.limits.ledger import Claim, Ours, measured, mismatches, nearest, read_claims
+from bench.limits.ranges import cost_of, modelled, models_of
 from core.cli import run as shell
+from core.devices import devices, find_device, identify
 from core.errors import PreconditionError
 
 CLAIMS = read_claims()

@@ -1,4 +1,4 @@
-"""`bench.compare` on made runs: every verdict, every exit code, and bad input."""
+"""`addbench compare` on made runs: every verdict, every exit code, and bad input."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from made import cell, make_run, row
 
-from bench import compare
-from bench.cell import Cell
-from bench.compare import main, share
-from bench.store import HEADER, ROWS, Row, Run
+from bench.rows.cell import Cell
+from bench.rows.store import HEADER, ROWS, Row, Run
+from bench.verdict import compare
+from bench.verdict.compare import main, share
 from core.cli import run as shell
 
 CELLS = [cell(steps=steps) for steps in (1, 2, 4)]
@@ -111,7 +111,7 @@ def test_few_rounds_are_inconclusive_and_name_ab(both: Any, base: Run, tmp_path:
     found = both(base, head(tmp_path, [2, 2, 2], rounds=4))
     assert found.code == 5
     assert found.verdicts == ["inconclusive"] * 3
-    assert "bench.ab" in found.reasons
+    assert "bench.commands.ab" in found.reasons
 
 
 def test_noise_is_inconclusive(both: Any, tmp_path: Path) -> None:

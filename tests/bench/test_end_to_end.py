@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backends.generate import main as generate
-from bench.gallery import main as gallery
-from bench.qualityplot import main as qualityplot
-from bench.store import Row, Run, open_run
+from backends.commands.image import main as generate
+from bench.rows.store import Row, Run, open_run
+from bench.show.gallery import main as gallery
+from bench.show.quality import main as qualityplot
 from core.errors import PreconditionError
 from core.files import ROOT, read_json
 from distill.judge import following

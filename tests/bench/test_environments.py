@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from backends.null import NullBackend
-from bench.store import open_run
+from bench.rows.store import open_run
 
 ONE = ["--backend", "null", "--decoder", "taesd", "--steps", "1", "--min-samples", "3",
        "--min-time", "0.01", "--max-time", "5", "--warmup", "0"]  # fmt: skip
@@ -66,4 +66,4 @@ def test_an_interpreter_that_is_gone_makes_its_cells_unavailable(
     assert row["status"] == "unavailable"
     assert row["error"]["what"] == "the worker of null could not be started"
     assert "No such file" in row["error"]["why"]
-    assert "python -m backends" in capsys.readouterr().err
+    assert "addbench backends" in capsys.readouterr().err

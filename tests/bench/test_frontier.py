@@ -10,14 +10,15 @@ import pytest
 from made import cell, make_run, row
 from matplotlib.text import Annotation, Text
 
-from backends.devices import devices
-from bench import frontier, publish
-from bench.frontier import MEASURED, MODELLED, Chart, Point, from_device, from_runs, methods
-from bench.frontierplot import figure
-from bench.ledger import read_claims
-from bench.plot import scale_of
-from bench.store import Run
+from bench.limits import frontier
+from bench.limits.frontier import MEASURED, MODELLED, Chart, Point, from_device, from_runs, methods
+from bench.limits.ledger import read_claims
+from bench.rows.store import Run
+from bench.show import publish
+from bench.show.frontier import figure
+from bench.show.latency import scale_of
 from core.cli import run as shell
+from core.devices import devices
 from export.cost import Cost
 from export.models import MODELS, SCHEDULERS
 

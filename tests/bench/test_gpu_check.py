@@ -1,4 +1,4 @@
-"""`python -m bench.gpu_check`, the whole flow on a CPU: tiny-sdxl, and nothing installed beside
+"""`addbench gpu-check`, the whole flow on a CPU: tiny-sdxl, and nothing installed beside
 torch, diffusers and transformers. What needs a GPU is said to be left out, or not judged."""
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from made import cell, row
 
-from bench import gpu_check
+from bench.commands import gpu_check
 from bench.gpu.report import GOALS, goals
-from bench.store import open_run, run_names
+from bench.rows.store import open_run, run_names
 from core.cli import run as command
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 
@@ -79,7 +79,7 @@ def test_it_is_cut_off_and_goes_on(
     said = capfd.readouterr()
     (name,) = run_names(out)
     assert len(open_run(name, out).missing()) == len(steps)
-    assert "go on with: python -m bench.gpu_check --model tiny-sdxl" in said.err
+    assert "go on with: addbench gpu-check --model tiny-sdxl" in said.err
 
     assert command(gpu_check.main, arguments) == EXIT_OK, capfd.readouterr().err
     said = capfd.readouterr()
@@ -150,7 +150,7 @@ def test_goals_are_judged_on_an_h200_only() -> None:
 
 
 def test_without_a_gpu_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    from backends.nvidia import torch_on_gpu
+    from backends.nvidia.gpu import torch_on_gpu
 
     if torch_on_gpu() is None:
         pytest.skip("this machine has a GPU")
@@ -218,7 +218,7 @@ def test_a_backend_without_graphs_leaves_nothing_to_measure(
     args = gpu_check.parser().parse_args(["--model", "tiny-sdxl", "--device", "cpu"])
     with pytest.raises(PreconditionError, match="no backend left: trt") as caught:
         gpu_check.bundle_for(args, ["trt:level=1"], {})
-    assert "python -m export --model tiny-sdxl" in caught.value.next
+    assert "addbench export --model tiny-sdxl" in caught.value.next
     skipped: dict[str, str] = {}
     left = ["torch", "trt"]
     assert not gpu_check.bundle_for(args, left, skipped).has_graphs

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
-from bench import columns, plot, rows, table
-from bench.cell import KEY_COLUMNS, LATER, Cell
-from bench.plan import default_steps, make_cells, probe
-from bench.series import series_of
-from bench.store import ROWS, Run, open_run
+from bench.rows.cell import KEY_COLUMNS, LATER, Cell
+from bench.rows.store import ROWS, Run, open_run
+from bench.run.plan import default_steps, make_cells, probe
+from bench.show import columns, table
+from bench.show import export as rows
+from bench.show import latency as plot
+from bench.show.series import series_of
 from bench.sweep import main as sweep_main
 from core.cli import run as shell
 from core.errors import PreconditionError

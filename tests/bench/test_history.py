@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from made import cell, make_run, row
 
-from bench.compare import main
-from bench.history import Band
-from bench.store import HEADER, ROWS, Run
+from bench.rows.store import HEADER, ROWS, Run
+from bench.verdict.compare import main
+from bench.verdict.history import Band
 from core.cli import run as shell
 
 

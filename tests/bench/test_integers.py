@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
-from backends.precision import RANDOM_WORDS
-from bench import ceilings, table
+from backends.quantised.precision import RANDOM_WORDS
+from bench.machine import ceilings
+from bench.show import table
 
 
 @pytest.mark.parametrize(

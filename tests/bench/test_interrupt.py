@@ -11,8 +11,8 @@ from typing import Any
 
 from made import gone
 
-from bench.cell import Cell
-from bench.store import ROWS, open_run, run_names
+from bench.rows.cell import Cell
+from bench.rows.store import ROWS, open_run, run_names
 
 STEPS = ["--decoder", "taesd", "--steps", "1,2,4", "--min-samples", "3", "--min-time", "0.01"]
 STUCK = ["--backend", "null:at=10,fail=hang", *STEPS]

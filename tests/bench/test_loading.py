@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import loading
-from bench.loading import WAYS
+from bench.harness import loading
+from bench.harness.loading import WAYS
 from core.files import build_root
 from export.bundle import Bundle
 

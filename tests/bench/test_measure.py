@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import bench.measure
-from backends.output import Output, Timings
-from backends.pipeline import load_pipeline
-from bench import overhead
-from bench.measure import CpuShare, PeakMemory, StopRule, inputs_of_call, measure
-from bench.overhead import bare_call, blocks, interleaved, ratios
-from bench.stats import DISTURBED_CPU
+import bench.run.measure
+from backends.pipeline.output import Output, Timings
+from backends.pipeline.pipeline import load_pipeline
+from bench.harness import overhead
+from bench.harness.overhead import bare_call, blocks, interleaved, ratios
+from bench.rows.stats import DISTURBED_CPU
+from bench.run.measure import CpuShare, PeakMemory, StopRule, inputs_of_call, measure
 from core.errors import AddbenchError, PreconditionError
 from export.bundle import Bundle
 from export.prompts import GENERAL
@@ -50,7 +50,7 @@ class ScriptedPipe:
         return Output(images, timings, nfe=nfe, provenance="modelled")
 
 
-def run(pipe: Any, rule: StopRule, batch: int = 1, steps: int = 1) -> bench.measure.Measurement:
+def run(pipe: Any, rule: StopRule, batch: int = 1, steps: int = 1) -> bench.run.measure.Measurement:
     return measure(pipe, batch, steps, rule)
 
 
@@ -95,7 +95,7 @@ def test_nothing_stands_between_the_clock_and_the_call(monkeypatch: pytest.Monke
         log.append("clock")
         return len(log) * 1000
 
-    monkeypatch.setattr(bench.measure.time, "perf_counter_ns", clock)
+    monkeypatch.setattr(bench.run.measure.time, "perf_counter_ns", clock)
     run(ScriptedPipe(log=log), QUICK)
     assert log == ["clock", "call", "clock"] * 7
 
@@ -256,8 +256,8 @@ def test_own_work_is_not_others() -> None:
     while time.perf_counter() < until:
         sum(range(1000))
     found = share.others()
-    own = bench.measure.tree_cpu_s() - share.own
-    busy = bench.measure.cores_busy_s() - share.busy
+    own = bench.run.measure.tree_cpu_s() - share.own
+    busy = bench.run.measure.cores_busy_s() - share.busy
     cores = len(os.sched_getaffinity(0))
     assert found is not None
     assert own > 0.1
@@ -265,7 +265,7 @@ def test_own_work_is_not_others() -> None:
 
 
 def test_a_kernel_that_counts_nothing_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench.measure, "cores_busy_s", lambda: 0.0)
+    monkeypatch.setattr(bench.run.measure, "cores_busy_s", lambda: 0.0)
     share = CpuShare()
     share.started -= 2.0
     assert share.others() is None

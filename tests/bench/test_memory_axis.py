@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
-from bench import rows, table
-from bench.cell import LATER, Cell
-from bench.measure import Measurement
-from bench.plan import make_cells, probe
-from bench.report.figures import stages
-from bench.store import ROWS, Run, open_run
+from bench.rows.cell import LATER, Cell
+from bench.rows.store import ROWS, Run, open_run
+from bench.run.measure import Measurement
+from bench.run.plan import make_cells, probe
+from bench.show import export as rows
+from bench.show import table
+from bench.show.page.figures import stages
 from bench.worker import Worker, figures
 from core.errors import PreconditionError
 from export.bundle import Bundle
@@ -124,7 +125,7 @@ def test_what_cannot_be_done_starts_nothing(
 
 def test_a_worker_of_a_split_unet_names_both_artifacts(tiny_bundle: Bundle) -> None:
     from backends.base import parse_backend
-    from bench.measure import StopRule
+    from bench.run.measure import StopRule
 
     backend = parse_backend("ort:context=split,threads=1")
     one = cell(backend="ort", options="context=split,threads=1", low_memory=True)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from made import cell, make_run, row
 
-from bench import levels, noise
-from bench.noise import HARSH, TYPICAL, Levels, ab, compare, false_alarms, power, simulate
+from bench.verdict import levels, noise
+from bench.verdict.noise import HARSH, TYPICAL, Levels, ab, compare, false_alarms, power, simulate
 from core.cli import run as shell
 
 JOBS = 2000

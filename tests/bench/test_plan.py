@@ -6,9 +6,17 @@ import pytest
 from made import cell, row
 
 from backends.base import UnavailableError
-from bench.cell import Cell
-from bench.measure import StopRule
-from bench.plan import TYPICAL_FRACTION, Settings, estimate, groups, make_cells, probe, sampling_s
+from bench.rows.cell import Cell
+from bench.run.measure import StopRule
+from bench.run.plan import (
+    TYPICAL_FRACTION,
+    Settings,
+    estimate,
+    groups,
+    make_cells,
+    probe,
+    sampling_s,
+)
 from core.errors import PreconditionError
 from export.bundle import Bundle
 
@@ -77,7 +85,7 @@ def test_estimates_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch) -> 
     unknown = estimate(one, RULE, {}, None)
     assert unknown.bound
     assert unknown.seconds == 3.0
-    monkeypatch.setattr("bench.roofline.call_floor_s", lambda cell, surveyed: 6.0)
+    monkeypatch.setattr("bench.limits.floors.call_floor_s", lambda cell, surveyed: 6.0)
     rough = estimate(one, RULE, {}, {"some": "survey"})
     assert rough.source == f"floor / {TYPICAL_FRACTION}"
     call_s = 6.0 / TYPICAL_FRACTION

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import power
-from bench.power import Gauge, Nvml, Rapl, Reading
-from bench.store import FLAGS
+from bench.machine import power
+from bench.machine.power import Gauge, Nvml, Rapl, Reading
+from bench.rows.store import FLAGS
 
 
 @dataclass

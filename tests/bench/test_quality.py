@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.quality import full_batches, measure_quality, require_judge
-from bench.qualityplot import figure, series_of
+from bench.run.quality import full_batches, measure_quality, require_judge
+from bench.show.quality import figure, series_of
 from core.errors import PreconditionError
 from distill.shapes import draw, parse_caption
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.ratio import (
+from bench.verdict.ratio import (
     Level,
     level_of_call,
     level_of_rounds,

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
-from bench import store
-from bench.columns import lines_of
-from bench.report import figures
-from bench.report.__main__ import main
-from bench.report.page import FLAG_WORDS, code, render
-from bench.store import HEADER, ROWS, Run
+from bench.rows import store
+from bench.rows.store import HEADER, ROWS, Run
+from bench.show.columns import lines_of
+from bench.show.page import figures
+from bench.show.page.__main__ import main
+from bench.show.page.page import FLAG_WORDS, code, render
 from core.cli import run as shell
 from export.bundle import PARITY, Bundle
 
@@ -200,7 +200,7 @@ def test_the_main_columns_all_say_something(made: Run) -> None:
 
 def test_commands_in_sentences_are_code(made: Run) -> None:
     text = render(made)
-    assert "<code>python -m bench.cards</code>" in text
+    assert "<code>addbench cards</code>" in text
     assert code("`<b>` & `x`") == "<code>&lt;b&gt;</code> &amp; <code>x</code>"
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
-from bench import columns, plot, publish, table
-from bench.progress import Display
-from bench.series import series_of, shift
-from bench.store import HEADER, ROWS, Row, Run, open_run, run_names
-from bench.sums import SUMS
+from bench.rows.store import HEADER, ROWS, Row, Run, open_run, run_names
+from bench.run.progress import Display
+from bench.show import columns, publish, table
+from bench.show import latency as plot
+from bench.show.series import series_of, shift
+from bench.show.sums import SUMS
 from core import files
 from core.cli import run as shell
 from core.errors import PreconditionError
@@ -478,9 +479,9 @@ def test_make_publishes_several_runs() -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip().splitlines()[-1]
 
-    assert recipe("RUN=a b").endswith("-m bench.publish 'a' 'b'")
-    assert recipe("RUN=latest").endswith("-m bench.publish 'latest'")
-    assert recipe().endswith("-m bench.publish")
+    assert recipe("RUN=a b").endswith("-m bench.show.publish 'a' 'b'")
+    assert recipe("RUN=latest").endswith("-m bench.show.publish 'latest'")
+    assert recipe().endswith("-m bench.show.publish")
 
 
 def test_a_named_block_shows_that_run(made: Run, tmp_path: Path) -> None:

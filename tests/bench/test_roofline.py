@@ -14,9 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench import ceilings as measured
-from bench.ceilings import Ceilings
-from bench.roofline import (
+from bench.limits.floors import (
     call_floor_s,
     floor,
     main,
@@ -26,13 +24,15 @@ from bench.roofline import (
     stage_work,
     survey,
 )
-from bench.roofplot import figure
+from bench.machine import ceilings as measured
+from bench.machine.ceilings import Ceilings
+from bench.show.roofline import figure
 from core.errors import PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
-from export.checkpoint import open_checkpoint
 from export.cost import Cost, part_cost_at
 from export.models import MODELS
+from export.source.checkpoint import open_checkpoint
 from tests.bench.made import cell, make_run, row
 
 PEAK = Ceilings("cpu", {"fp32": {"matmul": 2.0, "conv": 1.0}}, 10.0, "measured")
@@ -290,7 +290,15 @@ def test_nothing_in_the_roofline_covers_another_or_is_cut_off(tmp_path: Path) ->
 
 def test_the_roofline_of_a_run_without_ceilings_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "bench.plot", "no-such-run", "--roofline", "--out", str(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "bench.show.latency",
+            "no-such-run",
+            "--roofline",
+            "--out",
+            str(tmp_path),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

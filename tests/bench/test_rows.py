@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
-from bench import rows, rowtypes
-from bench.store import COLUMNS, HEADER, ROWS, Run
+from bench.rows import types as rowtypes
+from bench.rows.store import COLUMNS, HEADER, ROWS, Run
+from bench.show import export as rows
 from core.cli import run as shell
 from core.errors import PreconditionError
 from core.files import ROOT
@@ -143,8 +144,8 @@ def test_what_was_measured_is_not_overwritten(made: Run, name: str) -> None:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, contextlib, bench.rows, bench.report.__main__ as report\n"
-        "for module in (bench.rows, report):\n"
+        "import sys, contextlib, bench.show.export, bench.show.page.__main__ as report\n"
+        "for module in (bench.show.export, report):\n"
         "    with contextlib.suppress(SystemExit):\n"
         "        module.main(['--help'])\n"
         "sys.exit(bool({'torch', 'onnx', 'pandas', 'matplotlib', 'pyarrow'} & set(sys.modules)))"

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench.stages import markdown, stages_of
-from bench.store import Row, Run
+from bench.rows.store import Row, Run
+from bench.show.stages import markdown, stages_of
 from tests.bench.made import cell, make_run, row
 
 CEILINGS = {

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.stats import fit_steps, flags_of, median_or_none, percentile, summarise
+from bench.rows.stats import fit_steps, flags_of, median_or_none, percentile, summarise
 
 times = st.floats(min_value=1e-3, max_value=1e6)
 samples = st.lists(times, min_size=1, max_size=200)

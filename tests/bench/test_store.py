@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import cell, make_run, row
 
-from bench.store import (
+from bench.rows.store import (
     COLUMNS,
     FLAGS,
     HEADER,
@@ -259,8 +259,8 @@ def test_errors_in_rows_are_portable() -> None:
 
 
 def test_the_environment_names_no_one() -> None:
-    from bench.environment import collect
-    from bench.publish import private
+    from bench.machine.environment import collect
+    from bench.show.publish import private
 
     found = collect()
     text = json.dumps(found)

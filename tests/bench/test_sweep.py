@@ -11,9 +11,9 @@ import pytest
 from made import gone
 
 from backends.null import NullBackend
-from bench.cell import Cell
-from bench.publish import private
-from bench.store import COLUMNS, Row, Run, open_run
+from bench.rows.cell import Cell
+from bench.rows.store import COLUMNS, Row, Run, open_run
+from bench.show.publish import private
 from export.bundle import Bundle
 
 Sweep = Callable[..., int]

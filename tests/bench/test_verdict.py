@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu, wilcoxon
 
-from bench import verdict
-from bench.verdict import one_sample, pairs, rank_sum_tail, runs, signed_rank_tail, two_sample
+from bench.verdict import rules as verdict
+from bench.verdict.rules import one_sample, pairs, rank_sum_tail, runs, signed_rank_tail, two_sample
 
 values = st.floats(-1, 1, allow_nan=False).map(lambda value: round(value, 6))
 

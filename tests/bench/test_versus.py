@@ -1,5 +1,5 @@
-"""`bench.versus`: pairs in words, the order of rounds, what the runs say; then a real pair that is
-killed in the middle.
+"""`addbench versus`: pairs in words, the order of rounds, what the runs say; then a real pair that
+is killed in the middle.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ from typing import Any
 import pytest
 from made import cell, gone, make_run, row
 
-from bench import environment, publish, spawn, stats, versus
-from bench.arguments import parser as sweep_parser
-from bench.cell import Cell
-from bench.ledger import read_claims
-from bench.pairs import PAIRS, sweep_arguments
-from bench.store import HEADER, Run, open_run, run_names
+from bench.commands import versus
+from bench.limits.ledger import read_claims
+from bench.machine import environment
+from bench.rows import stats
+from bench.rows.cell import Cell
+from bench.rows.store import HEADER, Run, open_run, run_names
+from bench.run import spawn
+from bench.run.arguments import parser as sweep_parser
+from bench.show import publish
 from bench.sweep import main as sweep_main
+from bench.verdict.pairs import PAIRS, sweep_arguments
 from core.cli import run as shell
 from core.errors import PreconditionError
 from core.files import ROOT, write_json
@@ -49,8 +53,8 @@ def test_a_spec_is_the_arguments_of_a_sweep() -> None:
         ("steps=1", "names no model"),
         ("tiny-sdxl 4", "'4'"),
         ("tiny-sdxl steps=", "'steps='"),
-        ("tiny-sdxl rounds=3", "flags of bench.versus"),
-        ("tiny-sdxl resume=latest", "flags of bench.versus"),
+        ("tiny-sdxl rounds=3", "flags of bench.commands.versus"),
+        ("tiny-sdxl resume=latest", "flags of bench.commands.versus"),
     ],
 )
 def test_what_is_no_spec(spec: str, words: str) -> None:
@@ -134,7 +138,7 @@ def workers(monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any]) -> Workers
 def compare(
     tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, Any]]:
-    """Run bench.versus on the tiny bundle; exit code, and the JSON or what went wrong."""
+    """Run bench.commands.versus on the tiny bundle; exit code, and the JSON or what went wrong."""
 
     def run(*arguments: str, base: str = "steps=40", head: str = "steps=1,2") -> tuple[int, Any]:
         words = list(arguments)
@@ -318,7 +322,7 @@ def test_nothing_to_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "--pair" in capsys.readouterr().err
     other = make_run(tmp_path, [row(cell(), [1.0])])
     assert shell(versus.main, ["--resume", other.name, "--out", str(tmp_path)]) == 2
-    assert "not of bench.versus" in capsys.readouterr().err
+    assert "not of bench.commands.versus" in capsys.readouterr().err
 
 
 def test_the_published_ratio_stands_beside_with_its_hardware(
@@ -375,7 +379,8 @@ def test_killed_in_the_middle_it_keeps_what_is_finished(
     log = tmp_path / "log.txt"
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.versus", "--backend", backend, "--out", str(tmp_path),
+            [sys.executable, "-m", "bench.commands.versus", "--backend", backend,
+             "--out", str(tmp_path),
              "--base", f"{tiny_bundle.path} steps=4", "--head", f"{tiny_bundle.path} steps=2,3"],
             cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True,
         )  # fmt: skip

@@ -76,8 +76,8 @@ def on_stream(_: StreamDouble) -> Iterator[None]:
 
 
 def install(patch: pytest.MonkeyPatch) -> type[GraphDouble]:
-    """Make `backends.captured` believe that the CPU is a GPU."""
-    from backends.captured import DevicePipeline
+    """Make `backends.pipeline.captured` believe that the CPU is a GPU."""
+    from backends.pipeline.captured import DevicePipeline
 
     patch.setattr(DevicePipeline, "is_cuda", property(lambda _: True))
     for name, stand_in in {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from backends.base import OutOfMemoryError
-from backends.tensorrt.gpu import Gpu
+from backends.nvidia.driver import Gpu
 
 
 class ApiMisuse(AssertionError):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from folders import lay_out
 
-from export.checkpoint import ARCHITECTURES, COMPONENTS, open_checkpoint
 from export.models import MODELS
+from export.source.checkpoint import ARCHITECTURES, COMPONENTS, open_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -204,10 +204,10 @@ def test_names_are_looked_up_in_the_build_folder(
     monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
     with pytest.raises(PreconditionError) as caught:
         find_bundle("tiny-sdxl")
-    assert caught.value.next.startswith("python -m export --model tiny-sdxl --weights random")
+    assert caught.value.next.startswith("addbench export --model tiny-sdxl --weights random")
     with pytest.raises(PreconditionError) as caught:
         find_bundle("sdxl-turbo", dtype="fp32")
-    assert caught.value.next == "python -m export --model sdxl-turbo --weights hub --dtype fp32"
+    assert caught.value.next == "addbench export --model sdxl-turbo --weights hub --dtype fp32"
     for name in ("tiny-sdxl-random-fp32", "tiny-sdxl-random-fp16", "tiny-sdxl-folder-fp32"):
         shutil.copytree(copy, tmp_path / "build" / name)
     assert find_bundle("tiny-sdxl").path.name == "tiny-sdxl-folder-fp32"

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from core.errors import PreconditionError
 from export.bundle import Bundle
-from export.calibrate import Calibration, Origin, join, save
+from export.quantize.calibration import Calibration, Origin, join, save
 
 ORIGIN = Origin(
     "tiny-sdxl", "hub", "fp16", "0" * 64, ("a fox", "a hen"), (0, 1), 4, "Euler", 3.0, 2, "ort", {}
@@ -54,7 +54,7 @@ def test_a_missing_file_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(PreconditionError) as caught:
         Calibration.open(tmp_path / "none.safetensors")
     assert "there is no calibration file" in caught.value.what
-    assert "python -m backends.calibrate" in caught.value.next
+    assert "addbench calibrate" in caught.value.next
 
 
 @pytest.mark.parametrize("bytes_left", [0, 7, 100, -1])

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from core.errors import EXIT_USAGE
 from core.files import ROOT
-from export.checkpoint import CheckpointError, open_checkpoint, reopen
-from export.layout import pick_weights
 from export.models import MODELS, Model
 from export.request import find_place, infer_model
+from export.source.checkpoint import CheckpointError, open_checkpoint, reopen
+from export.source.layout import pick_weights
 
 TINY = MODELS["tiny-sdxl"]
 ON_HUB = dataclasses.replace(TINY, checkpoint="org/tiny", taesd="org/taesd")

@@ -18,10 +18,10 @@ from onnx import TensorProto, helper
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
-from export.checkpoint import Checkpoint, open_checkpoint
 from export.cost import Cost, budget_cost, part_cost, part_cost_at
 from export.lower import CPU, LEGACY, lower
 from export.models import find_model
+from export.source.checkpoint import Checkpoint, open_checkpoint
 
 PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "taesd_decoder")
 with (ROOT / "export" / "budget.csv").open() as file:

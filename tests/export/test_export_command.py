@@ -1,4 +1,4 @@
-"""`python -m export`: interrupted, killed, out of disk, twice at once, and once too often."""
+"""`addbench export`: interrupted, killed, out of disk, twice at once, and once too often."""
 
 from __future__ import annotations
 

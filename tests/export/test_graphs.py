@@ -11,10 +11,10 @@ import torch
 
 from core.files import ROOT, sha256_file
 from export.bundle import Bundle, Spec
-from export.checkpoint import open_checkpoint
 from export.graphs import OPSET, describe_graph, exported_graph, save_graph
 from export.models import MODELS
 from export.parts import example_inputs, output_names, wrap
+from export.source.checkpoint import open_checkpoint
 
 TINY = open_checkpoint(MODELS["tiny-sdxl"], "random")
 PARTS = TINY.model.parts

@@ -18,13 +18,13 @@ from onnx import helper
 from core.errors import PreconditionError
 from core.files import read_json, write_json
 from export.bundle import Bundle
-from export.checkpoint import ARCHITECTURES, open_checkpoint
 from export.cost import part_cost
 from export.graphs import exported_graph, save_graph
 from export.lower import CPU, LEGACY, Profile, lower
 from export.lower.context import PROMPT, weight_bytes
 from export.models import CONTEXT_PART, TINY_LCM, TINY_SD, Model
 from export.parts import example_inputs, output_names, wrap
+from export.source.checkpoint import ARCHITECTURES, open_checkpoint
 
 PLAIN = Profile("plain")
 

@@ -21,17 +21,17 @@ from core.files import ROOT, read_json, write_json
 from export.__main__ import main
 from export.build import Plan, check_sizes
 from export.bundle import Bundle, bundle_path, find_bundle
-from export.checkpoint import (
+from export.graphs import exported_graph, save_graph
+from export.models import LCM_SDXL, MODELS, TINY_LCM, TINY_SD, TINY_SDXL, Model
+from export.parts import example_inputs, output_names, wrap
+from export.request import find_lora, find_place, infer_model, make_request, require_size
+from export.source.checkpoint import (
     ARCHITECTURES,
     Checkpoint,
     CheckpointError,
     open_checkpoint,
     reopen,
 )
-from export.graphs import exported_graph, save_graph
-from export.models import LCM_SDXL, MODELS, TINY_LCM, TINY_SD, TINY_SDXL, Model
-from export.parts import example_inputs, output_names, wrap
-from export.request import find_lora, find_place, infer_model, make_request, require_size
 
 PARAMETERS = {
     # As published with the models, and as any program that loads them counts.
@@ -97,7 +97,7 @@ def test_the_graph_of_a_unet_with_guidance_as_an_input(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tiny-sdxl of seed 5 as a folder in diffusers format."""
-    from export.layout import COMPONENTS
+    from export.source.layout import COMPONENTS
 
     checkpoint = open_checkpoint(TINY_SDXL, "random", seed=5)
     folder = tmp_path_factory.mktemp("base") / "base"

@@ -23,10 +23,10 @@ from onnx import TensorProto, helper, numpy_helper
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT, sha256_file
 from export.bundle import Bundle
-from export.calibrate import Origin, save
 from export.lower import CPU, Profile, lower
-from export.modelopt import calibration_graph, make_scales, modelopt_version
-from export.qdq import (
+from export.quantize.calibration import Origin, save
+from export.quantize.modelopt import calibration_graph, make_scales, modelopt_version
+from export.quantize.qdq import (
     SCALES,
     SCHEMES,
     Layer,
@@ -273,7 +273,7 @@ def test_what_is_missing_for_modelopt_is_named(monkeypatch: pytest.MonkeyPatch) 
     def nothing(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("export.modelopt.version", nothing)
+    monkeypatch.setattr("export.quantize.modelopt.version", nothing)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lief" else 1)
     with pytest.raises(PreconditionError) as caught:
         modelopt_version()
@@ -311,7 +311,8 @@ def test_the_double_gives_what_modelopt_gives(
         (tmp_path / name).mkdir()
         code = (
             f"import sys; sys.path[:0] = {[*paths, str(ROOT)]}; from pathlib import Path;"
-            f" from export.modelopt import make_scales; make_scales(Path({str(info.graph)!r}),"
+            f" from export.quantize.modelopt import make_scales;"
+            f" make_scales(Path({str(info.graph)!r}),"
             f" {scheme!r}, Path({str(tmp_path / 'samples.safetensors')!r}),"
             f" Path({str(tmp_path / name)!r}))"
         )

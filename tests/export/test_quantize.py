@@ -15,7 +15,7 @@ from lowering import Arrays, model_of, normal, session
 from onnx import helper
 
 from backends.quantised.recording import open_recording
-from bench.measure import PeakMemory
+from bench.run.measure import PeakMemory
 from core.isa import isa
 from export.lower import CPU, lower, storage
 from export.quantize import Scheme, weight_bits

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.files import ROOT, sha256_file
-from export.checkpoint import open_checkpoint
 from export.models import MODELS
 from export.parts import TextEncoder, example_inputs, wrap
-from export.tokenizer import END, START, save_tokenizer, train_tokenizer
+from export.source.checkpoint import open_checkpoint
+from export.source.tokenizer import END, START, save_tokenizer, train_tokenizer
 
 TURBO = MODELS["sdxl-turbo"]
 TINY = open_checkpoint(MODELS["tiny-sdxl"], "random")
@@ -95,7 +95,7 @@ def test_the_tiny_model_has_a_few_hundred_thousand_parameters() -> None:
 def test_the_tokenizer_is_trained_the_same_in_every_process(tmp_path: Path) -> None:
     config = {"pad_token": END, "model_max_length": 77}
     script = (
-        "import sys, pathlib; from export.tokenizer import save_tokenizer;"
+        "import sys, pathlib; from export.source.tokenizer import save_tokenizer;"
         f"save_tokenizer({config!r}, pathlib.Path(sys.argv[1]))"
     )
     save_tokenizer(config, tmp_path / "here")

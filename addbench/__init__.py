@@ -1,0 +1,1 @@
+"""The front door: `addbench VERB`, and what a notebook imports."""

@@ -1,0 +1,1 @@
+"""What is compiled, kept and found again."""

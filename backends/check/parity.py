@@ -1,0 +1,399 @@
+"""Each part and the whole image against torch FP32, a part per subprocess.
+
+Both runtimes walk the chain of text encoders, UNet and decoders, each on its own tensors; a process
+per part, tensors handed on in files, so that the peak is one part's and never the pipeline's. The
+torch run also watches every op's largest absolute value: FP16 overflow is judged there, because a
+CPU computes FP16 graphs in FP32 and would never show it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backends.check.gate import gate_for, image_distance
+from backends.quantised.precision import QUANTISED, RANDOM_WORDS
+from core.errors import AddbenchError
+from core.files import ROOT, read_json, sha256_json, write_json
+from core.memory import give_memory_back
+from core.process import die_with_parent
+
+if TYPE_CHECKING:
+    import torch
+
+    from export.bundle import Bundle
+
+SEED = 0
+STEPS = (1, 2, 4)
+CHEAP_BYTES = 100e6
+"""A UNet of less also draws at the model's own step count, however many those are; the parts of a
+bundle of less share a process."""
+PEAK = "peak.json"
+REFERENCE = "torch"
+FP16_MAX = 65504.0
+HEADROOM = 0.5
+"""Beyond this fraction of the FP16 maximum an op is judged to overflow: other prompts go higher."""
+
+
+# ---- one part, in a subprocess
+
+
+def run_part(job: Mapping[str, Any], part: str) -> None:
+    """Child process: the part on torch, then on the backend; each walks its own chain."""
+    from export.bundle import Bundle
+
+    folder = Path(job["folder"])
+    bundle = Bundle.open(Path(job["bundle"]))
+    found = {}
+    for runtime in (REFERENCE, job["backend"]):
+        found[runtime] = run_stage(bundle, part, runtime, folder)
+        give_memory_back()  # one runtime's weights are gone before the other's come
+    write_json(folder / f"{part}.json", {"overflow": found[REFERENCE]})
+
+
+def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dict[str, Any]]:
+    """One part on one runtime: seeded inputs, then its stage of the reference image.
+
+    Writes `part.*` and `stage.*` tensors; returns the largest values that the watch saw.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from backends.base import Shapes, parse_backend
+    from backends.check.watch import Watch
+
+    width, height = bundle.size
+    decoder = part.removesuffix("_decoder") if part.endswith("_decoder") else "taesd"
+    backend = parse_backend(runtime)
+    out: dict[str, torch.Tensor] = {}
+    with (
+        torch.inference_mode(),
+        backend.pipeline(bundle, decoder, Shapes(1, width, height)) as pipeline,
+    ):
+        encodes_empty = pipeline.recipe.guided and not bundle.force_zeros
+        watch = Watch()
+        module = getattr(pipeline.session(part), "module", None)
+        if module is not None:
+            watch.attach(module)
+        with watch:
+            seeded = load_file(folder / f"{part}.inputs.safetensors")
+            if part == "unet":
+                seeded |= pipeline.context(seeded["encoder_hidden_states"])
+            for name, tensor in pipeline.run(part, **seeded).items():
+                out[f"part.{name}"] = tensor.float()
+            if part.startswith("text_encoder"):
+                ids = pipeline.tokenise(bundle.model.prompts[:1])[encoders(bundle).index(part)]
+                for name, tensor in pipeline.run(part, input_ids=ids).items():
+                    out[f"stage.{name}"] = tensor.float()
+                if encodes_empty:
+                    ids = pipeline.tokenise([""])[encoders(bundle).index(part)]
+                    for name, tensor in pipeline.run(part, input_ids=ids).items():
+                        out[f"empty.{name}"] = tensor.float()
+            elif part == "unet":
+                files = [tensors(folder, p, runtime) for p in encoders(bundle)]
+                prompted = pipeline.join([stage(file) for file in files])
+                empty = pipeline.join([stage(f, "empty") for f in files]) if encodes_empty else None
+                conditioning = pipeline.with_negative(prompted, empty)
+                for steps in reference_steps(bundle):
+                    out[f"stage.{steps}"] = pipeline.denoise(conditioning, steps, [SEED])[0]
+            else:
+                for count, latents in stage(tensors(folder, "unet", runtime)).items():
+                    images = pipeline.to_uint8(pipeline.decode(latents))
+                    out[f"stage.{count}"] = torch.from_numpy(images)
+        save_file({k: v.contiguous() for k, v in out.items()}, tensors(folder, part, runtime))
+        return watch.report()
+
+
+def tensors(folder: Path, part: str, runtime: str) -> Path:
+    """The file of what `part` gave on `runtime`."""
+    return folder / f"{part}-{'reference' if runtime == REFERENCE else 'backend'}.safetensors"
+
+
+def encoders(bundle: Bundle) -> list[str]:
+    return [part for part in bundle.parts if part.startswith("text_encoder")]
+
+
+def reference_steps(bundle: Bundle) -> Sequence[int]:
+    """Step counts of the reference images."""
+    model = bundle.model
+    if model.step_counts:
+        return model.step_counts
+    own = {model.steps} if bundle.parts["unet"].weight_bytes < CHEAP_BYTES else set()
+    return sorted({*STEPS} | own)
+
+
+def stage(file: Path, of: str = "stage") -> dict[str, torch.Tensor]:
+    """What a part gave in its stage of the reference image; `empty`: for the empty prompt."""
+    from safetensors.torch import load_file
+
+    return {
+        name.removeprefix(f"{of}."): tensor
+        for name, tensor in load_file(file).items()
+        if name.startswith(f"{of}.")
+    }
+
+
+# ---- the parent
+
+
+def check(
+    bundle: Bundle, backend: str = "ort", force: bool = False, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Run parity of `backend`, write `parity.json` and the reference images; returns the record.
+
+    Raises:
+        AddbenchError: a gate is missed or an op overflows FP16; the record is written first.
+    """
+    from export.bundle import write_references
+
+    file = bundle.path / record_name(bundle, backend)
+    if not force and file.exists() and bundle.references() is not None:
+        record: dict[str, Any] = read_json(file)
+        if record.get("backend") == backend and record.get("compiled") == compiled(bundle, backend):
+            say(f"parity of {bundle.path.name} is on record ({file.name}); --force runs it again")
+            failure = verdict(record)
+            if failure:
+                raise failure
+            return record
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="addbench-parity-") as scratch:
+        folder = Path(scratch)
+        peaks = walk(bundle, backend, folder, say)
+        record = compare(bundle, backend, folder, peaks)
+        images = {
+            (part.removesuffix("_decoder"), int(steps)): image.numpy()[0]
+            for part in bundle.parts
+            if part.endswith("_decoder")
+            for steps, image in stage(tensors(folder, part, REFERENCE)).items()
+        }
+    record["seconds"] = round(time.perf_counter() - started, 1)
+    write_references(bundle, images, bundle.model.prompts[0], SEED)
+    failure = verdict(record)
+    write_json(file, record | {"ok": failure is None})
+    if failure:
+        raise failure
+    return record
+
+
+def compiled(bundle: Bundle, backend: str) -> str:
+    """A hash of the bundle, the backend's version and the code that compiles.
+
+    A record says nothing of what another of these makes.
+    """
+    from backends.artifacts.cache import ArtifactCache
+    from backends.base import Shapes, parse_backend
+
+    chosen, shapes = parse_backend(backend), Shapes(1, *bundle.size)
+    keys = [ArtifactCache.key(chosen, bundle, part, shapes) for part in bundle.parts]
+    return sha256_json([bundle.hash, *keys])
+
+
+def record_name(bundle: Bundle, backend: str) -> str:
+    """Of integer weights apart: the bundle's own record vouches for its export."""
+    from backends.base import parse_backend
+    from export.bundle import PARITY
+
+    storage = parse_backend(backend).storage(bundle)
+    return f"parity-{storage}.json" if storage in QUANTISED else PARITY
+
+
+def walk(
+    bundle: Bundle, backend: str, folder: Path, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Every part on torch and `backend`; part -> peak memory in MB.
+
+    Each in a process of its own, whose memory is free again before the next; those of a small
+    bundle share one, since starting takes longer than all of their work.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from backends.base import Shapes
+    from backends.pipeline.recipe import make_recipe
+
+    recipe = make_recipe(bundle)
+    generator = torch.Generator().manual_seed(SEED)
+    for part, info in bundle.parts.items():
+        batch = recipe.shapes(part, Shapes(1, *bundle.size)).batch
+        inputs = seeded_inputs(info.inputs, generator, batch)
+        save_file(inputs, folder / f"{part}.inputs.safetensors")
+    names = list(bundle.parts)
+    small = sum(info.weight_bytes for info in bundle.parts.values()) < CHEAP_BYTES
+    peaks: dict[str, float] = {}
+    for parts in [names] if small else [[name] for name in names]:
+        job = {"folder": str(folder), "bundle": str(bundle.path), "parts": parts}
+        started = time.perf_counter()
+        peak = spawn(job | {"backend": backend})
+        seconds = time.perf_counter() - started
+        what = "all parts" if small else parts[0]
+        say(f"  {what:<16} {seconds:7.1f} s  {peak / 1e9:5.1f} GB")
+        peaks |= dict.fromkeys(parts, round(peak / 1e6))
+    return peaks
+
+
+def seeded_inputs(
+    specs: Sequence[Any], generator: torch.Generator, batch: int = 1
+) -> dict[str, torch.Tensor]:
+    """Inputs of a part: random token ids, normal floats, a timestep in the middle."""
+    import torch
+
+    inputs = {}
+    for spec in specs:
+        shape = [size if isinstance(size, int) else batch for size in spec.shape]
+        if spec.name == "input_ids":
+            tensor = torch.randint(1, 400, shape, generator=generator)
+        elif spec.name == "timestep":
+            tensor = torch.full(shape, 499.0)
+        elif spec.name == "time_ids":
+            tensor = torch.tensor([[512.0, 512.0, 0.0, 0.0, 512.0, 512.0]] * batch)
+        else:
+            tensor = torch.randn(shape, generator=generator)
+        inputs[spec.name] = tensor
+    return inputs
+
+
+def spawn(job: Mapping[str, Any]) -> int:
+    """Run `run_part` of the job's parts in a fresh process; returns its peak memory in bytes."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "backends.check.parity"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        text=True,
+    )
+    try:
+        _, errors = process.communicate(json.dumps(job))
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    if process.returncode:
+        killed = process.returncode == -signal.SIGKILL
+        raise AddbenchError(
+            f"{', '.join(job['parts'])} died with exit code {process.returncode}, on torch or"
+            f" {job['backend']}",
+            "the system ran out of memory" if killed else errors.strip()[-2000:],
+            "free memory" if killed else "`addbench verify` checks the bundle's files",
+        )
+    return int(read_json(Path(job["folder"]) / PEAK)["bytes"])
+
+
+def compare(
+    bundle: Bundle, backend: str, folder: Path, peaks: Mapping[str, float]
+) -> dict[str, Any]:
+    """The record: relative error per part output, image distances, the largest values per op."""
+    from safetensors.torch import load_file
+
+    from backends.base import parse_backend
+
+    chosen = parse_backend(backend)
+    storage, precision = chosen.storage(bundle), chosen.precision(bundle)
+    gate = gate_for(storage, precision, bundle.weights)
+    parts: dict[str, Any] = {}
+    images: dict[str, Any] = {}
+    for part in bundle.parts:
+        measured = load_file(tensors(folder, part, backend))
+        errors = {}
+        for name, expected in load_file(tensors(folder, part, REFERENCE)).items():
+            got = measured[name]
+            if name.startswith("part."):
+                difference = (got - expected).norm() / expected.norm().clamp_min(1e-12)
+                errors[name.removeprefix("part.")] = float(difference)
+            elif part.endswith("_decoder"):
+                key = f"{part.removesuffix('_decoder')}-{name.removeprefix('stage.')}"
+                distance = image_distance(got.numpy()[0], expected.numpy()[0])
+                images[key] = asdict(distance) | {"ok": distance.passes(gate)}
+        parts[part] = {
+            "relative_error": errors,
+            "ok": all(error <= gate.relative_error for error in errors.values()),
+            "largest_values": read_json(folder / f"{part}.json")["overflow"],
+            "peak_memory_mb": peaks[part],
+        }
+    return {
+        "schema": 1,
+        "bundle_hash": bundle.hash,
+        "backend": backend,
+        "compiled": compiled(bundle, backend),
+        "storage": storage,
+        "precision": precision,
+        "weights": bundle.weights,
+        "gate": asdict(gate),
+        "parts": parts,
+        "images": images,
+        "fp16_limit": HEADROOM * FP16_MAX if bundle.dtype == "fp16" else None,
+    }
+
+
+def verdict(record: Mapping[str, Any]) -> AddbenchError | None:
+    """The error to raise when a part, an image or an op's largest value is beyond its gate."""
+    limit = record["fp16_limit"]
+    for part, found in record["parts"].items():
+        for op in found["largest_values"]:
+            if limit is not None and not op["largest"] <= limit:
+                return AddbenchError(
+                    f"{part} overflows FP16: {op['op']} in {op['module']} reaches"
+                    f" {op['largest']:.0f}",
+                    f"FP16 ends at {FP16_MAX:.0f} and the limit is {limit:.0f}, since other prompts"
+                    " reach further; seen in an FP32 run",
+                    "pass an FP16-safe checkpoint (--vae ... for the decoder), or --dtype fp32",
+                )
+    bad = [f"{part}: {found['relative_error']}" for part, found in record["parts"].items()
+           if not found["ok"]]  # fmt: skip
+    bad += [
+        f"image {key}: PSNR {found['psnr_db']:.1f} dB, SSIM {found['ssim']:.4f}"
+        for key, found in record["images"].items()
+        if not found["ok"]
+    ]
+    if bad:
+        return AddbenchError(
+            f"{record['backend']} does not match torch FP32",
+            "; ".join(bad) + f" (gate: {record['gate']})",
+            "the numbers are in parity.json; look at the first part in the list that is off",
+        )
+    return None
+
+
+def report(record: Mapping[str, Any]) -> str:
+    """The record as lines for a terminal."""
+    lines = [
+        f"storage {record['storage']}, precision {record['precision']}, weights {record['weights']}"
+    ]
+    for part, found in record["parts"].items():
+        errors = ", ".join(f"{k} {v:.2e}" for k, v in found["relative_error"].items())
+        largest = max((op["largest"] for op in found["largest_values"]), default=0.0)
+        lines.append(f"  {part:<16} relative error {errors}; largest value {largest:.0f}")
+    for key, found in record["images"].items():
+        lines.append(f"  image {key:<10} PSNR {found['psnr_db']:.1f} dB, SSIM {found['ssim']:.5f}")
+    if record["storage"] in QUANTISED and record["weights"] == "random":
+        lines.append(f"  {RANDOM_WORDS}")
+    return "\n".join(lines)
+
+
+def _child() -> None:
+    import resource
+
+    die_with_parent()
+    if os.getppid() == 1:
+        raise SystemExit("the parent is gone")
+    job = json.loads(sys.stdin.read())
+    for part in job["parts"]:
+        run_part(job, part)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    write_json(Path(job["folder"]) / PEAK, {"bytes": peak})
+
+
+if __name__ == "__main__":
+    try:
+        _child()
+    except AddbenchError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -1,0 +1,145 @@
+"""`addbench image PROMPT`: one image, with what made it in the PNG's metadata."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from core.cli import (
+    Parser,
+    add_model_arguments,
+    add_precision_argument,
+    image_size,
+    png_file,
+    run,
+)
+from core.errors import EXIT_OK, PreconditionError
+from export.models import DEFAULT_MODEL, SCHEDULERS
+
+
+def parser() -> Parser:
+    made = Parser(prog="addbench image", description=__doc__)
+    made.add_argument("prompt", metavar="PROMPT")
+    add_model_arguments(made, DEFAULT_MODEL)
+    made.add_argument("--backend", default="ort", metavar="NAME[:KEY=VALUE,...]")
+    add_precision_argument(made)
+    made.add_argument("--decoder", default="taesd", help="vae or taesd")
+    made.add_argument("--steps", type=int, default=None, help="default: the model's own")
+    made.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="of the bundle")
+    made.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (the model's)")
+    made.add_argument("--guidance", type=float, metavar="SCALE", help="default: the model's own")
+    made.add_argument("--guidance-mode", choices=("batch", "calls"), help="(batch)")
+    made.add_argument(
+        "--low-memory", action="store_true", help="load each part when it is needed, then drop it"
+    )
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--out", type=png_file, default=Path("image.png"), metavar="FILE.png")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.steps is not None and args.steps < 1:
+        raise PreconditionError("--steps is less than 1", "an image needs a step", "use --steps 1")
+
+    from backends.base import parse_backend
+    from backends.quantised.precision import with_precision
+
+    args.backend = with_precision(args.backend, args.precision)
+    backend = parse_backend(args.backend)
+    backend.probe().require(backend.name)
+    if args.low_memory:
+        backend.require_low_memory()
+
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    from backends.pipeline.pipeline import load_pipeline
+    from backends.pipeline.prompts import check_prompts, check_seeds
+    from core.files import write_atomic
+
+    check_prompts(args.prompt)
+    check_seeds(args.seed, 1)
+    with load_pipeline(
+        args.model,
+        args.backend,
+        args.decoder,
+        weights=args.weights,
+        dtype=args.dtype,
+        size=args.size,
+        low_memory=args.low_memory,
+        scheduler=args.scheduler,
+        guidance=args.guidance,
+        guidance_mode=args.guidance_mode,
+    ) as pipeline:
+        bundle = pipeline.bundle
+        steps = args.steps or bundle.steps
+        out = pipeline([args.prompt], steps=steps, seed=args.seed)
+        versions = {p: version(p) for p in ("torch", "diffusers", "transformers")}
+        facts = {
+            "prompt": args.prompt,
+            "seed": args.seed,
+            "steps": steps,
+            **asdict(pipeline.recipe),
+            "nfe": out.nfe,
+            "model": bundle.name,
+            "weights": bundle.weights,
+            "licence": bundle.licence,
+            "backend": args.backend,
+            "provenance": out.provenance,
+            "decoder": args.decoder,
+            "low_memory": args.low_memory,
+            "precision": pipeline.backend.precision(bundle),
+            "storage": pipeline.backend.storage(bundle),
+            "versions": versions | pipeline.backend.fingerprint(),
+            "bundle": bundle.hash,
+        }
+        load_s, compile_s = pipeline.load_s, pipeline.compile_s
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+    buffer = io.BytesIO()
+    Image.fromarray(out.images[0]).save(buffer, "PNG", pnginfo=info)
+    try:
+        write_atomic(args.out, buffer.getvalue())
+    except OSError as error:
+        raise PreconditionError(
+            f"{args.out} cannot be written", str(error), "pass another place with --out"
+        ) from error
+    print(
+        f"{args.out}: {bundle.name} ({bundle.weights} weights), {steps} steps, NFE {out.nfe}, "
+        f"seed {args.seed}, {args.backend}, {args.decoder}"
+    )
+    times = out.timings
+    stages = ""
+    if times.text is not None and times.decode is not None and times.rest is not None:
+        unet = " + ".join(f"{1e3 * step:.1f}" for step in times.unet)
+        stages = (
+            f"text {1e3 * times.text:.1f} ms, UNet {unet} ms, decode {1e3 * times.decode:.1f} ms,"
+            f" rest {1e3 * times.rest:.1f} ms, "
+        )
+    if args.low_memory:
+        stages += f"loading {1e3 * times.load:.1f} ms, "
+    if out.provenance == "emulated":
+        print(f"  {backend.summary}")
+    elif out.provenance == "modelled":
+        print(f"  modelled, not measured: {stages}total {1e3 * times.total:.1f} ms")
+    else:
+        print(
+            f"  {stages}total {1e3 * times.total:.1f} ms"
+            f" (this process's first call; compile {compile_s:.2f} s, load {load_s:.2f} s)"
+        )
+    if bundle.weights == "random":
+        print(
+            "  the weights are random: the image shows that it ran, nothing more", file=sys.stderr
+        )
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

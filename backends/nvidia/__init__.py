@@ -1,0 +1,1 @@
+"""What backends on an NVIDIA GPU share."""

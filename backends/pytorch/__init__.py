@@ -1,0 +1,1 @@
+"""What the backend `torch` rewrites in diffusers' modules."""

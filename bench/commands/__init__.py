@@ -1,0 +1,1 @@
+"""One verb a file: its arguments, one call, one show."""

@@ -1,0 +1,200 @@
+"""`addbench harness overhead`: what pipeline and harness add to a bare loop over the same sessions.
+
+Three ways of making the same images in one process - sessions called by hand, the pipeline, the
+pipeline under `measure` - in blocks of alternating order, so that a drift meets all three alike.
+Exit code 4 if the harness adds more than 1%, by the median over the repeats.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.run.measure import StopRule, inputs_of_call, measure
+from core.cli import Parser, add_model_arguments, run
+from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
+from export.models import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from backends.pipeline.pipeline import Pipeline
+
+LIMIT = 0.01
+
+
+def bare_call(
+    pipe: Pipeline, scheduler: Any, prompts: Sequence[str], steps: int, seeds: Sequence[int]
+) -> NDArray[np.uint8]:
+    """What one would write by hand: no guards, no clocks, no stages; uint8 [batch, h, w, 3]."""
+    import torch
+
+    from backends.pipeline.pipeline import DTYPES
+
+    def session(part: str, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = pipe.session(part)
+        return found.run(
+            {name: tensors[name].to(DTYPES[spec.dtype]) for name, spec in found.inputs.items()}
+        )
+
+    with torch.inference_mode():
+        encoders = [part for part in pipe.parts if part.startswith("text_encoder")]
+        ids = pipe.tokenise(prompts)
+        encoded = [session(part, input_ids=i) for part, i in zip(encoders, ids, strict=True)]
+        hidden = torch.cat([outputs["hidden_states"] for outputs in encoded], dim=-1)
+        inputs = {"encoder_hidden_states": hidden, **pipe.context(hidden)}
+        width, height = pipe.bundle.size
+        if pipe.bundle.pooled:
+            inputs["text_embeds"] = encoded[-1]["text_embeds"]
+            row = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+            inputs["time_ids"] = row.expand(len(seeds), -1)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        scheduler.set_timesteps(steps)
+        scale = pipe.bundle.vae_scale
+        shape = (1, pipe.bundle.latent_channels, height // scale, width // scale)
+        latents = torch.cat([torch.randn(shape, generator=g) for g in generators])
+        latents = latents * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            sample = scheduler.scale_model_input(latents, timestep)
+            moment = timestep.reshape(1).float()
+            predicted = session("unet", sample=sample, timestep=moment, **inputs)["out_sample"]
+            latents = scheduler.step(
+                predicted.float(), timestep, latents, generator=generators
+            ).prev_sample
+        decoded = session(f"{pipe.decoder}_decoder", latent_sample=latents)["sample"].float()
+        image = (decoded * 127.5).add_(128).clamp_(0.5, 255.5).to(torch.uint8)
+        return image.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def blocks(pipe: Pipeline, batch: int, steps: int, calls: int) -> dict[str, Callable[[], None]]:
+    """The three ways, each making `calls` calls."""
+
+    scheduler, asked = pipe.bundle.scheduler(), pipe.bundle.model.prompts
+
+    def sessions() -> None:
+        for number in range(calls):
+            prompts, seeds = inputs_of_call(number, batch, asked)
+            bare_call(pipe, scheduler, prompts, steps, seeds)
+
+    def pipeline() -> None:
+        for number in range(calls):
+            prompts, seeds = inputs_of_call(number, batch, asked)
+            pipe(prompts, steps=steps, seed=seeds)
+
+    def harness() -> None:
+        # The cold call is one of them: `calls` in all, as in the other two.
+        rule = StopRule(min_samples=calls - 1, min_time=0.0, max_time=math.inf, warmup=0)
+        measure(pipe, batch, steps, rule, prompts=asked)
+
+    return {"sessions by hand": sessions, "pipeline": pipeline, "pipeline under measure": harness}
+
+
+def interleaved(
+    ways: dict[str, Callable[[], None]], repeats: int, calls: int
+) -> dict[str, list[float]]:
+    """Milliseconds per call of each way, a value per repeat; every other repeat runs backwards."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for repeat in range(repeats):
+        names = list(ways) if repeat % 2 == 0 else list(ways)[::-1]
+        for name in names:
+            started = time.perf_counter_ns()
+            ways[name]()
+            found[name].append((time.perf_counter_ns() - started) / 1e6 / calls)
+    return found
+
+
+def ratios(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """What the last way adds to each other one: quartiles of its times over theirs, less one.
+
+    A ratio is of the two blocks of one repeat: what drifts from repeat to repeat is not in it.
+    """
+    *bases, last = found
+    added = {}
+    for base in bases:
+        pairs = zip(found[last], found[base], strict=True)
+        cuts = statistics.quantiles([mine / bare - 1 for mine, bare in pairs], n=4)
+        added[base] = dict(zip(("lower_quartile", "median", "upper_quartile"), cuts, strict=True))
+    return added
+
+
+def parser() -> Parser:
+    top = Parser(prog="addbench harness overhead", description=__doc__)
+    add_model_arguments(top, DEFAULT_MODEL)
+    top.add_argument("--backend", default="ort", metavar="NAME[:KEY=VALUE,...]")
+    top.add_argument("--decoder", default="taesd")
+    top.add_argument("--batch", type=int, default=1)
+    top.add_argument("--steps", type=int, default=1)
+    top.add_argument("--calls", type=int, default=20, help="calls per block")
+    top.add_argument("--repeats", type=int, default=20, help="blocks of each way")
+    top.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    for flag, given in (("--calls", args.calls), ("--repeats", args.repeats)):
+        if given < 2:
+            raise PreconditionError(
+                f"{flag} {given} is less than 2",
+                "one call is the cold one, and quartiles need two repeats",
+                f"use {flag} 20",
+            )
+    from backends.pipeline.pipeline import load_pipeline
+    from bench.machine.environment import subject
+    from core.files import write_json
+
+    with load_pipeline(
+        args.model,
+        args.backend,
+        args.decoder,
+        batch=args.batch,
+        weights=args.weights,
+        dtype=args.dtype,
+    ) as pipe:
+        ways = blocks(pipe, args.batch, args.steps, args.calls)
+        interleaved(ways, 1, args.calls)  # warm
+        measured = subject(pipe.bundle, pipe.backend)
+        found = interleaved(ways, args.repeats, args.calls)
+    print(
+        f"{args.repeats} blocks of {args.calls} calls each, {args.steps} steps, alternating order"
+    )
+    for name, times in found.items():
+        print(f"{name:<24} {statistics.median(times):10.3f} ms/call")
+    added, harness = ratios(found), list(found)[-1]
+    for base, cut in added.items():
+        print(
+            f"{harness} over {base}: {cut['median']:+.2%}"
+            f" (quartiles {cut['lower_quartile']:+.2%} to {cut['upper_quartile']:+.2%})"
+        )
+    over = any(cut["median"] > LIMIT for cut in added.values())
+    print(f"the median is {'over' if over else 'within'} the limit of {LIMIT:.0%}")
+    if args.out:
+        record: dict[str, Any] = {
+            "schema": 1,
+            **measured,
+            "decoder": args.decoder,
+            "batch": args.batch,
+            "steps": args.steps,
+            "calls": args.calls,
+            "ms_per_call": {
+                name: [round(each, 4) for each in times] for name, times in found.items()
+            },
+            "added": {
+                base: {name: round(value, 5) for name, value in cut.items()}
+                for base, cut in added.items()
+            },
+            "limit": LIMIT,
+            "within": not over,
+        }
+        write_json(args.out, record)
+        print(f"written to {args.out}")
+    return EXIT_FAILED if over else EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,1 @@
+"""What hardware could do: floors, modelled ranges, published figures beside ours."""

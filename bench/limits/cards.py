@@ -1,0 +1,335 @@
+"""`addbench cards`: what a Cloud AI 100 would do, by a model of it. Nothing is measured.
+
+Holds a published period (4 images for 4 prompts every ~250 ms on an Ultra) against every step
+count, decoder and split; says what the tiny decoder buys; puts the cards side by side; and says
+how far the model was off on published results that it had not seen. The model, what it assumes and
+where it is weak: backends/modelled.
+
+A target against a modelled range: `impossible` below the floor, `beyond the range` below its low
+end, `fits` inside it, `time to spare` above it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bench.limits.cardwords import (
+    BEYOND,
+    FITS,
+    IMPOSSIBLE,
+    SPARE,
+    answer,
+    decoder_words,
+    fit_words,
+    joule_span,
+    other_reading,
+    span,
+)
+from bench.show.columns import Column, grid
+from core.cli import Parser, image_size, int_list, run, word_list
+from core.errors import EXIT_OK, PreconditionError
+
+if TYPE_CHECKING:
+    from backends.modelled.card import Estimate
+    from backends.modelled.fit import Fit
+    from core.devices import Device
+
+MODEL, TARGET_MS, BATCH = "sdxl-turbo", 250.0, 4
+CLAIMED = "ai100-ultra"
+CARDS = ("ai100-standard", "ai100-pro", "ai100-ultra")
+STEPS, DECODERS = [1, 2, 4], ["vae", "taesd"]
+HEADLINE = "modelled, not measured"
+READING = (
+    "the published figure states neither steps nor decoder nor split; four batch-1 pipelines side"
+    " by side is its likely reading"
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a call on one card, with what the model says of it."""
+
+    device: Device
+    decoder: str
+    steps: int
+    split: str
+    batch: int
+    found: Estimate
+
+    def verdict(self, target_ms: float, *, switching: bool = False) -> str:
+        """Whether a period of `target_ms` is plausible."""
+        period = self.found.switching_period if switching else self.found.period
+        if target_ms < 1e3 * self.found.period_floor:
+            return IMPOSSIBLE
+        if target_ms < 1e3 * period.low:
+            return BEYOND
+        return FITS if target_ms <= 1e3 * period.high else SPARE
+
+    def per_joule(self, period_s: float) -> float:
+        """Images per joule at the TDP."""
+        return self.batch / (self.device.tdp_w * period_s)
+
+    def columns(self, target_ms: float) -> dict[str, Any]:
+        """As JSON; milliseconds."""
+        from bench.run.cardrows import ms
+
+        return {
+            "provenance": "modelled",
+            "device": self.device.name,
+            "decoder": self.decoder,
+            "steps": self.steps,
+            "split": self.split,
+            "batch": self.batch,
+            "floor_ms": round(1e3 * self.found.floor, 4),
+            "latency": ms(self.found.latency),
+            "period": ms(self.found.period),
+            "verdict": self.verdict(target_ms),
+            "switching_latency": ms(self.found.switching_latency),
+            "switching_period": ms(self.found.switching_period),
+            "switching_verdict": self.verdict(target_ms, switching=True),
+            "stages": {name: ms(each) for name, each in self.found.stages.items()},
+            "images_per_joule_at_tdp": round(self.per_joule(self.found.period.mid), 5),
+        }
+
+
+def options(args: argparse.Namespace) -> list[Option]:
+    """Every card, decoder, step count and split that there is."""
+    from backends.base import UnsupportedError
+    from backends.modelled.backend import VENDOR
+    from backends.modelled.card import SPLITS, Call, estimate
+    from backends.modelled.costs import known_costs
+    from core.devices import find_device
+    from export.models import find_model
+
+    own = find_model(args.model).size
+    costs = known_costs(args.model, args.size or (own, own))
+    found = []
+    for name in args.device:
+        device = find_device(name)
+        if device.vendor != VENDOR:
+            raise PreconditionError(
+                f"{name} is no {VENDOR} card", "there is a model of these only",
+                f"use --device {','.join(CARDS)}",
+            )  # fmt: skip
+        for decoder in args.decoder:
+            if f"{decoder}_decoder" not in costs:
+                raise PreconditionError(
+                    f"there is no decoder called {decoder!r}",
+                    "known: vae, taesd",
+                    "use one of them",
+                )
+            for steps in args.steps:
+                for split in SPLITS:
+                    call = Call(decoder, steps, args.batch, split)
+                    try:
+                        one = estimate(device, costs, call)
+                    except UnsupportedError:
+                        continue  # fewer SoCs than parts
+                    found.append(Option(device, decoder, steps, split, args.batch, one))
+    return found
+
+
+def best(found: Sequence[Option]) -> list[Option]:
+    """The split with the shortest period for each card, decoder and step count."""
+    kept: dict[tuple[str, str, int], Option] = {}
+    for one in found:
+        key = (one.device.name, one.decoder, one.steps)
+        if key not in kept or one.found.period.mid < kept[key].found.period.mid:
+            kept[key] = one
+    return list(kept.values())
+
+
+def resident_words(found: Sequence[Option], args: argparse.Namespace) -> str:
+    """Whether all parts could be resident, as far as memory goes."""
+    from backends.modelled.costs import known_costs
+    from export.models import find_model
+
+    own = find_model(args.model).size
+    costs = known_costs(args.model, args.size or (own, own))
+    weights = sum(cost.weight_bytes for cost in costs.values()) / 1e9
+    rooms = {one.device.name: one.device.memory_gb / one.device.socs for one in found}
+    having = ", ".join(f"{name} {gb:g} GB" for name, gb in rooms.items())
+    return f"the weights of all parts are {weights:.1f} GB; an SoC has: {having}"
+
+
+# ---- tables
+
+
+def option_columns(target_ms: float) -> tuple[Column, ...]:
+    return (
+        Column("decoder", lambda one: one.decoder),
+        Column("steps", lambda one: one.steps),
+        Column("split", lambda one: one.split),
+        Column("latency (ms)", lambda one: span(one.found.latency)),
+        Column("period (ms)", lambda one: span(one.found.period)),
+        Column(f"{target_ms:g} ms", lambda one: one.verdict(target_ms)),
+        Column("period, switching (ms)", lambda one: span(one.found.switching_period)),
+        Column(f"{target_ms:g} ms, switching", lambda one: one.verdict(target_ms, switching=True)),
+        Column("images/J at TDP", joule_span),
+    )
+
+
+CARD_COLUMNS = (
+    Column("card", lambda one: f"{one.device.name} ({one.device.tdp_w:g} W)"),
+    Column("decoder", lambda one: one.decoder),
+    Column("steps", lambda one: one.steps),
+    Column("split", lambda one: one.split),
+    Column("period (ms)", lambda one: span(one.found.period)),
+    Column("period, switching (ms)", lambda one: span(one.found.switching_period)),
+    Column("images/s", lambda one: one.batch / one.found.period.mid, 1),
+    Column("images/J at TDP", joule_span),
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title, sentences, and a table."""
+
+    title: str
+    lines: Sequence[str]
+    columns: Sequence[Column] = ()
+    rows: Sequence[Option] = ()
+
+
+def sections(found: Sequence[Option], args: argparse.Namespace) -> list[Section]:
+    from backends.modelled.card import ASSUMPTIONS
+    from backends.modelled.costs import known_costs
+    from export.models import find_model
+
+    own = find_model(args.model).size
+    unet = known_costs(args.model, args.size or (own, own))["unet"]
+    what = f"{args.model}, FP16, a call of {args.batch} image{'s' * (args.batch != 1)}"
+    claimed = CLAIMED if CLAIMED in args.device else args.device[-1]
+    ours = [one for one in found if one.device.name == claimed]
+    return [
+        Section(
+            f"{what}, every {args.target:g} ms on {claimed}: {HEADLINE}",
+            [*([READING] if claimed == CLAIMED else []), *answer(ours, args.target)],
+            option_columns(args.target),
+            ours,
+        ),
+        Section(f"What TAESDXL buys: {HEADLINE}", decoder_words(found)),
+        Section(
+            f"The cards side by side, each with its split of shortest period: {HEADLINE}",
+            ["images/J at TDP: the card at its power limit over the period, so at least that many"],
+            CARD_COLUMNS,
+            best(found),
+        ),
+        Section("How far the fit is off", [*fit_words(), *other_reading(ours, unet)]),
+        Section("What is assumed", [*ASSUMPTIONS, resident_words(found, args)]),
+    ]
+
+
+def markdown(found: Sequence[Section]) -> str:
+    text = []
+    for section in found:
+        text += [f"**{section.title}**", "", *(f"- {line}" for line in section.lines), ""]
+        if section.columns:
+            text += [*grid(section.columns, section.rows), ""]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def show(found: Sequence[Section]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False, markup=False)
+    for section in found:
+        console.print(section.title, style="bold")
+        if section.columns:
+            table = Table(*(column.header for column in section.columns))
+            for one in section.rows:
+                table.add_row(*(column.text(one) for column in section.columns))
+            console.print(table)
+        for line in section.lines:
+            console.print(f"  {line}")
+        console.print()
+
+
+def report(found: Sequence[Option], args: argparse.Namespace) -> dict[str, Any]:
+    """As JSON."""
+    from backends.modelled.card import ASSUMPTIONS
+    from backends.modelled.fit import fits, unhidden
+
+    def columns(one: Fit) -> Mapping[str, Any]:
+        from backends.modelled.fit import factor
+
+        return {
+            "kind": one.kind,
+            "ddr": one.ddr,
+            "efficiency": one.efficiency,
+            "serial": one.serial,
+            "overhead_us": 1e6 * one.overhead_s,
+            "rows": len(one.weights),
+            "error_median": factor(one.errors, one.weights, 0.5),
+            "error_p90": factor(one.errors, one.weights, 0.9),
+            "held_out_median": factor(one.held_out, one.weights, 0.5),
+            "held_out_p90": factor(one.held_out, one.weights, 0.9),
+        }
+
+    return {
+        "provenance": "modelled",
+        "model": args.model,
+        "batch": args.batch,
+        "target_ms": args.target,
+        "options": [one.columns(args.target) for one in found],
+        "fits": [columns(one) for one in fits().values()],
+        "matmul_efficiency_if_no_row_waits": unhidden(),
+        "assumptions": list(ASSUMPTIONS),
+    }
+
+
+# ---- command line
+
+
+def period(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of milliseconds")
+    return value
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="addbench cards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--model", default=MODEL, metavar="NAME", help=f"({MODEL})")
+    top.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="(the model's own)")
+    top.add_argument(
+        "--device", type=word_list, default=list(CARDS), metavar="NAME[,...]",
+        help=f"({','.join(CARDS)})",
+    )  # fmt: skip
+    top.add_argument("--steps", type=int_list, default=STEPS, metavar="1,2,4", help="(1,2,4)")
+    top.add_argument("--batch", type=int, default=BATCH, help=f"images of a call ({BATCH})")
+    top.add_argument("--decoder", type=word_list, default=DECODERS, metavar="vae,taesd")
+    top.add_argument(
+        "--target", type=period, default=TARGET_MS, metavar="MS", help=f"period ({TARGET_MS:g})"
+    )
+    top.add_argument("--format", choices=("table", "markdown", "json"), default="table")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.batch < 1:
+        raise PreconditionError("--batch is less than 1", "a call makes an image", "use --batch 1")
+    found = options(args)
+    if args.format == "json":
+        json.dump(report(found, args), sys.stdout, indent=2)
+        print()
+    elif args.format == "markdown":
+        print(markdown(sections(found, args)), end="")
+    else:
+        show(sections(found, args))
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,386 @@
+"""The distance to the hardware's limit: FLOPs and bytes of each part against a device's ceilings.
+
+A floor is the time that direct algorithms need: every multiply-add done once at the peak, or every
+byte moved once at full bandwidth, whichever takes longer. Algorithms that do fewer multiply-adds
+(Winograd convolutions), or do those of a precision on faster units of another (FP32 by parts on
+BF16's), can go below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.machine.ceilings import Ceilings
+from core.cli import Parser, add_model_arguments, image_size, run
+from core.errors import EXIT_OK, PreconditionError
+from core.process import run_apart
+from export.models import CONTEXT_PART, DEFAULT_MODEL, MODELS, PARTS
+
+if TYPE_CHECKING:
+    from bench.rows.cell import Cell
+    from export.cost import Cost
+    from export.source.checkpoint import Checkpoint
+
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+STAGES = {
+    "text": ("text_encoder", "text_encoder_2", CONTEXT_PART),
+    "unet_step": ("unet",),
+    "decode": ("vae_decoder", "taesd_decoder"),
+}
+SPLIT_UNET = "unet of context"
+"""In a survey's costs: what is left of the UNet for every step where CONTEXT_PART is split off."""
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least milliseconds of one evaluation, and which ceiling sets them."""
+
+    compute_ms: float
+    memory_ms: float
+
+    @property
+    def ms(self) -> float:
+        return max(self.compute_ms, self.memory_ms)
+
+    @property
+    def bound(self) -> str:
+        return "compute" if self.compute_ms >= self.memory_ms else "memory"
+
+
+def moved_bytes(cost: Cost, graph_dtype: str, precision: str) -> float:
+    """Bytes that one evaluation moves at least, weights and activations, as they are computed with.
+
+    `cost` counts them in the dtype of the graph; a CPU that stores FP16 computes with FP32 weights.
+    """
+    return (cost.weight_bytes + cost.activation_bytes) * BYTES[precision] / BYTES[graph_dtype]
+
+
+def floor(cost: Cost, ceilings: Ceilings, graph_dtype: str, precision: str) -> Floor | None:
+    """The floor of one evaluation, or None where the device has no figure for that dtype."""
+    peaks = ceilings.tflops.get(precision)
+    if peaks is None:
+        return None
+    conv = cost.by_kind["conv"]
+    compute_s = (cost.flops - conv) / (peaks["matmul"] * 1e12) + conv / (peaks["conv"] * 1e12)
+    memory_s = moved_bytes(cost, graph_dtype, precision) / (ceilings.gb_per_s * 1e9)
+    return Floor(1e3 * compute_s, 1e3 * memory_s)
+
+
+def survey(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:
+    """What rows are judged by: the ceilings of this machine's devices that cells run on, and the
+    cost of each part at each batch.
+
+    `split` names the backends whose UNet is split: theirs is counted apart, in both halves.
+    """
+    import torch
+
+    from backends.base import parse_backend
+    from bench.machine.ceilings import measure, measure_gpu
+    from export.bundle import Bundle
+    from export.cost import part_cost
+
+    opened = Bundle.open(bundle)
+    backends = {cell.backend_text: parse_backend(cell.backend_text) for cell in cells}
+    split = sorted(text for text, one in backends.items() if CONTEXT_PART in one.parts(opened))
+    counted = {name: (part.graph, "inline") for name, part in opened.parts.items()}
+    if split:
+        unet = opened.parts["unet"].graph
+        counted |= {CONTEXT_PART: (unet, "output"), SPLIT_UNET: (unet, "input")}
+    costs = {
+        name: {
+            str(batch): asdict(part_cost(graph, batch, form))
+            for batch in sorted({batch_of(name, cell) for cell in cells})
+        }
+        for name, (graph, form) in counted.items()
+    }
+    probes: dict[str, Callable[[Sequence[str]], Ceilings]] = {"cpu": measure}
+    # ONNX Runtime and TensorRT may use a GPU beside a torch that was built without.
+    if torch.cuda.is_available():
+        probes["cuda"] = measure_gpu
+    found = []
+    for device, probe in probes.items():
+        dtypes = {cell.precision for cell in cells if cell.device == device}
+        if dtypes:
+            found.append(probe(sorted(dtypes)).columns())
+    return {"ceilings": found, "graph_dtype": opened.dtype, "costs": costs, "split": split}
+
+
+def ceilings_of(surveyed: Mapping[str, Any]) -> dict[str, Ceilings]:
+    """Ceilings by device. Runs of before a GPU was measured hold those of the CPU alone."""
+    kept = surveyed["ceilings"]
+    found = [Ceilings.of(each) for each in ([kept] if isinstance(kept, dict) else kept)]
+    return {ceilings.device: ceilings for ceilings in found}
+
+
+def batch_of(part: str, cell: Cell) -> int:
+    """Of one evaluation of a part: guidance as one batch gives the UNet two inputs an image."""
+    doubled = part in ("unet", SPLIT_UNET) and cell.guidance_mode == "batch"
+    return 2 * cell.batch if doubled else cell.batch
+
+
+def evaluations_of(part: str, cell: Cell) -> int:
+    """Of a part in its stage: guidance asks the UNet twice as two calls, the context in any case.
+
+    The text encoders count once, though some models encode the empty prompt too: a floor.
+    """
+    asked_twice = {"unet": ("calls",), SPLIT_UNET: ("calls",), CONTEXT_PART: ("batch", "calls")}
+    return 2 if cell.guidance_mode in asked_twice.get(part, ()) else 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one stage does: FLOPs, bytes at least, floor in ms. Of the UNet: at one timestep."""
+
+    flops: float
+    moved: float
+    floor_ms: float
+
+
+def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
+    """Work of `text`, `unet_step` and `decode` of a cell; empty where no ceiling is known."""
+    from export.cost import Cost
+
+    ceilings, graph_dtype = ceilings_of(surveyed).get(cell.device), surveyed["graph_dtype"]
+    if ceilings is None or cell.precision not in ceilings.tflops:
+        return {}
+    split = cell.backend_text in surveyed.get("split", ())
+    unused = {{"vae": "taesd_decoder", "taesd": "vae_decoder"}[cell.decoder]}
+    if not split:
+        unused.add(CONTEXT_PART)
+    found = {}
+    for stage, names in STAGES.items():
+        run = [SPLIT_UNET if split and part == "unet" else part for part in names]
+        costs = [
+            Cost(**surveyed["costs"][part][str(batch_of(part, cell))])
+            for part in run
+            if part in surveyed["costs"] and part not in unused
+            for _ in range(evaluations_of(part, cell))
+        ]
+        floors = [floor(cost, ceilings, graph_dtype, cell.precision) for cost in costs]
+        found[stage] = Work(
+            sum(cost.flops for cost in costs),
+            sum(moved_bytes(cost, graph_dtype, cell.precision) for cost in costs),
+            sum(each.ms for each in floors if each is not None),
+        )
+    return found
+
+
+def call_work(cell: Cell, works: Mapping[str, Work]) -> Work:
+    """What one pipeline call does, of what its stages do."""
+    calls = {"text": 1, "unet_step": cell.steps, "decode": 1}
+
+    def total(name: str) -> float:
+        return sum(calls[stage] * getattr(work, name) for stage, work in works.items())
+
+    return Work(total("flops"), total("moved"), total("floor_ms"))
+
+
+def call_floor_s(cell: Cell, surveyed: Mapping[str, Any]) -> float | None:
+    """The floor of one pipeline call in seconds, or None where it is not known."""
+    work = stage_work(cell, surveyed)
+    return call_work(cell, work).floor_ms / 1e3 or None
+
+
+def of_row(
+    row: Mapping[str, Any], cell: Cell, surveyed: Mapping[str, Any]
+) -> dict[str, dict[str, float]] | None:
+    """A row's `roofline`: stage -> achieved rates, floor and the fraction of it reached.
+
+    Where a whole image is one graph there are no stages, and `image` stands for them all.
+    """
+    works = stage_work(cell, surveyed)
+    if not any((row.get("stages_ms") or {}).values()):
+        if not row.get("median_ms") or not works:
+            return None
+        return {"image": achieved(call_work(cell, works), row["median_ms"])}
+    # At one step there is no later step: the first one is the UNet's time.
+    times = dict(row["stages_ms"])
+    times["unet_step"] = times["unet_step"] or times["unet_first"]
+    return {
+        stage: achieved(work, times[stage]) for stage, work in works.items() if times[stage]
+    } or None
+
+
+def achieved(work: Work, ms: float) -> dict[str, float]:
+    """Rates reached in `ms`, the floor, and the fraction of it."""
+    return {
+        "tflops": round(work.flops / ms / 1e9, 5),
+        "gb_per_s": round(work.moved / ms / 1e6, 4),
+        "floor_ms": round(work.floor_ms, 4),
+        "fraction": round(work.floor_ms / ms, 4),
+    }
+
+
+def survey_apart(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:
+    """`survey` in a process of its own: the parent of a sweep stays small."""
+    return run_apart(survey, bundle, cells)
+
+
+# ---- the command
+
+
+def parser() -> Parser:
+    made = Parser(prog="addbench roofline", description=__doc__.split("\n")[0])
+    add_model_arguments(made, DEFAULT_MODEL)
+    made.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="(the model's own)")
+    made.add_argument("--batch", type=int, default=1)
+    where = made.add_mutually_exclusive_group()
+    where.add_argument("--measure", action="store_true", help="measure this machine's ceilings")
+    where.add_argument("--device", help="a known accelerator: its published peaks")
+    made.add_argument("--format", choices=("table", "json"), default="table")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from export.cost import part_cost_at
+
+    args = parser().parse_args(argv)
+    if args.batch < 1:
+        raise PreconditionError("--batch is less than 1", "a batch has an image", "use --batch 1")
+    checkpoint, size, dtype = subject(args)
+    costs = [
+        part_cost_at(checkpoint, part, args.batch, *size, dtype)
+        for part in PARTS
+        if part in checkpoint.model.parts
+    ]
+    ceilings = None
+    if args.measure:
+        from bench.machine.ceilings import measure
+
+        ceilings = measure()
+    elif args.device:
+        ceilings = published(args.device)
+    precision = dtype if ceilings is None or dtype in ceilings.tflops else "fp32"
+    entries = [entry(cost, ceilings, dtype, precision) for cost in costs]
+    report = {
+        "model": args.model,
+        "size": "{}x{}".format(*size),
+        "batch": args.batch,
+        "storage": dtype,
+        "precision": precision,
+        "ceilings": ceilings.columns() if ceilings else None,
+        "parts": entries,
+        "pipelines": pipelines(entries, checkpoint),
+    }
+    if args.format == "json":
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+    return EXIT_OK
+
+
+def subject(args: argparse.Namespace) -> tuple[Checkpoint, tuple[int, int], str]:
+    """What is counted: a checkpoint, the size of its images, the dtype of its weights.
+
+    From the architecture alone where the model's name is known.
+    """
+    if args.model in MODELS:
+        from export.source.checkpoint import open_checkpoint
+
+        model = MODELS[args.model]
+        checkpoint = open_checkpoint(model, "random")
+        size, dtype = (model.size, model.size), args.dtype or "fp16"
+    else:
+        from export.bundle import find_bundle
+
+        bundle = find_bundle(args.model, args.weights, args.dtype)
+        checkpoint, size, dtype = bundle.checkpoint(), bundle.size, bundle.dtype
+    if args.size:
+        from export.request import require_size
+
+        size = args.size
+        require_size(checkpoint.model, checkpoint.multiple, *size)
+    return checkpoint, size, dtype
+
+
+def published(name: str) -> Ceilings:
+    from core.devices import find_device
+
+    device = find_device(name)
+    peak = device.fp16_tflops_dense
+    return Ceilings(
+        device.name, {"fp16": {"matmul": peak, "conv": peak}}, device.memory_gb_per_s, "published"
+    )
+
+
+def entry(cost: Cost, ceilings: Ceilings | None, storage: str, precision: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "part": cost.part,
+        "gflop": round(cost.flops / 1e9, 3),
+        **{f"gflop_{kind}": round(flops / 1e9, 3) for kind, flops in cost.by_kind.items()},
+        "weight_mb": round(cost.weight_bytes / 1e6, 1),
+        "activation_mb": round(cost.activation_bytes / 1e6, 1),
+    }
+    least = floor(cost, ceilings, storage, precision) if ceilings else None
+    if least is not None:
+        found |= {"floor_ms": round(least.ms, 3), "bound": least.bound}
+    return found
+
+
+def pipelines(entries: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Whole images at the model's usual step counts with each decoder: UNet evaluations, GFLOP,
+    and the floor if there is one.
+
+    The timesteps are the scheduler's own; with guidance each takes two evaluations.
+    """
+    import diffusers
+
+    from bench.run.plan import default_steps
+
+    model, config = checkpoint.model, checkpoint.scheduler_config()
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    each_step = 2 if model.guidance_form == "free" and model.guidance > 1 else 1
+    by_part = {each["part"]: each for each in entries}
+    found = []
+    for decoder in ("vae", "taesd"):
+        if f"{decoder}_decoder" not in by_part:
+            continue
+        for steps in default_steps(model):
+            scheduler.set_timesteps(steps)
+            nfe = each_step * len(scheduler.timesteps)
+            calls = {part: 1 for part in by_part if part.startswith("text")}
+            calls |= {"unet": nfe, f"{decoder}_decoder": 1}
+            line: dict[str, Any] = {"decoder": decoder, "steps": steps, "nfe": nfe}
+            for key in ("gflop", "floor_ms"):
+                if all(key in by_part[part] for part in calls):
+                    total = sum(n * by_part[part][key] for part, n in calls.items())
+                    line[key] = round(total, 3)
+            found.append(line)
+    return found
+
+
+def show(report: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    ceilings = report["ceilings"]
+    title = f"{report['model']}, {report['size']}, batch {report['batch']}, {report['storage']}"
+    if ceilings:
+        peaks = ", ".join(
+            f"{dtype} {kind} {rate:.3g} TFLOP/s"
+            for dtype, kinds in ceilings["tflops"].items()
+            for kind, rate in kinds.items()
+        )
+        title += (
+            f"\n{ceilings['device']} ({ceilings['provenance']}): {peaks},"
+            f" {ceilings['gb_per_s']:.3g} GB/s;"
+            f" floors of direct algorithms in {report['precision']}"
+        )
+    for rows in (report["parts"], report["pipelines"]):
+        table = Table(title=title if rows is report["parts"] else None, title_justify="left")
+        for key in rows[0]:
+            table.add_column(key.replace("_ms", " (ms)").replace("_mb", " (MB)"))
+        for row in rows:
+            table.add_row(*(f"{v:,.1f}" if isinstance(v, float) else str(v) for v in row.values()))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

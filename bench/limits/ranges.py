@@ -1,0 +1,219 @@
+"""What a known card could do at best, and what would be no surprise: modelled, never measured.
+
+Two kinds of model. A Cloud AI 100 has the one that was fitted to its maker's published results
+(backends/modelled): the range is 8 of 10 draws, all parts resident. Of any other card only the
+shares of its peaks are known that programs were seen to reach: the range divides by both ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from backends.modelled.costs import LISTED
+from bench.limits.ledger import DATA, MODELS, Claim
+from core.devices import Device, devices
+from core.files import read_json
+from export.cost import Cost, budget_cost
+from export.models import MODELS as OURS
+
+STEPS, DECODERS = (1, 2, 4), ("vae", "taesd")
+SCOPES = {
+    "end-to-end": ("text_encoder", "text_encoder_2", "unet", "decoder"),
+    "unet+decode": ("unet", "decoder"),
+    "unet": ("unet",),
+    "decode": ("decoder",),
+}
+SD15_COSTS = DATA / "sd15_costs.json"
+FITTED = "Qualcomm"
+"""Vendor of the cards that backends/modelled knows."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """The range of the peaks that real programs reach, as shares, and where it comes from."""
+
+    compute: tuple[float, float]
+    bandwidth: tuple[float, float]
+    source: str
+
+
+EFFICIENCY = {
+    "NVIDIA": Efficiency(
+        compute=(0.10, 0.80),
+        bandwidth=(0.60, 0.90),
+        source="80% is what a large matmul reached on one H200, 90% what a copy did; published"
+        " eager and TensorRT pipelines at batch 1 lie between 9% and 27% of the peak; the lower"
+        " ends are an assumption",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Milliseconds of a call. `switched`: the slow end where a card switches programs, if known."""
+
+    floor: float
+    fast: float
+    slow: float
+    switched: float | None = None
+
+
+@dataclass(frozen=True)
+class Modelled:
+    """Milliseconds of a call, or between calls, on one device. Provenance: `modelled`.
+
+    `floor`: every part at the peak or its weights at full bandwidth, whichever takes longer, for
+    direct algorithms. `fast` and `slow`: the range. `switched`: see `Range`.
+    """
+
+    steps: int
+    decoder: str
+    floor: float
+    fast: float
+    slow: float
+    switched: float | None = None
+
+    def fit(self, call_ms: float) -> str:
+        if call_ms < self.floor:
+            return "impossible"
+        if call_ms < self.fast:
+            return "beyond the range"
+        return "fits" if call_ms <= self.slow else "time to spare"
+
+
+def can_model(device: Device) -> bool:
+    return device.vendor == FITTED or device.vendor in EFFICIENCY
+
+
+@cache
+def sd15_costs() -> dict[str, Cost]:
+    """At 512 px, as `export.cost.part_cost_at` counts them: tracing takes seconds each time."""
+    return {part: Cost(**columns) for part, columns in read_json(SD15_COSTS).items()}
+
+
+def cost_of(model: str, part: str, size: int) -> Cost | None:
+    """Of a part at batch 1; None where no table has it."""
+    if model == "sd15":
+        return sd15_costs()[part] if size == 512 else None
+    return budget_cost(part, size) if model == LISTED else None
+
+
+def modelled(
+    device: Device,
+    size: int,
+    batch: int,
+    steps: int,
+    decoder: str,
+    scope: str = "end-to-end",
+    *,
+    model: str = LISTED,
+    evaluations: int | None = None,
+) -> Modelled | None:
+    """The model of one call of `batch` images; None at a size whose cost is not known.
+
+    A card of several SoCs runs a pipeline on each, side by side: a call is `batch / socs` images
+    on one of them, with its share of peak and bandwidth.
+
+    Args:
+        evaluations: of the UNet, where they are not the steps.
+    """  # fmt: skip
+    parts = []
+    for name in SCOPES[scope]:
+        part = f"{decoder}_decoder" if name == "decoder" else name
+        if part not in OURS[model].parts:
+            continue
+        cost = cost_of(model, part, size)
+        if cost is None:
+            return None
+        parts.append((cost, (evaluations or steps) if name == "unet" else 1))
+    found = call_ms(device, batch, parts)
+    return Modelled(steps, decoder, found.floor, found.fast, found.slow, found.switched)
+
+
+def call_ms(device: Device, batch: int, parts: Sequence[tuple[Cost, int]]) -> Range:
+    """The range of a call that runs `parts` one after the other.
+
+    Args:
+        parts: the cost of each at batch 1, FP16, and its evaluations.
+    """
+    if device.vendor == FITTED:
+        return fitted_ms(device, batch, parts)
+    images = -(-batch // device.socs)
+    peak = device.fp16_tflops_dense / device.socs  # TFLOP/s = GFLOP/ms
+    bandwidth = device.memory_gb_per_s / device.socs  # GB/s = MB/ms
+    reached = EFFICIENCY[device.vendor]
+    limits = [(1.0, 1.0), *zip(reached.compute[::-1], reached.bandwidth[::-1], strict=True)]
+    floor, fast, slow = (
+        sum(
+            times
+            * max(
+                images * cost.flops / 1e9 / (peak * compute),
+                cost.weight_bytes / 1e6 / (bandwidth * memory),
+            )
+            for cost, times in parts
+        )
+        for compute, memory in limits
+    )
+    return Range(floor, fast, slow)
+
+
+def fitted_ms(device: Device, batch: int, parts: Sequence[tuple[Cost, int]]) -> Range:
+    from backends.modelled.card import sequence
+
+    found = sequence(device, batch, parts)
+    return Range(
+        1e3 * found.floor,
+        1e3 * found.latency.low,
+        1e3 * found.latency.high,
+        1e3 * found.switching_latency.high,
+    )
+
+
+def reached(device: Device) -> str:
+    """The share of the card's peak that its range is made of, in words."""
+    if device.vendor == FITTED:
+        return "what a model of the card has them reach, with its assumptions"
+    low, high = EFFICIENCY[device.vendor].compute
+    return f"{low:.0%} to {high:.0%} of the card's peak"
+
+
+def explained() -> list[str]:
+    """What the ranges are made of, a sentence or two for each vendor."""
+    from backends.modelled.card import reach
+
+    ranges = [
+        f"{vendor}: compute {each.compute[0]:.0%} to {each.compute[1]:.0%} of the peak, memory"
+        f" {each.bandwidth[0]:.0%} to {each.bandwidth[1]:.0%}: {each.source}."
+        for vendor, each in EFFICIENCY.items()
+    ]
+    return [*ranges, f"{FITTED}: {reach()}. `addbench cards` has all of it."]
+
+
+def models_of(claim: Claim) -> list[Modelled]:
+    """The model at the claim's conditions; at every step count and decoder it leaves open."""
+    device = devices().get(claim.hardware)
+    model = MODELS.get(claim.model)
+    if model not in (LISTED, "sd15") or device is None or not can_model(device):
+        return []
+    if claim.size is None or claim.batch is None or claim.scope not in SCOPES:
+        return []
+    decoders: Sequence[str] = [claim.decoder] if claim.decoder else DECODERS
+    if "decoder" not in SCOPES[claim.scope]:
+        decoders = [claim.decoder or ""]
+    found = [
+        modelled(
+            device,
+            claim.size,
+            claim.batch,
+            steps,
+            decoder,
+            claim.scope,
+            model=model,
+            evaluations=claim.evaluations,
+        )
+        for decoder in decoders
+        for steps in ([claim.steps] if claim.steps else STEPS)
+    ]
+    return [one for one in found if one is not None]

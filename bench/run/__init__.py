@@ -1,0 +1,1 @@
+"""From what was asked to rows: plan, worker processes, the order of rounds."""

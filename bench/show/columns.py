@@ -1,0 +1,261 @@
+"""Columns of a sweep's table: a line per cell, what each column shows, which are shown."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.rows.cell import Cell
+from bench.rows.stats import median_or_none
+from bench.rows.store import FLAGS, MODELLED, OK, Row
+
+EMPTY = "-"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One cell over its rounds. Figures are medians over the rounds that are ok, None without."""
+
+    cell: Cell
+    rows: Sequence[Row]
+
+    @property
+    def good(self) -> list[Row]:
+        return [row for row in self.rows if row["status"] == OK]
+
+    @property
+    def status(self) -> str:
+        """`ok`, or every other status with the number of rounds it came up in."""
+        found = Counter(row["status"] for row in self.rows)
+        if set(found) == {OK}:
+            return OK
+        return ", ".join(
+            f"{status} ({number} of {len(self.rows)})" if len(self.rows) > 1 else status
+            for status, number in sorted(found.items())
+        )
+
+    @property
+    def flags(self) -> str:
+        """Each flag, with the share of rounds that carry it where that is not all."""
+        found = Counter(flag for row in self.good for flag in row["flags"])
+        total = len(self.good)
+        return ", ".join(
+            flag if found[flag] == total else f"{flag} ({found[flag]} of {total})"
+            for flag in FLAGS
+            if flag in found
+        )
+
+    @property
+    def image(self) -> str:
+        checks = [row["image_check"] for row in self.rows if row["image_check"]]
+        if not checks:
+            return ""
+        worst = min(checks, key=lambda check: (check["psnr_db"] is None, check["psnr_db"] or 0.0))
+        return "no reference" if worst["psnr_db"] is None else f"{worst['psnr_db']:.1f} dB"
+
+    @property
+    def provenance(self) -> str:
+        return ", ".join(sorted({row["provenance"] for row in self.rows}))
+
+    def median(self, column: str) -> float | None:
+        return median_or_none([row[column] for row in self.good])
+
+    def stage(self, name: str) -> float | None:
+        return median_or_none([(row["stages_ms"] or {}).get(name) for row in self.good])
+
+    def quality(self, name: str) -> float | None:
+        """The same in every round: pictures do not depend on the clock."""
+        return median_or_none([(row["quality"] or {}).get(name) for row in self.good])
+
+
+def lines_of(rows: Sequence[Row]) -> list[Line]:
+    """Rows gathered by cell, in the order in which the cells first appear."""
+    by_cell: dict[Cell, list[Row]] = {}
+    for row in rows:
+        by_cell.setdefault(Cell.of(row), []).append(row)
+    return [Line(cell, found) for cell, found in by_cell.items()]
+
+
+def guidance(cell: Cell) -> str:
+    """`7.5 (batch)`; "" where there is none."""
+    return f"{cell.guidance:g} ({cell.guidance_mode})" if cell.guidance else ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its header with the unit, its value, and the digits after the point."""
+
+    header: str
+    value: Callable[[Any], Any]
+    digits: int | None = None
+
+    def text(self, line: Any) -> str:
+        value = self.value(line)
+        if value is None or value == "":
+            return EMPTY
+        return f"{value:.{self.digits}f}" if self.digits is not None else str(value)
+
+
+def figure(column: str) -> Callable[[Line], float | None]:
+    return lambda line: line.median(column)
+
+
+def stage(name: str) -> Callable[[Line], float | None]:
+    return lambda line: line.stage(name)
+
+
+def percent(column: str) -> Callable[[Line], float | None]:
+    def value(line: Line) -> float | None:
+        share = line.median(column)
+        return None if share is None else share * 100
+
+    return value
+
+
+def switching_high(line: Line) -> float | None:
+    """Upper end of a modelled latency where programs are switched."""
+    found = [row["modelled"] for row in line.good if row["modelled"]]
+    return median_or_none([each["switching"]["latency"]["high_ms"] for each in found])
+
+
+def captions_right(line: Line) -> float | None:
+    share = line.quality("all")
+    return None if share is None else share * 100
+
+
+def images_per_joule(line: Line) -> float | None:
+    """Where power was measured."""
+    energy = None if line.provenance == MODELLED else line.median("energy_j")
+    return line.cell.batch / energy if energy else None
+
+
+def images_per_joule_at_tdp(line: Line) -> float | None:
+    """Of a modelled card only: at its power limit over the period."""
+    energy = line.median("energy_j") if line.provenance == MODELLED else None
+    return line.cell.batch / energy if energy else None
+
+
+def samples(line: Line) -> int | None:
+    taken = sum(len(row["samples_ms"]) for row in line.good)
+    return None if line.provenance == MODELLED and not taken else taken
+
+
+COLUMNS = (
+    Column("model", lambda line: line.cell.model),
+    Column("weights", lambda line: line.cell.weights),
+    Column("backend", lambda line: line.cell.backend_text),
+    Column("device", lambda line: line.cell.device),
+    Column("numerics", lambda line: line.cell.numerics),
+    Column("size (px)", lambda line: line.cell.size),
+    Column("scheduler", lambda line: line.cell.scheduler),
+    Column("guidance", lambda line: guidance(line.cell)),
+    Column("low memory", lambda line: "yes" if line.cell.low_memory else ""),
+    Column("provenance", lambda line: line.provenance),
+    Column("decoder", lambda line: line.cell.decoder),
+    Column("batch", lambda line: line.cell.batch),
+    Column("steps", lambda line: line.cell.steps),
+    Column("median (ms)", figure("median_ms"), 1),
+    Column("low (ms)", figure("low_ms"), 1),
+    Column("high (ms)", figure("high_ms"), 1),
+    Column("high, switching (ms)", switching_high, 1),
+    Column("period (ms)", figure("period_ms"), 1),
+    Column("images/s", figure("images_per_s"), 3),
+    Column("images/J", images_per_joule, 3),
+    Column("images/J at TDP", images_per_joule_at_tdp, 3),
+    Column("min (ms)", figure("min_ms"), 1),
+    Column("max (ms)", figure("max_ms"), 1),
+    Column("CV (%)", percent("cv"), 1),
+    Column("p90 (ms)", figure("p90_ms"), 1),
+    Column("p99 (ms)", figure("p99_ms"), 1),
+    Column("text (ms)", stage("text"), 1),
+    Column("first UNet step (ms)", stage("unet_first"), 1),
+    Column("UNet step (ms)", stage("unet_step"), 1),
+    Column("decode (ms)", stage("decode"), 1),
+    Column("rest (ms)", stage("rest"), 1),
+    Column("loading (ms)", stage("load"), 1),
+    Column("NFE", figure("nfe"), 0),
+    Column("cold call (ms)", figure("cold_ms"), 1),
+    Column("compile (s)", figure("compile_s"), 2),
+    Column("load (s)", figure("load_s"), 2),
+    Column("peak memory (MB)", figure("peak_memory_mb"), 0),
+    Column("image PSNR", lambda line: line.image),
+    Column("captions right (%)", captions_right, 1),
+    Column("own FID", lambda line: line.quality("fid_shapes"), 2),
+    Column("samples", samples),
+    Column("rounds", lambda line: len(line.rows)),
+    Column("status", lambda line: line.status),
+    Column("flags", lambda line: line.flags),
+)
+ALWAYS = ("weights", "backend", "numerics", "decoder", "batch", "steps", "flags")
+"""Columns of the Markdown table that stay even where they say the same in every line."""
+CONDITIONS = ("model", "device", "size (px)", "scheduler", "guidance", "low memory", "provenance")
+"""Said once above the table where all lines agree."""
+BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory", "decoder",
+         "batch", "steps", "NFE", "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)",
+         "period (ms)", "images/s", "images/J", "images/J at TDP", "CV (%)", "UNet step (ms)",
+         "decode (ms)", "loading (ms)", "peak memory (MB)", "samples", "image PSNR",
+         "captions right (%)", "own FID", "provenance", "status", "flags")  # fmt: skip
+"""Columns of the short table: in the terminal and in the README."""
+
+
+SINCE = ("guidance", "low memory", "loading (ms)", "low (ms)", "high (ms)",
+         "high, switching (ms)", "period (ms)", "images/J", "images/J at TDP",
+         "captions right (%)", "own FID")  # fmt: skip
+"""Columns of the CSV that are left out where no cell has a value: tables that were published before
+they existed stay as they are."""
+
+
+def columns_for(lines: Sequence[Line]) -> tuple[list[Column], list[Column]]:
+    """(columns to print, columns that say the same everywhere and go above the table)."""
+    printed, above = [], []
+    for column in COLUMNS:
+        texts = {column.text(line) for line in lines}
+        if column.header in ALWAYS:
+            printed.append(column)
+        elif column.header in CONDITIONS and len(texts) == 1:
+            above += [column] if texts != {EMPTY} else []
+        elif texts != {EMPTY}:
+            printed.append(column)
+    return printed, above
+
+
+LEAST_NEEDED = ("samples", "image PSNR", "peak memory (MB)", "decode (ms)", "UNet step (ms)",
+                "CV (%)", "flags", "images/s")  # fmt: skip
+"""What a narrow terminal goes without, first to last; `table.md` has everything."""
+
+
+def brief_columns(lines: Sequence[Line]) -> list[Column]:
+    """The short table's columns, without a status that is ok and flags that nobody has.
+
+    What is said above the table is not said again, nor an NFE that is the number of steps.
+    """
+
+    def says(column: Column) -> bool:
+        if column.header == "NFE":
+            return any(line.median("nfe") not in (None, line.cell.steps) for line in lines)
+        texts = {column.text(line) for line in lines}
+        return len(texts) > 1 if column.header in CONDITIONS else bool(texts - {EMPTY, OK})
+
+    return [column for column in COLUMNS if column.header in BRIEF and says(column)]
+
+
+def grid(columns: Sequence[Column], lines: Sequence[Any]) -> list[str]:
+    """A Markdown table, padded so that it reads as plain text too."""
+    cells = [[column.header for column in columns]]
+    cells += [[column.text(line).replace("|", "\\|") for column in columns] for line in lines]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
+    right = [column.digits is not None for column in columns]
+
+    def join(row: Sequence[str]) -> str:
+        padded = (
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(row, widths, right, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = (
+        "-" * (width - number) + ":" * number for width, number in zip(widths, right, strict=True)
+    )
+    return [join(cells[0]), f"| {' | '.join(rule)} |", *(join(row) for row in cells[1:])]

@@ -1,0 +1,242 @@
+"""`addbench show RUN --format FORMAT --out FILE`: a run's rows as other programs read them.
+
+parquet: a line per cell and round, every column of results/README.md with its type; the run's
+header lies in the file's metadata as `header`. Needs pyarrow.
+github-action-benchmark: the JSON of its `customSmallerIsBetter` tool, a latency per cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.rows.cell import LATER
+from bench.rows.store import COLUMNS, HEADER, LATEST, ROWS, RUNS, Row, Run, open_run
+from bench.rows.types import TEXT, TRUTH, WHOLE
+from bench.show.columns import Line, lines_of
+from bench.verdict.compare import gather
+from core.cli import Parser, run
+from core.errors import EXIT_OK, AddbenchError, PreconditionError
+from core.files import write_atomic
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MODELLED_STAGES = ("text", "unet_step", "decode", "rest")
+
+
+def schema(header: dict[str, Any]) -> pyarrow.Schema:
+    """The type of every column. Whatever is neither text, whole, true nor nested is a float.
+
+    Types are stated, not found: a run in which all p90 are null still has a column of numbers.
+    """
+    import pyarrow as pa
+
+    number, text = pa.float64(), pa.string()
+    numbers = pa.list_(number)
+
+    def record(of: pa.DataType, *names: str) -> pa.DataType:
+        return pa.struct([(name, of) for name in names])
+
+    interval = record(number, "low_ms", "mid_ms", "high_ms")
+    nested = {
+        "samples_ms": numbers,
+        "flags": pa.list_(text),
+        "artifacts": pa.map_(text, text),
+        "versions": pa.map_(text, text),
+        "stages_ms": record(number, "text", "unet_first", "unet_step", "decode", "rest", "load"),
+        "stages_samples_ms": pa.struct(
+            [
+                ("text", numbers),
+                ("unet", pa.list_(numbers)),
+                *((name, numbers) for name in ("decode", "rest", "load")),
+            ]
+        ),
+        "roofline": pa.map_(text, record(number, "tflops", "gb_per_s", "floor_ms", "fraction")),
+        "modelled": pa.struct(
+            [
+                ("split", text),
+                *((name, number) for name in ("tdp_w", "floor_ms")),
+                ("stages", pa.struct([(name, interval) for name in MODELLED_STAGES])),
+                ("period", interval),
+                ("switching", pa.struct([("latency", interval), ("period", interval)])),
+            ]
+        ),
+        "accelerator": record(
+            number,
+            "clock_mhz",
+            "clock_lowest_mhz",
+            "clock_limit_mhz",
+            "temperature_c",
+            "power_w",
+            "peak_memory_mb",
+            "other_use",
+        ),
+        "image_check": pa.struct([("status", text), ("psnr_db", number), ("ssim", number)]),
+        "quality": pa.map_(text, number),
+        "error": record(text, "type", "what", "why", "next"),
+    }
+    plain = {
+        **dict.fromkeys(TEXT, text),
+        **dict.fromkeys(WHOLE, pa.int64()),
+        **dict.fromkeys(TRUTH, pa.bool_()),
+    }
+    fields = [(name, nested.get(name) or plain.get(name, number)) for name in COLUMNS]
+    return pa.schema(fields, metadata={"header": json.dumps(header)})
+
+
+def parquet(target: Run) -> bytes:
+    """The rows that count as one parquet table.
+
+    Raises:
+        PreconditionError: pyarrow is not installed.
+        AddbenchError: a row holds a value of another type than its column has.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise PreconditionError(
+            "parquet needs the package pyarrow",
+            str(error),
+            "python -m pip install pyarrow, or `.[parquet]` of this checkout",
+        ) from error
+    try:
+        table = pa.Table.from_pylist(some_rows(target), schema=schema(target.header))
+    except pa.ArrowException as error:
+        raise AddbenchError(
+            f"a row of run {target.name} does not fit the schema",
+            str(error),
+            f"mend {ROWS}; results/README.md has the type of every column",
+        ) from error
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
+
+
+def some_rows(target: Run) -> list[Row]:
+    """The rows that count.
+
+    Raises:
+        PreconditionError: there is none.
+        AddbenchError: a line is not a row, or a cell was measured twice in one round.
+    """
+    gather(target.all_rows(), target.name)
+    rows = target.rows()
+    if not rows:
+        raise PreconditionError(
+            f"run {target.name} has no rows",
+            "no cell was finished",
+            f"addbench sweep --resume {target.name}",
+        )
+    return rows
+
+
+def by_provenance(rows: Sequence[Row]) -> dict[str, list[Line]]:
+    """A line per cell, figures of different provenance apart: no median mixes two."""
+    kinds = dict.fromkeys(row["provenance"] for row in rows)
+    return {kind: lines_of([r for r in rows if r["provenance"] == kind]) for kind in kinds}
+
+
+def smaller_is_better(target: Run) -> bytes:
+    """The latency of every cell that is ok, as github-action-benchmark takes them."""
+    rows = some_rows(target)
+    lines = [line for found in by_provenance(rows).values() for line in found]
+    left_out = [line for line in lines if line.median("median_ms") is None]
+    if len(left_out) == len(lines):
+        raise PreconditionError(
+            f"no cell of run {target.name} is ok",
+            f"the first: {left_out[0].cell}: {left_out[0].status}, {left_out[0].provenance}",
+            "measure them again: addbench sweep --resume RUN --retry-failed",
+        )
+    for line in left_out:
+        print(f"left out: {line.cell}: {line.status}, {line.provenance}", file=sys.stderr)
+    entries = [entry(target, line) for line in lines if line.median("median_ms") is not None]
+    return (json.dumps(entries, indent=2, allow_nan=False) + "\n").encode()
+
+
+def entry(target: Run, line: Line) -> dict[str, Any]:
+    """One figure. Its name is the whole cell, so that a series never joins two of them."""
+    said = [
+        f"{name} {value}"
+        for name, value in line.cell.columns().items()
+        # What goes without saying is left out: a series keeps its name when a column is added.
+        if name != "backend" and value != LATER.get(name, "")
+    ]
+    name = ", ".join([line.cell.backend, *said])
+    extra = [
+        f"run {target.name}",
+        f"commit {line.good[0]['git_commit']}",
+        f"samples {sum(len(row['samples_ms']) for row in line.good)}, rounds {len(line.good)}",
+        f"provenance {line.provenance}",
+    ]
+    if line.flags:
+        extra.append(f"flags {line.flags}")
+    found = {
+        "name": name if line.provenance == "measured" else f"{name} ({line.provenance})",
+        "unit": "ms",
+        "value": line.median("median_ms"),
+        "extra": "\n".join(extra),
+    }
+    spread = spread_ms(line)
+    return found if spread is None else {**found, "range": f"± {spread:.3g}"}
+
+
+def spread_ms(line: Line) -> float | None:
+    """Standard deviation of the rounds' medians, or of the samples where there is one round.
+
+    Optimistic in the second case: samples of one process do not see the spread between processes.
+    """
+    medians = [row["median_ms"] for row in line.good]
+    return statistics.stdev(medians) if len(medians) > 1 else line.median("sd_ms")
+
+
+FORMATS: dict[str, Callable[[Run], bytes]] = {
+    "parquet": parquet,
+    "github-action-benchmark": smaller_is_better,
+}
+
+
+def output_file(path: Path, target: Run) -> Path:
+    """`path`, if a derived file may be written there: never over a run's own header and rows."""
+    if path.is_dir():
+        raise PreconditionError(
+            f"{path} is a folder", "one file is written", f"--out {path / 'FILE'}"
+        )
+    if path.resolve() in {(target.path / name).resolve() for name in (HEADER, ROWS)}:
+        raise PreconditionError(
+            f"{path} is what was measured", "it would be overwritten", "pass another --out"
+        )
+    return path
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="addbench show",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("run", nargs="?", default=LATEST, metavar="RUN|latest")
+    top.add_argument("--format", choices=tuple(FORMATS), required=True)
+    top.add_argument("--out", type=Path, required=True, metavar="FILE")
+    top.add_argument("--runs", type=Path, default=RUNS, help="where runs lie (results/runs)")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    target = open_run(args.run, args.runs)
+    file = output_file(args.out, target)
+    write_atomic(file, FORMATS[args.format](target))
+    print(file)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

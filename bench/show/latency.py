@@ -1,0 +1,350 @@
+"""`addbench show RUN`: latency and images/s against steps, as SVG and PNG.
+
+A column per batch. Colour says the backend (and recipe), hollow once the colours are used up,
+marker and dash the decoder; with one step count, series lie beside each other. The line through
+the points is the fit `fixed cost + steps x cost per step`, drawn to zero steps, where it meets the
+fixed cost. With `--x nfe` UNet evaluations take the place of steps: guidance takes two a step, and
+some schedulers run a timestep more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.rows.store import LATEST, MODELLED, RUNS, Row, Run, is_timed, open_run
+from bench.show.columns import Line, lines_of, switching_high
+from bench.show.series import AXES, Series, places_of, series_of, shift, side_by_side
+from core.cli import Parser, run
+from core.errors import EXIT_OK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+STYLE = {
+    "svg.hashsalt": "addbench",  # the same ids, and so the same bytes, every time
+    "svg.fonttype": "path",
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#666666",
+    "axes.grid": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "axes.titleweight": "bold",
+    "axes.titlesize": 10.5,
+}
+
+
+def scale_of(largest_ms: float) -> tuple[float, str]:
+    """(milliseconds in a unit, unit) for an axis up to `largest_ms`."""
+    return (1e3, "s") if largest_ms >= 2000 else (1.0, "ms")
+
+
+def figure(target: Run, rows: Sequence[Row], axis: str = "steps") -> Figure | None:
+    """The figure, or None where no cell is ok."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    columns = series_of(lines_of(rows), axis)
+    if not columns:
+        return None
+    with style.context(STYLE):
+        entries = max(len(found) for found in columns.values())
+        single = len(columns) == 1
+        longest = max(len(legend_text(series)) for found in columns.values() for series in found)
+        legend_width = 0.9 + 0.08 * longest  # a column is as wide as its legend wants
+        width = 9.6 if single else max(9.6, max(4.8, legend_width) * len(columns))
+        legend_in = 0.205 * (entries + 1) + 0.25
+        head_in, panel_in = 0.75, 3.3
+        height = head_in + (panel_in if single else 2 * panel_in) + legend_in
+        drawn = Figure(figsize=(width, height))
+        heading(drawn, target, rows, height)
+        shape = (1, 2) if single else (2, len(columns))
+        axes = drawn.subplots(*shape, squeeze=False)
+        drawn.subplots_adjust(
+            left=0.75 / width,
+            right=1 - 0.2 / width,
+            top=1 - (head_in + 0.3) / height,
+            bottom=(legend_in + 0.5) / height,
+            wspace=0.24,
+            hspace=0.34,
+        )
+        for place, (batch, found) in enumerate(columns.items()):
+            above, below = (axes[0][0], axes[0][1]) if single else (axes[0][place], axes[1][place])
+            latency(above, found, batch)
+            throughput(below, found, batch)
+            box = (above if single else below).get_position()
+            legend(drawn, found, box.x0, (legend_in - 0.05) / height)
+    return drawn
+
+
+def heading(drawn: Figure, target: Run, rows: Sequence[Row], height: float) -> None:
+    first = rows[0]
+    machine = target.header["environment"]
+    below = f"{machine['cpu']}, {machine['cores_allowed']} cores; end to end, warm; {target.name}"
+    if all(row["provenance"] == MODELLED for row in rows):
+        cards = ", ".join(dict.fromkeys(row["device"] for row in rows))
+        below = f"{cards}: modelled, not measured; end to end; {target.name}"
+    drawn.text(
+        0.12 / drawn.get_figwidth(),
+        1 - 0.14 / height,
+        f"{first['model']} ({first['weights']} weights), {first['size'].replace('x', '×')} px",
+        va="top",
+        fontsize=13,
+        fontweight="bold",
+    )
+    drawn.text(
+        0.12 / drawn.get_figwidth(),
+        1 - 0.42 / height,
+        below,
+        va="top",
+        color="#555555",
+    )
+
+
+def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
+    import numpy as np
+
+    largest = max(value for series in found for _, value in series.points("median_ms"))
+    unit_ms, unit = scale_of(largest)
+    for series in found:
+        points = series.points("median_ms")
+        steps = [x for x, _ in points]
+        aside = shift(series, found)
+        axes.plot(
+            [x + aside for x in steps],
+            [y / unit_ms for _, y in points],
+            linestyle="none",
+            markersize=6.5,
+            zorder=3,
+            clip_on=False,
+            **series.look,
+        )
+        for line in series.lines:  # every round beside its median
+            spread = [row["median_ms"] / unit_ms for row in line.good if is_timed(row)]
+            if len(spread) > 1:
+                at = series.place(line) + aside
+                axes.plot([at] * len(spread), spread, "_", color=series.colour)
+        intervals(axes, series, found, lambda line, ms: ms / unit_ms)
+        if series.fit:
+            reach = np.array([0, max(steps)])
+            axes.plot(
+                reach,
+                (series.fit.fixed_ms + series.fit.per_step_ms * reach) / unit_ms,
+                linestyle=series.dash,
+                color=series.colour,
+                linewidth=1.5,
+                alpha=0.75,
+            )
+    frame(axes, found, f"Latency, batch {batch}", f"latency ({unit})", from_zero=True)
+
+
+def intervals(
+    axes: Axes, series: Series, found: Sequence[Series], y: Callable[[Line, float], float]
+) -> None:
+    """Bars of modelled times: all parts resident, and thinner where programs are switched.
+
+    Beside the points, each series in a place of its own. `y`: of a latency in milliseconds.
+    """
+    width = 0.012 * max(other.place(line) for other in found for line in other.lines)
+    for line in series.lines:
+        low, high, switching = line.median("low_ms"), line.median("high_ms"), switching_high(line)
+        if low is None or high is None:
+            continue
+        x = series.place(line) + width * (1 + found.index(series))
+        axes.plot([x, x], [y(line, low), y(line, high)], color=series.colour, linewidth=2.2)
+        if switching is not None:
+            ends = [y(line, high), y(line, switching)]
+            axes.plot([x, x], ends, color=series.colour, linewidth=0.7)
+
+
+def throughput(axes: Axes, found: Sequence[Series], batch: int) -> None:
+    for series in found:
+        points = series.points("images_per_s")
+        axes.plot(
+            [x + shift(series, found) for x, _ in points],
+            [y for _, y in points],
+            linestyle=series.dash,
+            linewidth=1.5,
+            markersize=6.5,
+            clip_on=False,
+            zorder=3,
+            **series.look,
+        )
+        intervals(axes, series, found, lambda line, ms: 1e3 * line.cell.batch / ms)
+    frame(axes, found, f"Images per second, batch {batch}", "images/s", from_zero=False)
+
+
+def frame(axes: Axes, found: Sequence[Series], title: str, label: str, *, from_zero: bool) -> None:
+    """Titles, ticks at the measured steps, axes from zero: lengths can be compared by eye."""
+    steps = places_of(found)
+    modelled = ", modelled" if all(series.modelled for series in found) else ""
+    axes.set_title(f"{title}{modelled}", loc="left")
+    axes.set_ylabel(label)
+    axes.set_xlabel(AXES[found[0].axis])
+    beside = side_by_side(found)
+    places = [0, *steps] if from_zero and not beside else steps
+    axes.set_xticks(places, spread(places))
+    margin = 0.5 if beside else 0.06 * max(steps)
+    axes.set_xlim(0 if from_zero and not beside else min(steps) - margin, max(steps) + margin)
+    axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
+
+
+def spread(places: Sequence[int]) -> list[str]:
+    """Labels for ticks, the most steps and 1 first; empty where one would touch another."""
+    digit = 0.025 * max(places)  # of an axis 3.5 inches long, with some air
+    labelled: list[int] = []
+    for place in sorted(places, key=lambda each: (each != max(places), each != 1, -each)):
+        if all(
+            abs(place - other) >= digit * (len(str(place)) + len(str(other))) / 2
+            for other in labelled
+        ):
+            labelled.append(place)
+    return [str(place) if place in labelled else "" for place in places]
+
+
+def plain_log(axis: Axis) -> None:
+    """1, 2, 5 in plain numbers: a reader compares seconds, not powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> None:
+    """The series of one column with their fits, below it."""
+    from matplotlib.lines import Line2D
+
+    rounds = max(len(line.good) for series in found for line in series.lines)
+    handles = [
+        Line2D(
+            [],
+            [],
+            linestyle=series.dash if len(series.points("median_ms")) > 1 else "none",
+            markersize=7,
+            label=legend_text(series),
+            **series.look | {"markeredgewidth": 1.0},
+        )
+        for series in found
+    ]
+    drawn.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(left, top),
+        borderaxespad=0,
+        frameon=False,
+        handlelength=3.2,
+        alignment="left",
+        title="; ".join(
+            words
+            for words, there in (
+                ("lines: fit through the medians", any(series.fit for series in found)),
+                ("dashes: single rounds", rounds > 1),
+                ("bars: 8 of 10 draws, thin: switching", any(s.modelled for s in found)),
+            )
+            if there
+        ),
+        title_fontproperties={"size": 9},
+    )
+
+
+def legend_text(series: Series) -> str:
+    return f"{series.label}: {fit_text(series)}"
+
+
+def fit_text(series: Series) -> str:
+    fit = series.fit
+    if fit is None:
+        return "one step count, no fit"
+    unit_ms, unit = scale_of(max(value for _, value in series.points("median_ms")))
+    per_step, fixed = fit.per_step_ms / unit_ms, fit.fixed_ms / unit_ms
+    sign = "+" if fixed >= 0 else "\u2212"
+    each = "step" if series.axis == "steps" else "evaluation"
+    return f"{digits(per_step)} {unit}/{each} {sign} {digits(abs(fixed))} {unit} fixed"
+
+
+def digits(value: float) -> str:
+    """Three digits, and no exponent for thousands."""
+    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
+
+
+def draw(target: Run, rows: Sequence[Row], stem: Path, axis: str = "steps") -> list[Path]:
+    """`stem.svg` and `stem.png`; nothing where no cell is ok."""
+    drawn = figure(target, rows, axis)
+    return [] if drawn is None else save(drawn, stem)
+
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "svg": {"metadata": {"Date": None, "Creator": None}},
+    "png": {"dpi": 160, "metadata": {"Software": None}},
+}
+
+
+def image_bytes(drawn: Figure, form: str) -> bytes:
+    """The figure as `svg` or `png`. The SVG is the same every time."""
+    import io
+
+    from matplotlib import style
+
+    buffer = io.BytesIO()
+    with style.context(STYLE):
+        drawn.savefig(buffer, format=form, facecolor="white", **FORMATS[form])
+    return buffer.getvalue()
+
+
+def save(drawn: Figure, stem: Path) -> list[Path]:
+    """Write `stem.svg` and `stem.png`."""
+    from core.files import write_atomic
+
+    files = []
+    for form in FORMATS:
+        file = stem.with_name(f"{stem.name}.{form}")
+        write_atomic(file, image_bytes(drawn, form))
+        files.append(file)
+    return files
+
+
+def write(target: Run, rows: Sequence[Row], axis: str = "steps") -> list[Path]:
+    """`plot.svg` and `plot.png` (against NFE: `plot-nfe`) into the run folder."""
+    return draw(target, rows, target.path / ("plot" if axis == "steps" else f"plot-{axis}"), axis)
+
+
+def parser() -> Parser:
+    top = Parser(
+        prog="addbench show",
+        description="Latency and images/s against steps or NFE, with the fitted cost of each.",
+    )
+    top.add_argument("run", nargs="?", default=LATEST, metavar="RUN|latest")
+    top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
+    top.add_argument(
+        "--x", choices=tuple(AXES), default="steps", help="steps, or UNet evaluations of an image"
+    )
+    top.add_argument("--roofline", action="store_true", help="draw the roofline instead")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    target = open_run(args.run, args.out)
+    if args.roofline:
+        from bench.show import roofline as roofplot
+
+        files = roofplot.write(target, target.rows())
+    else:
+        files = write(target, target.rows(), args.x)
+    for file in files:
+        print(file)
+    if not files:
+        print(f"no cell of run {target.name} is ok: there is nothing to draw")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

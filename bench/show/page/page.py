@@ -1,0 +1,430 @@
+"""What the page says, section by section, as values for the template."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.limits import claims
+from bench.limits.ledger import measured, read_claims
+from bench.rows.stats import DISTURBED_CPU, UNSTABLE_CV
+from bench.rows.store import FLAGS, MODELLED, OK, Row, Run, portable
+from bench.show import columns, table
+from bench.show.columns import Column, Line
+from bench.show.export import by_provenance, some_rows
+from bench.show.latency import digits, legend_text
+from bench.show.page import figures
+from bench.show.series import series_of
+from bench.verdict import outcome
+from bench.verdict.compare import compare
+from bench.verdict.outcome import Outcome
+from core.errors import AddbenchError
+from core.files import read_json
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+HERE = Path(__file__).parent
+FLAG_WORDS = {
+    "unstable": f"the samples of a round scatter by more than {UNSTABLE_CV:.1%} of their mean",
+    "single_sample": "one call, after one of fewer steps: no spread between calls is known",
+    "under_sampled": "fewer samples than asked for: the time limit ended the cell",
+    "disturbed": f"other processes used more than {DISTURBED_CPU:.0%} of the cores",
+    "throttled": "the GPU's clock fell below 75% of the highest it can be set to",
+    "stage_gap": "the stages do not add up to the call",
+    "process_peak": "peak memory is that of the whole process so far",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of the page: its markup, and a caption that says what it is made of."""
+
+    title: str
+    svg: str
+    caption: str
+    wide: bool = True
+
+
+@dataclass(frozen=True)
+class Card:
+    """A headline number with all that it must not be quoted without: `lines` are its cells."""
+
+    title: str
+    value: str
+    unit: str
+    lines: Sequence[Line]
+    detail: str
+
+    @property
+    def flags(self) -> list[str]:
+        found = {flag for line in self.lines for row in line.good for flag in row["flags"]}
+        return [flag for flag in FLAGS if flag in found]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Rows of one cell that are not ok, for the same reason."""
+
+    line: Line
+    status: str
+    rounds: Sequence[int]
+    error: Mapping[str, str]
+
+
+def render(target: Run, base: Run | None = None) -> str:
+    """The page of a run; the same run gives the same bytes.
+
+    Raises:
+        PreconditionError: the run has no rows, or `base` is no base.
+        AddbenchError: a line of its rows is not a row.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    rows = some_rows(target)
+    groups = by_provenance(rows)
+    lines = [line for found in groups.values() for line in found]
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,  # prompts, options and errors are not ours
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["code"] = code
+    script = (HERE / "page.js").read_text()
+    return environment.get_template("page.html").render(
+        run=target,
+        style=Markup((HERE / "page.css").read_text()),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        where=where(target, lines),
+        conditions=[text for text in table.conditions(target, lines) if text],
+        cards={kind: headlines(found) for kind, found in groups.items()},
+        counts=counts(target, rows, lines),
+        flags={name: FLAG_WORDS[name] for name in FLAGS if any(name in r["flags"] for r in rows)},
+        brief=brief(lines),
+        full=ordered(column for column in columns.COLUMNS if column_says(column, lines)),
+        lines=lines,
+        failures=failures(lines),
+        missing=target.missing(rows),
+        performance=performance(target, rows),
+        breakdown=breakdown(groups),
+        roofline=roofline(target, rows),
+        traces=[(line, figures.trace(line)) for line in lines if columns.samples(line)],
+        parity=parity(target),
+        claims=claimed(target),
+        verdict=None if base is None else verdict(base, target),
+        environment=surroundings(target, rows),
+    )
+
+
+def code(text: str) -> Markup:
+    """Text for people, with what stands between backticks as code."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+# ---- summary
+
+
+def where(target: Run, lines: Sequence[Line]) -> str:
+    """What the figures are of: this machine, or the cards that were modelled."""
+    if any(line.provenance != MODELLED for line in lines):
+        return str(target.header["environment"]["cpu"])
+    return f"{', '.join(dict.fromkeys(line.cell.device for line in lines))}, modelled"
+
+
+def with_interval(line: Line) -> str:
+    """The cell, and between what its modelled latency lies."""
+    low, high = line.median("low_ms"), line.median("high_ms")
+    if low is None or high is None:
+        return str(line.cell)
+    ends = " to ".join(" ".join(figures.duration(end)) for end in (low, high))
+    return f"{line.cell}; a call takes {ends}"
+
+
+def headlines(lines: Sequence[Line]) -> list[Card]:
+    """The best of the cells that are ok: shortest call, most images, cheapest step."""
+    good = [line for line in lines if line.median("median_ms") is not None]
+    if not good:
+        return []
+    fastest = min(good, key=lambda line: line.median("median_ms") or 0.0)
+    most = max(good, key=lambda line: line.median("images_per_s") or 0.0)
+    shortest = figures.duration(fastest.median("median_ms") or 0.0)
+    rate = digits(most.median("images_per_s") or 0.0), "images/s"
+    cards = [
+        Card("Shortest call", *shortest, [fastest], with_interval(fastest)),
+        Card("Most images", *rate, [most], with_interval(most)),
+    ]
+    fits = [
+        (series.fit.per_step_ms, batch, series)
+        for batch, found in series_of(good).items()
+        for series in found
+        if series.fit
+    ]
+    if fits:
+        per_step_ms, batch, series = min(fits, key=lambda each: each[0])
+        detail = f"{legend_text(series)}, batch {batch}"
+        cards.append(Card("Cheapest step", *figures.duration(per_step_ms), series.lines, detail))
+    return cards
+
+
+def counts(target: Run, rows: Sequence[Row], lines: Sequence[Line]) -> str:
+    """How much of the plan there is, in a sentence."""
+    statuses = Counter(row["status"] for row in rows)
+    missing = len(target.missing(rows))
+    planned = len(rows) + missing
+    bad = [f"{number} {status}" for status, number in sorted(statuses.items()) if status != OK]
+    bad += [f"{missing} missing"] if missing else []
+    rest = f", {', '.join(bad)}" if bad else ""
+    cells, rounds = len({line.cell for line in lines}), target.rounds
+    what = "measurements" if {row["provenance"] for row in rows} != {MODELLED} else "modelled cells"
+    return (
+        f"{cells} cell{'s' * (cells != 1)} in {rounds} round{'s' * (rounds != 1)}:"
+        f" {statuses[OK]} of {planned} {what} are ok{rest}."
+    )
+
+
+# ---- the table
+
+
+def column_says(column: Column, lines: Sequence[Line]) -> bool:
+    return any(column.text(line) != columns.EMPTY for line in lines)
+
+
+FIRST = ("backend", "options", "decoder", "batch", "steps", "base (ms)", "head (ms)",
+         "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)", "period (ms)", "images/s",
+         "images/J", "images/J at TDP", "change", "verdict", "reason", "numerics",
+         "weights")  # fmt: skip
+"""What a phone shows before one scrolls sideways."""
+
+
+def ordered(columns: Iterable[Column]) -> list[Column]:
+    found = {column.header: column for column in columns}
+    return [found[name] for name in dict.fromkeys((*FIRST, *found)) if name in found]
+
+
+def brief(lines: Sequence[Line]) -> list[Column]:
+    """The short table's columns, with what the lines differ in."""
+    shown = {column.header for column in columns.brief_columns(lines)}
+    shown |= set(columns.CONDITIONS) - {column.header for column in columns.columns_for(lines)[1]}
+    return ordered(
+        column
+        for column in columns.COLUMNS
+        if column.header in shown and column_says(column, lines)
+    )
+
+
+def failures(lines: Sequence[Line]) -> list[Failure]:
+    """What went wrong; rounds that failed alike together."""
+    found = []
+    for line in lines:
+        alike: dict[tuple[Any, ...], list[Row]] = {}
+        for row in line.rows:
+            if row["status"] != OK:
+                error = row["error"] or {}
+                alike.setdefault((row["status"], *sorted(error.items())), []).append(row)
+        found += [
+            Failure(line, rows[0]["status"], [r["round"] + 1 for r in rows], rows[0]["error"] or {})
+            for rows in alike.values()
+        ]
+    return found
+
+
+# ---- plots
+
+
+def performance(target: Run, rows: Sequence[Row]) -> list[Plot]:
+    """Latency and images/s against steps, a figure for each provenance."""
+    from bench.show import latency as plot
+
+    plots: list[Plot] = []
+    for kind in dict.fromkeys(row["provenance"] for row in rows):
+        drawn = plot.figure(target, [row for row in rows if row["provenance"] == kind])
+        if drawn is not None:
+            words = f"Latency and images per second against steps, {kind}"
+            svg = figures.inline(drawn, f"performance-{len(plots)}", words)
+            plots.append(Plot("Against steps", svg, f"Provenance: {kind}."))
+    return plots
+
+
+def breakdown(groups: Mapping[str, Sequence[Line]]) -> list[Plot]:
+    """Stages, and cold against warm, for each provenance."""
+    plots: list[Plot] = []
+    for kind, lines in groups.items():
+        staged = [line for line in lines if any(row["stages_ms"] for row in line.good)]
+        begun = [line for line in lines if line.median("cold_ms") is not None]
+        if staged:
+            ways = {row["stages_from"] for line in staged for row in line.good}
+            apart = " Some stages were timed in calls of their own." if "separate" in ways else ""
+            words = f"Time of each stage of a call by cell, {kind}; the table has the numbers"
+            svg = figures.inline(figures.stages(staged), f"stages-{len(plots)}", words)
+            caption = f"Medians of each stage. Provenance: {kind}.{apart}"
+            plots.append(Plot("Where the time goes", svg, caption, wide=False))
+        if begun:
+            words = f"First call and median of each cell, {kind}; the table has the numbers"
+            svg = figures.inline(figures.cold(begun), f"cold-{len(plots)}", words)
+            caption = f"Load and compile come before the first call. Provenance: {kind}."
+            plots.append(Plot("Cold against warm", svg, caption, wide=False))
+    return plots
+
+
+def roofline(target: Run, rows: Sequence[Row]) -> Plot | AddbenchError:
+    from bench.show import roofline as roofplot
+
+    own = [row for row in rows if row["roofline"]]
+    if not own and all(row["provenance"] == MODELLED for row in rows):
+        return AddbenchError(
+            "there is no roofline of a modelled card", "each row has the floor of its own card"
+        )
+    try:
+        drawn = roofplot.figure(target, own)
+    except AddbenchError as error:
+        return error
+    kinds = ", ".join(sorted({row["provenance"] for row in own}))
+    words = "What each stage reached under the machine's ceilings"
+    caption = f"Rates: {kinds}. Fractions above 100% are possible where an algorithm does less."
+    return Plot("Roofline", figures.inline(drawn, "roofline", words), caption)
+
+
+# ---- parity, claims, verdict
+
+
+RECORD = {"bundle_hash", "backend", "storage", "precision", "weights", "gate", "parts", "images",
+          "fp16_limit"}  # fmt: skip
+"""What the page takes from a record of parity."""
+PARTS = (
+    Column("part", lambda pair: pair[0]),
+    Column("relative error", lambda pair: "; ".join(
+        f"{name} {error:.1e}" for name, error in pair[1]["relative_error"].items())),
+    Column("largest value", lambda pair: max(
+        (op["largest"] for op in pair[1]["largest_values"]), default=None), 1),
+    Column("within the gate", lambda pair: "yes" if pair[1]["ok"] else "no"),
+)  # fmt: skip
+IMAGES = (
+    Column("image (decoder-steps)", lambda pair: pair[0]),
+    Column("PSNR (dB)", lambda pair: pair[1]["psnr_db"], 1),
+    Column("SSIM", lambda pair: pair[1]["ssim"], 5),
+    Column("within the gate", lambda pair: "yes" if pair[1]["ok"] else "no"),
+)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The bundle's record of parity, with the verdict on it; or why there is none to show."""
+
+    record: Mapping[str, Any] | None
+    failure: AddbenchError | None = None
+    parts: Sequence[Column] = PARTS
+    images: Sequence[Column] = IMAGES
+
+
+def parity(target: Run) -> Parity:
+    """What the bundle of the run says of itself, if it is still here and still the same."""
+    from backends.check.parity import verdict as judged
+    from export.bundle import PARITY, find_bundle
+
+    wanted = target.header["bundle"]
+    try:
+        bundle = find_bundle(wanted["name"], wanted["weights"], wanted["dtype"])
+        if bundle.hash != wanted["hash"]:
+            raise AddbenchError(
+                "the bundle here is not the one that was measured",
+                f"its content is {bundle.hash[:12]}, the run's {wanted['hash'][:12]}",
+            )
+        if not (bundle.path / PARITY).exists():
+            raise AddbenchError(
+                "parity has not been run on this bundle",
+                f"it holds no {PARITY}",
+                f"addbench parity --model {wanted['name']}",
+            )
+        record = read_json(bundle.path / PARITY)
+        if not isinstance(record, dict) or record.get("schema") != 1 or RECORD - set(record):
+            raise AddbenchError(
+                f"{PARITY} is of another schema", "this version reads 1", "run parity again"
+            )
+        if record["bundle_hash"] != bundle.hash:
+            raise AddbenchError("the record of parity is of an earlier export of this bundle")
+    except AddbenchError as error:  # it may name a folder, and the page is passed on
+        return Parity(None, AddbenchError(*map(portable, (error.what, error.why, error.next))))
+    return Parity(record, judged(record))
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Published figures beside this run."""
+
+    headlines: Sequence[Sequence[str]]
+    found: Sequence[claims.Finding]
+    ours: int
+    explained: Sequence[str]
+    columns: Sequence[Column] = claims.COLUMNS
+
+
+def claimed(target: Run) -> Claims:
+    """Every claim judged with this run alone."""
+    ours = measured([target])
+    found = claims.findings(read_claims(), ours)
+    first = [claims.headline(each) for each in found if each.claim.id in claims.HEADLINES]
+    return Claims(first, found, len(ours), claims.explained())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A comparison: its columns, and what all its lines share."""
+
+    outcome: Outcome
+    columns: Sequence[Column]
+    above: str
+
+
+def verdict(base: Run, head: Run) -> Verdict:
+    from bench.verdict.rules import RUN_SLOWDOWN
+
+    found = compare(base, head, RUN_SLOWDOWN, allow_other_machine=True)
+    columns, above = outcome.printed(found.lines)
+    return Verdict(found, ordered(columns), above)
+
+
+# ---- environment
+
+
+DIRTY = " with uncommitted changes"
+
+
+def surroundings(target: Run, rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Everything the header says of the machine and of how it was measured, by name."""
+    said = target.header
+    commits = dict.fromkeys((row["git_commit"], row["git_dirty"]) for row in rows)
+    return [
+        ("run", target.name),
+        ("created", words(said.get("created_utc"))),
+        ("command", " ".join(map(str, said.get("command", [])))),
+        ("commit", "; ".join(f"{commit}{DIRTY if dirty else ''}" for commit, dirty in commits)),
+        *((f"bundle {name}", words(value)) for name, value in said["bundle"].items()),
+        *((name.replace("_", " "), words(value)) for name, value in said["environment"].items()),
+        *((f"setting {name}", words(value)) for name, value in said["settings"].items()),
+        *((f"backend {name}", words(value)) for name, value in said.get("backends", {}).items()),
+    ]  # fmt: skip
+
+
+def words(value: Any) -> str:
+    """A JSON value for people."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {words(item)}" for name, item in value.items()) or columns.EMPTY
+    if isinstance(value, list):
+        return ", ".join(words(item) for item in value) or columns.EMPTY
+    if value is None:
+        return "not known"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

@@ -1,0 +1,147 @@
+"""`addbench show --as quality RUN...`: prompt following against latency, as SVG and PNG.
+
+After Fig. 5 of the ADD paper (Sauer et al., arXiv 2311.17042), with prompt following in place of
+its ELO score and latencies measured here. From rows that `addbench sweep --quality` wrote; one line
+per model, backend, options, precision and decoder, one point per step count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from bench.rows.store import RUNS, Row, is_timed, open_run
+from bench.show.latency import STYLE, save, scale_of
+from bench.show.series import COLOURS, SHAPES
+from core.cli import Parser, run
+from core.errors import EXIT_OK, PreconditionError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Point = tuple[int, float, float]
+"""Steps, median latency of one image in ms, share of captions all right."""
+
+
+def series_of(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Point]]:
+    """What is judged and ok, by everything but steps; a point per step count over all rounds.
+
+    Raises:
+        PreconditionError: no row was judged, or runs of several machines are mixed.
+    """
+    judged: dict[tuple[str, ...], dict[int, list[Row]]] = {}
+    for row in rows:
+        if not is_timed(row) or not row["quality"]:
+            continue
+        backend = row["backend"] + (f":{row['options']}" if row["options"] else "")
+        key = (row["model"], backend, row["precision"], row["decoder"])
+        judged.setdefault(key, {}).setdefault(row["steps"], []).append(row)
+    if not judged:
+        raise PreconditionError(
+            "no row says anything of quality",
+            "the sweep was run without --quality, or no cell was ok",
+            "addbench sweep --quality",
+        )
+    return {
+        key: [
+            (
+                steps,
+                median(row["median_ms"] / row["batch"] for row in rounds),
+                median(row["quality"]["all"] for row in rounds),
+            )
+            for steps, rounds in sorted(by_steps.items())
+        ]
+        for key, by_steps in judged.items()
+    }
+
+
+def figure(rows: Sequence[Row], machine: str) -> Figure:
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    found = series_of(rows)
+    kinds = list(dict.fromkeys(key[:2] for key in found))
+    unit_ms, unit = scale_of(max(point[1] for points in found.values() for point in points))
+    with style.context(STYLE):
+        drawn = Figure(figsize=(9.6, 4.6 + 0.2 * len(found)))
+        captions = max(row["quality"]["captions"] for row in rows if row["quality"])
+        height = drawn.get_figheight()
+        drawn.text(0.012, 1 - 0.14 / height, "Quality against speed", va="top", fontsize=13,
+                   fontweight="bold")  # fmt: skip
+        drawn.text(0.012, 1 - 0.42 / height, f"{machine}; latency of one image, end to end, warm;"
+                   f" {captions} held-out captions a point", va="top", color="#555555")  # fmt: skip
+        left, right = drawn.subplots(1, 2)
+        drawn.subplots_adjust(left=0.07, right=0.98, top=1 - 1.0 / height, wspace=0.2,
+                              bottom=(0.75 + 0.2 * len(found)) / height)  # fmt: skip
+        for key, points in found.items():
+            kind = kinds.index(key[:2])
+            colour = COLOURS[kind % len(COLOURS)]
+            marker, dash = SHAPES.get(key[3], ("s", ":"))
+            look: dict[str, Any] = {
+                "color": colour, "marker": marker, "linestyle": dash, "linewidth": 1.5,
+                "markersize": 6.5, "markeredgecolor": "white", "zorder": 3,
+            }  # fmt: skip
+            label = f"{key[0]}: {key[1]}, {key[2]}, {key[3]}"
+            shares = [100 * point[2] for point in points]
+            left.plot([point[1] / unit_ms for point in points], shares, label=label, **look)
+            right.plot([point[0] for point in points], shares, **look)
+            for steps, latency, share in points:
+                above = kind % 2 or share < 0.1
+                left.annotate(f"{steps}", (latency / unit_ms, 100 * share),
+                              xytext=(4, 5 if above else -12),
+                              textcoords="offset points", fontsize=8, color=colour)  # fmt: skip
+        frame(left, f"latency of one image ({unit})", "Against latency; numbers: steps")
+        frame(right, "denoising steps", "Against steps")
+        counts = sorted({point[0] for points in found.values() for point in points})
+        right.set_xticks(counts, [str(count) for count in counts])
+        drawn.legend(loc="lower left", bbox_to_anchor=(0.06, 0.01), frameon=False, fontsize=8.5,
+                     handlelength=3.2)  # fmt: skip
+    return drawn
+
+
+def frame(axes: Axes, label: str, title: str) -> None:
+    from matplotlib.ticker import LogLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel(label)
+    axes.set_ylabel("captions with every attribute right (%)")
+    axes.set_title(title, loc="left")
+    axes.set_ylim(0, 105)
+
+
+def parser() -> Parser:
+    top = Parser(prog="addbench show --as quality", description=__doc__.split("\n")[0])
+    top.add_argument("runs", nargs="+", metavar="RUN", help="runs of `addbench sweep --quality`")
+    top.add_argument("--folder", type=Path, default=RUNS, help="where runs lie (results/runs)")
+    top.add_argument("--out", type=Path, required=True, metavar="STEM", help="STEM.svg, STEM.png")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    targets = [open_run(name, args.folder) for name in args.runs]
+    machines = {
+        (found["cpu"], found["cores_allowed"])
+        for found in (target.header["environment"] for target in targets)
+    }
+    if len(machines) > 1:
+        raise PreconditionError(
+            "these runs come from different machines",
+            "; ".join(f"{cpu}, {cores} cores" for cpu, cores in sorted(machines)),
+            "draw one plot for each machine",
+        )
+    cpu, cores = machines.pop()
+    rows = [row for target in targets for row in target.rows()]
+    for file in save(figure(rows, f"{cpu}, {cores} cores"), args.out):
+        print(file)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,193 @@
+"""The roofline of a run: what each stage achieved, under the ceilings measured in the same run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.limits.floors import ceilings_of
+from bench.machine.ceilings import Ceilings
+from bench.rows.stats import median_or_none
+from bench.rows.store import Row, Run
+from bench.show.columns import Line, lines_of
+from bench.show.latency import STYLE, plain_log, save
+from bench.show.series import COLOURS
+from core.errors import PreconditionError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = {"text": "s", "unet_step": "o", "vae": "D", "taesd": "^", "image": "P"}
+NAMES = {
+    "text": "text encoders",
+    "unet_step": "UNet step",
+    "vae": "VAE decoder",
+    "taesd": "TAESD decoder",
+    "image": "whole image",
+}
+
+
+def points(lines: Sequence[Line]) -> dict[tuple[str, int, str], tuple[float, float, float]]:
+    """(backend, batch, stage) -> GB/s, TFLOP/s and fraction, medians over the cells that ran it."""
+    found: dict[tuple[str, int, str], list[dict[str, float]]] = {}
+    for line in lines:
+        for row in line.good:
+            for stage, figures in (row["roofline"] or {}).items():
+                name = line.cell.decoder if stage == "decode" else stage
+                key = (line.cell.backend_text, line.cell.batch, name)
+                found.setdefault(key, []).append(figures)
+    return {
+        key: tuple(  # type: ignore[misc]
+            median_or_none([each[name] for each in many])
+            for name in ("gb_per_s", "tflops", "fraction")
+        )
+        for key, many in found.items()
+    }
+
+
+def figure(target: Run, rows: Sequence[Row]) -> Figure:
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    surveyed = target.header.get("roofline")
+    found = points(lines_of(rows))
+    if not surveyed or not found:
+        raise PreconditionError(
+            f"run {target.name} has no roofline",
+            "its rows were measured without the machine's ceilings (--quick, --no-roofline)",
+            "measure it again without these flags",
+        )
+    # Of each device that has rows, the dtypes that these compute in.
+    drawn_on = sorted({(row["device"], row["precision"]) for row in rows if row["roofline"]})
+    ceilings = ceilings_of(surveyed)
+    provenance = ", ".join(sorted({ceilings[device].provenance for device, _ in drawn_on}))
+    backends = list(dict.fromkeys(key[0] for key in found))
+    labels = {
+        (backend, batch, stage): f"{NAMES[stage]}, {backend}"
+        + (f", batch {batch}" if batch > 1 else "")
+        + f": {100 * fraction:.0f}%"
+        for (backend, batch, stage), (_, _, fraction) in found.items()
+    }
+    with style.context(STYLE):
+        # Beside the axes the legend has all the room that it wants.
+        width = 7.3 + max(2.3, 0.076 * max(map(len, labels.values())))
+        height = max(5.4, 1.3 + 0.19 * len(labels))
+        drawn = Figure(figsize=(width, height))
+        axes = drawn.subplots()
+        drawn.subplots_adjust(
+            left=0.8 / width, right=6.7 / width, top=1 - 0.86 / height, bottom=0.6 / height
+        )
+        drawn.text(
+            0.12 / width, 1 - 0.19 / height,
+            f"Roofline: {rows[0]['model']}, {rows[0]['size'].replace('x', '×')} px",
+            va="top", fontsize=13, fontweight="bold",
+        )  # fmt: skip
+        drawn.text(
+            0.12 / width, 1 - 0.51 / height,
+            f"{target.header['environment']['cpu']}; ceilings {provenance} in this run;"
+            " floors of direct algorithms",
+            va="top", color="#555555",
+        )  # fmt: skip
+        for (backend, batch, stage), (gb, tflops, _) in found.items():
+            axes.plot(
+                [1e3 * tflops / gb],
+                [tflops],
+                MARKERS[stage],
+                color=COLOURS[backends.index(backend) % len(COLOURS)],
+                markersize=8,
+                markeredgecolor="white",
+                linestyle="none",
+                zorder=3,
+                label=labels[backend, batch, stage],
+            )
+        intensities = [1e3 * tflops / gb for gb, tflops, _ in found.values()]
+        for device in sorted({device for device, _ in drawn_on}):
+            precisions = [precision for on, precision in drawn_on if on == device]
+            roofs(axes, ceilings[device], precisions, min(intensities), max(intensities))
+        for device in sorted({device for device, _ in drawn_on}):
+            precisions = [precision for on, precision in drawn_on if on == device]
+            memory(axes, ceilings[device], precisions, device)
+        axes.set_xlabel("FLOPs per byte moved (at least)")
+        axes.set_ylabel("TFLOP/s")
+        drawn.legend(
+            loc="upper left", bbox_to_anchor=(6.8 / width, 1 - 0.81 / height), frameon=False,
+            borderaxespad=0, fontsize=9,
+            title="fraction of the floor reached", alignment="left",
+        )  # fmt: skip
+    return drawn
+
+
+def rate(value: float) -> str:
+    """Three digits at most, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def roofs(
+    axes: Axes, ceilings: Ceilings, precisions: Sequence[str], least: float, most: float
+) -> None:
+    """The memory slope and a flat roof for matrix products and for convolutions."""
+    left, right = least / 3, most * 3
+    grey: dict[str, Any] = {"color": "#666666", "zorder": 2}
+    for precision in precisions:
+        peaks: dict[float, list[str]] = {}
+        for kind, peak in ceilings.tflops[precision].items():
+            peaks.setdefault(peak, []).append(kind)
+        for peak, kinds in peaks.items():
+            ridge = 1e3 * peak / ceilings.gb_per_s
+            dash = "-" if "matmul" in kinds else "--"
+            start = max(left, ridge)
+            axes.plot([start, right], [peak, peak], linestyle=dash, linewidth=1.3, **grey)
+            below = peak == min(peaks)
+            axes.annotate(
+                f"{precision} {' and '.join(kinds)} {rate(peak)} TFLOP/s",
+                (right, peak),
+                xytext=(-2, -4 if below else 4),
+                textcoords="offset points",
+                ha="right",
+                va="top" if below else "bottom",
+                fontsize=8.5,
+                color="#444444",
+            )
+            if left < ridge:
+                slope = [left * ceilings.gb_per_s / 1e3, peak]
+                axes.plot([left, ridge], slope, linewidth=1.3, **grey)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(left, right)
+    plain_log(axes.xaxis)
+    plain_log(axes.yaxis)
+
+
+def memory(axes: Axes, ceilings: Ceilings, precisions: Sequence[str], device: str) -> None:
+    """The bandwidth, written along the slope: above it, where no point can be."""
+    left, _ = axes.get_xlim()
+    peak = max(max(ceilings.tflops[precision].values()) for precision in precisions)
+    ridge = 1e3 * peak / ceilings.gb_per_s
+    if ridge <= left:
+        return  # all of it lies left of what is drawn
+    foot, head = axes.transData.transform([(left, left * ceilings.gb_per_s / 1e3), (ridge, peak)])
+    angle = math.atan2(head[1] - foot[1], head[0] - foot[0])
+    along, across = 14, 2.5  # points
+    axes.annotate(
+        f"memory of {device} {rate(ceilings.gb_per_s)} GB/s",
+        (left, left * ceilings.gb_per_s / 1e3),
+        xytext=(
+            along * math.cos(angle) - across * math.sin(angle),
+            along * math.sin(angle) + across * math.cos(angle),
+        ),
+        textcoords="offset points",
+        rotation=math.degrees(angle),
+        rotation_mode="anchor",
+        ha="left",
+        va="bottom",
+        fontsize=8.5,
+        color="#444444",
+    )
+
+
+def write(target: Run, rows: Sequence[Row]) -> list[Path]:
+    """`roofline.svg` and `roofline.png` into the run folder."""
+    return save(figure(target, rows), target.path / "roofline")

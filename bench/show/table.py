@@ -1,0 +1,202 @@
+"""`addbench show --as table RUN`: one line per cell, as Markdown and CSV."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from backends.quantised.precision import QUANTISED, RANDOM_WORDS
+from bench.rows.cell import Cell
+from bench.rows.store import EMULATED, LATEST, MODELLED, OK, RUNS, Row, Run, open_run
+from bench.show import stages
+from bench.show.columns import (
+    COLUMNS,
+    LEAST_NEEDED,
+    SINCE,
+    Column,
+    Line,
+    brief_columns,
+    columns_for,
+    grid,
+    lines_of,
+)
+from core.cli import Parser, run
+from core.errors import EXIT_OK
+from core.files import write_atomic
+
+MODELLED_WORDS = (
+    "modelled: the card was not here and nothing was timed. The median is what the model says under"
+    " its central assumptions, with all parts resident; low and high hold 8 of 10 draws of its"
+    " assumptions and of its fit's errors, `high, switching` is theirs where programs are switched."
+    " period: between the ends of two calls while every SoC is busy. images/J at TDP: the card at"
+    " its power limit all the while, so at least that many."
+)
+EMULATED_WORDS = (
+    "emulated: numerics of an NPU that this CPU emulates, from one call a cell. It has no speed,"
+    " and is no stand-in for the accuracy of a Cloud AI 100."
+)
+
+
+def conditions(target: Run, lines: Sequence[Line]) -> list[str]:
+    """Paragraphs: what all lines share, the machine, the method."""
+    _, above = columns_for(lines)
+    shared = [f"{column.header} {column.text(lines[0])}" for column in above]
+    if all(line.provenance == MODELLED for line in lines):
+        made = [f"Images: {target.header['environment']['cpu']}, FP16 between the parts."]
+        return [f"{'; '.join(shared)}.", "", MODELLED_WORDS] + (
+            ["", *made] if target.header.get("images", True) else []
+        )
+    machine, rule = target.header["environment"], target.header["settings"]
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    rounds = rule["rounds"]
+    sampled = (
+        f"{rounds} round{'s' * (rounds != 1)} of at least {rule['min_samples']} samples and"
+        f" {rule['min_time']:g} s, at most {rule['max_time']:g} s from 3 samples on."
+    )
+    if rule["min_time"] == 0:
+        sampled = "One sample a cell, after a call of one step or as few as the model takes."
+    return [
+        f"{'; '.join(shared)}.",
+        "",
+        f"{machine['cpu']}, {machine['cores_allowed']} cores of {machine['cores_physical']},"
+        f" {machine['memory_gb']:g} GB; {machine['os']}; Python {machine['python']}, {versions}.",
+        "",
+        f"{sampled} Medians over rounds of each round's median; end to end: prompt strings in,"
+        " uint8 images out.",
+        *(["", quality_words(lines)] if any(line.quality("captions") for line in lines) else []),
+        *(["", EMULATED_WORDS] if any(EMULATED in line.provenance for line in lines) else []),
+        *(["", MODELLED_WORDS] if any(MODELLED in line.provenance for line in lines) else []),
+        *(["", f"{RANDOM_WORDS}."] if any(map(says_little, lines)) else []),
+    ]
+
+
+def quality_words(lines: Sequence[Line]) -> str:
+    counts = sorted({int(line.quality("captions") or 0) for line in lines} - {0})
+    return (
+        f"captions right: of {' or '.join(map(str, counts))} held-out captions, those whose every"
+        " attribute is read back right from the cell's own pixels; own FID: over a network of this"
+        " project, comparable only with itself."
+    )
+
+
+def says_little(line: Line) -> bool:
+    """Whether its image tells little of its precision."""
+    return line.cell.storage in QUANTISED and line.cell.weights == "random"
+
+
+def markdown(target: Run, rows: Sequence[Row], *, brief: bool = False) -> str:
+    """The run's table, its conditions above it and what failed below; `brief`: main columns."""
+    lines = lines_of(rows)
+    if not lines:
+        return "No rows.\n"
+    printed = brief_columns(lines) if brief else columns_for(lines)[0]
+    text = [*conditions(target, lines), "", *grid(printed, lines)]
+    if not brief and (by_stage := stages.markdown(target, rows)):
+        text += ["", "## By stage", "", by_stage.rstrip()]
+    failed = [row for row in rows if row["status"] != OK]
+    if failed:
+        text += ["", "Failed:", ""]
+        text += [
+            f"- {Cell.of(row)}, round {row['round'] + 1}: {row['status']}:"
+            f" {' '.join(str((row['error'] or {}).get('what', '')).split())}"
+            for row in failed
+        ]
+    missing = target.missing(rows)
+    if missing:
+        text += ["", "Missing:", ""]
+        text += [f"- {cell}, round {round_ + 1}" for cell, round_ in missing]
+    return "\n".join(text) + "\n"
+
+
+def csv(rows: Sequence[Row]) -> str:
+    """Every column, unrounded, one line per cell; SINCE where a cell has some."""
+    import pandas as pd
+
+    lines = lines_of(rows)
+    columns = [c for c in COLUMNS if c.header not in SINCE or any(map(c.value, lines))]
+    table = {column.header: [column.value(line) for line in lines] for column in columns}
+    text: str = pd.DataFrame(table).to_csv(index=False, lineterminator="\n")
+    return text
+
+
+def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
+    """Print the table's main columns, as many as the terminal (or `width` characters) has room."""
+    from rich.console import Console
+    from rich.table import Table
+
+    lines = lines_of(rows)
+    if not lines:
+        print("no rows yet")
+        return
+    _, above = columns_for(lines)
+    caption = [
+        f"{column.header} {column.text(lines[0])}"
+        if column.header in ("guidance", "low memory")
+        else column.text(lines[0])
+        for column in above
+    ]
+    wanted = brief_columns(lines)
+    for column in [column for column in wanted if column.header in ("weights", "numerics")]:
+        texts = {column.text(line) for line in lines}
+        if len(texts) == 1:  # said once: a terminal is narrow
+            caption.append(f"{column.header} {texts.pop()}".removeprefix("numerics "))
+            wanted.remove(column)
+    room = width or (None if sys.stdout.isatty() else 190)
+    console = Console(width=room, highlight=False, markup=False)
+    widths = {column.header: narrowest(column, lines) for column in wanted}
+    for header in LEAST_NEEDED:  # a cut-off figure is worse than a column less
+        if sum(width + 3 for width in widths.values()) + 1 > console.width:
+            widths.pop(header, None)
+    table = Table(title=", ".join(caption), title_justify="left", title_style="")
+    wanted = [column for column in wanted if column.header in widths]
+    for column in wanted:
+        table.add_column(
+            column.header,
+            justify="right" if column.digits is not None else "left",
+            min_width=widths[column.header],
+        )
+    for line in lines:
+        table.add_row(*(column.text(line) for column in wanted))
+    console.print(table)
+    if any(EMULATED in line.provenance for line in lines):
+        print(EMULATED_WORDS)
+    if any(map(says_little, lines)):
+        print(RANDOM_WORDS)
+
+
+def narrowest(column: Column, lines: Sequence[Line]) -> int:
+    """Characters a column needs if headers and words may go on several lines."""
+    texts = [column.text(line) for line in lines]
+    words = [word for text in texts for word in text.split()] if column.digits is None else texts
+    return max(map(len, (*column.header.split(), *words)))
+
+
+def write(target: Run, rows: Sequence[Row], folder: Path | None = None) -> list[Path]:
+    """`table.md` and `table.csv` into the run folder (or `folder`)."""
+    place = folder or target.path
+    files = [place / "table.md", place / "table.csv"]
+    write_atomic(files[0], f"# Run {target.name}\n\n{markdown(target, rows)}")
+    write_atomic(files[1], csv(rows))
+    return files
+
+
+def parser() -> Parser:
+    top = Parser(prog="addbench show --as table", description=__doc__)
+    top.add_argument("run", nargs="?", default=LATEST, metavar="RUN|latest")
+    top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    target = open_run(args.run, args.out)
+    rows = target.rows()
+    show(target, rows)
+    for file in write(target, rows):
+        print(file)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

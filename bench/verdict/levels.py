@@ -1,0 +1,224 @@
+"""The noise model's levels, estimated from repeated runs of an unchanged program.
+
+Medians and median absolute deviations throughout, so that bursts do not pass for jitter; a level
+that the data cannot separate is None and is contained in the one above it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.rows.cell import Cell
+from bench.rows.store import Row, is_timed, open_run
+from bench.verdict.noise import CELLS, HARSH, TYPICAL, Levels, entries, false_alarms
+from bench.verdict.rules import Array, Judgement, deviation, pairs
+from core.errors import EXIT_INCONCLUSIVE, EXIT_OK, PreconditionError
+
+FEWEST_ROUNDS = 5
+LAGS = (1, 2, 3, 4)
+"""Turns apart, whose differences tell a random walk from jitter."""
+BURST_SPREADS, BURST_LEAST = 4.0, 0.05
+"""A worker process this many spreads, and this much, above its neighbours has met a burst."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One run: log of the median latency, [rounds, cells], and each cell's worker [cells]."""
+
+    name: str
+    log_ms: Array
+    workers: Sequence[int]
+    cells: Sequence[Cell]
+
+
+def panel(name: str, rows: Sequence[Row]) -> Panel:
+    """The rows of one run; cells and rounds that are not complete are left out.
+
+    Raises:
+        PreconditionError: fewer than FEWEST_ROUNDS rounds remain.
+    """
+    good = {(Cell.of(row), row["round"]): row["median_ms"] for row in rows if is_timed(row)}
+    rounds = sorted({round_ for _, round_ in good})
+    found = dict.fromkeys(cell for cell, _ in good)
+    cells = [cell for cell in found if all((cell, round_) in good for round_ in rounds)]
+    if len(rounds) < FEWEST_ROUNDS or not cells:
+        raise PreconditionError(
+            f"run {name} has {len(rounds)} rounds with {len(cells)} complete cells",
+            f"levels are spreads between rounds: at least {FEWEST_ROUNDS} are needed",
+            "addbench sweep --rounds 20 ...",
+        )
+    groups = {group: place for place, group in enumerate(dict.fromkeys(c.group for c in cells))}
+    table = [[math.log(good[cell, round_]) for cell in cells] for round_ in rounds]
+    return Panel(name, np.array(table), [groups[cell.group] for cell in cells], cells)
+
+
+def estimate(panels: Sequence[Panel]) -> dict[str, float | None]:
+    """Levels by the names of `Levels`' fields, averaged over the runs as variances."""
+    each = [_of_one(one) for one in panels]
+    found: dict[str, float | None] = {"machine": _between(panels)}
+    for name in ("drift", "process", "cell"):
+        known = [level for one in each if (level := one[name]) is not None]
+        found[name] = math.sqrt(float(np.mean(np.square(known)))) if known else None
+    # What an exponential has above a threshold is that exponential again: its mean is the bursts'
+    # mean, and the share of bursts that reach so high follows.
+    above = np.concatenate([one["above"] for one in each])
+    slots = sum(one["slots"] for one in each)
+    found["burst_rate"], found["burst_mean"] = 0.0, None
+    if above.size:
+        mean = float(above.mean())
+        threshold = float(np.mean([one["threshold"] for one in each]))
+        found["burst_rate"] = min(1.0, above.size / slots * math.exp(threshold / mean))
+        found["burst_mean"] = mean
+    return found
+
+
+def _between(panels: Sequence[Panel]) -> float | None:
+    """Standard deviation between runs, of the change that their common cells share."""
+    common = [cell for cell in panels[0].cells if all(cell in one.cells for one in panels)]
+    if len(panels) < 2 or not common:
+        return None
+    medians = np.array(
+        [[np.median(one.log_ms[:, one.cells.index(cell)]) for cell in common] for one in panels]
+    )
+    return float(np.median(medians - medians.mean(axis=0), axis=1).std(ddof=1))
+
+
+def _of_one(one: Panel) -> dict[str, Any]:
+    residual = one.log_ms - np.median(one.log_ms, axis=0)
+    workers = sorted(set(one.workers))
+    members = [[c for c, worker in enumerate(one.workers) if worker == w] for w in workers]
+    by_worker = np.stack([np.median(residual[:, m], axis=1) for m in members], axis=1)
+    turn = np.median(by_worker, axis=1)
+
+    inside = [
+        deviation((residual[:, m] - residual[:, m].mean(axis=1, keepdims=True)).ravel())
+        * math.sqrt(len(m) / (len(m) - 1))
+        for m in members
+        if len(m) > 1
+    ]
+    cell = float(np.sqrt(np.mean(np.square(inside)))) if inside else None
+    process = None
+    if len(workers) > 1:
+        spread = deviation((by_worker - turn[:, None]).ravel()) * math.sqrt(
+            len(workers) / (len(workers) - 1)
+        )
+        own = 0.0 if cell is None else cell**2 / np.mean([len(m) for m in members])
+        process = math.sqrt(max(0.0, float(spread) ** 2 - own))
+    lags = [lag for lag in LAGS if lag < len(turn) - 1]
+    variances = [float(deviation(turn[lag:] - turn[:-lag])) ** 2 for lag in lags]
+    slope = np.polyfit(lags, variances, 1)[0] if len(lags) > 1 else math.nan
+    excess = by_worker - _neighbours(by_worker)
+    threshold = max(BURST_LEAST, BURST_SPREADS * float(deviation(excess.ravel())))
+    return {
+        "drift": math.sqrt(max(0.0, float(slope))),
+        "process": process,
+        "cell": cell,
+        "above": excess[excess > threshold] - threshold,
+        "threshold": threshold,
+        "slots": excess.size,
+    }
+
+
+def _neighbours(by_worker: Array) -> Array:
+    """Median of the two turns before and the two after, for each turn and worker."""
+    turns = len(by_worker)
+    near = [
+        [t for t in range(max(0, now - 2), min(turns, now + 3)) if t != now] for now in range(turns)
+    ]
+    return np.array([np.median(by_worker[few], axis=0) for few in near])
+
+
+def self_test(one: Panel) -> Judgement | None:
+    """The rule of `addbench ab` on a run against itself: its rounds taken as base head head base.
+
+    None for fewer than 10 rounds. Pessimistic: these rounds lie a whole turn apart.
+    """
+    rounds = len(one.log_ms) // 2
+    if rounds < FEWEST_ROUNDS:
+        return None
+    from bench.verdict.noise import abba
+
+    return pairs(abba(one.log_ms[None, : 2 * rounds])[0])
+
+
+def compared(found: float | None, name: str) -> str:
+    """Where a level stands against the model's two."""
+    typical, harsh = getattr(TYPICAL, name), getattr(HARSH, name)
+    if found is None:
+        return "not to be told from these runs"
+    if found <= typical:
+        return "within typical"
+    return "within harsh" if found <= harsh else "beyond harsh"
+
+
+def errors_at(found: Mapping[str, float | None], jobs: int, seed: int) -> list[dict[str, Any]]:
+    """False alarms of a job under the levels found, for each rule that is held to a goal."""
+    # What cannot be told is contained in another level.
+    here = Levels("found", **{name: level or 0.0 for name, level in found.items()})
+    lines = []
+    for entry in entries():
+        if entry.goal:
+            alarm, undecided = false_alarms(entry.rule, here, jobs, seed)
+            lines.append({"rule": entry.name, "false_alarm": alarm.columns(),
+                          "inconclusive": undecided.columns()})  # fmt: skip
+    return lines
+
+
+def report(texts: Sequence[str], out: Path, form: str, jobs: int, seed: int) -> int:
+    """Print the estimated levels beside the model's, and how often the rules would be wrong there.
+
+    5 if a level is beyond `harsh`: the error rates of the model's levels do not cover the machine.
+    """
+    targets = [open_run(text, out) for text in texts]
+    panels = [panel(target.name, target.rows()) for target in targets]
+    levels = estimate(panels)
+    names = [name for name in asdict(TYPICAL) if name != "name"]
+    places = {name: compared(levels[name], name) for name in names}
+    errors = errors_at(levels, jobs, seed)
+    flagged = {one.name: judged for one in panels if (judged := self_test(one)) is not None}
+    if form == "json":
+        print(json.dumps({
+            "runs": [target.name for target in targets],
+            "environment": targets[0].header["environment"],
+            "rounds": [len(one.log_ms) for one in panels],
+            "cells": [asdict(one) for one in panels[0].cells],
+            "levels": levels,
+            "against_the_model": places,
+            "rules_under_these_levels": errors,
+            "against_themselves": {
+                name: {"cells": judged.slower.size, "slower": int(judged.slower.sum()),
+                       "faster": int(judged.faster.sum())}
+                for name, judged in flagged.items()
+            },
+        }, indent=2))  # fmt: skip
+    else:
+        print(f"{'level':<12}{'found':>9}{'typical':>9}{'harsh':>9}")
+        for name in names:
+            value = "-" if levels[name] is None else f"{levels[name]:.2%}"
+            model = "".join(f"{_level(one, name):9.1%}" for one in (TYPICAL, HARSH))
+            print(f"{name:<12}{value:>9}{model}   {places[name]}")
+        for run_name, judged in flagged.items():
+            print(
+                f"run {run_name} against itself, by the rule of `addbench ab`:"
+                f" {judged.slower.sum()}"
+                f" of {judged.slower.size} cells slower, {judged.faster.sum()} faster, the widest"
+                f" interval {np.expm1((judged.high - judged.low).max() / 2):.1%} to each side"
+            )
+        print(f"\nunder these levels, {jobs} jobs of {CELLS} cells:")
+        for line in errors:
+            alarm, undecided = line["false_alarm"], line["inconclusive"]
+            print(f"{line['rule']:<36} false alarms {alarm['share']:.3%} (95% bound"
+                  f" {alarm['upper']:.3%}), inconclusive {undecided['share']:.1%}")  # fmt: skip
+    beyond = any(place == "beyond harsh" for place in places.values())
+    return EXIT_INCONCLUSIVE if beyond else EXIT_OK
+
+
+def _level(levels: Levels, name: str) -> float:
+    return float(getattr(levels, name))
