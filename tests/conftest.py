@@ -32,14 +32,11 @@ settings.load_profile("addbench")
 def _key(folder: Path) -> str:
     """What a bundle of the checkpoint or architecture in `folder` depends on."""
     digest = hashlib.sha256()
-    names = ("build", "checkpoint", "graphs", "models", "parts", "random_weights", "reader",
-             "tokenizer", "trace")  # fmt: skip
-    files = [ROOT / "export" / f"{name}.py" for name in names]
-    # The parity record and the reference images come from these.
-    judges = ("conditioning", "gate", "parity", "pipeline", "prompts", "recipe", "torch", "watch",
-              "ort")  # fmt: skip
-    files += [ROOT / "backends" / f"{name}.py" for name in judges]
-    files += sorted((ROOT / "export" / "lower").glob("*.py"))
+    code = ("export/*.py", "export/source/*.py", "export/lower/*.py",
+            # The parity record and the reference images come from these.
+            "backends/pipeline/*.py", "backends/check/*.py", "backends/torch.py",
+            "backends/ort.py")  # fmt: skip
+    files = [file for pattern in code for file in sorted(ROOT.glob(pattern))]
     own = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors"))
     for file in [*files, *own]:
         digest.update(file.read_bytes())
