@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint", "reopen", "tokenizer_names"]
 
-ARCHITECTURES = Path(__file__).resolve().parent / "architectures"
+ARCHITECTURES = Path(__file__).resolve().parent.parent / "architectures"
 
 
 def architecture(model: Model, name: str) -> Path:
