@@ -21,9 +21,10 @@ from bench.rows.cell import Cell
 from bench.rows.store import RUNS, Row, RowWriter, Run, create_run, make_row
 from bench.run.arguments import AXES, calls, count, positive, shown
 from bench.sweep import bundle_columns, interrupt, unavailable
-from bench.verdict.outcome import FORMATS, Outcome, show
+from bench.verdict.outcome import Outcome, show
 from core.cli import Parser, int_list, run, word_list
 from core.errors import PreconditionError
+from core.table import add_format_argument
 from export.models import DEFAULT_MODEL, MODELS
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def parser() -> Parser:
         help="keep checkouts, bundles and caches here for the next time (none: a scratch folder)",
     )  # fmt: skip
     where.add_argument("--out", type=Path, default=RUNS, help="runs land below it (results/runs)")
-    where.add_argument("--format", choices=FORMATS, default="table")
+    add_format_argument(where)
     return top
 
 

@@ -33,6 +33,7 @@ from bench.verdict.pairs import PAIRS, sweep_arguments
 from bench.verdict.ratio import schedule
 from core.cli import Parser, run
 from core.errors import EXIT_OK, PreconditionError
+from core.table import add_format_argument
 from export.models import CONTEXT_PART, MODELS
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ METHOD = {"rounds": 6, "min_samples": 1, "min_time": 2.0, "max_time": 60.0, "war
 LONG_CALL_S = 100.0
 SINGLE = Settings(StopRule(min_samples=1, min_time=0.0, max_time=1e6, warmup=0), rounds=1)
 """How a side is measured whose call takes minutes: one sample after a one-step call."""
-FORMATS = ("table", "markdown", "json")
 
 
 def parser() -> Parser:
@@ -89,7 +89,7 @@ def parser() -> Parser:
         "--resume", nargs="?", const=LATEST, metavar="RUN|latest", help="the head's run"
     )
     where.add_argument("--dry-run", action="store_true", help="print the plan and its time")
-    where.add_argument("--format", choices=FORMATS, default="table")
+    add_format_argument(where)
     return top
 
 

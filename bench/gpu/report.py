@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.rows.cell import Cell
 from bench.rows.store import Row, Run, is_timed
-from bench.show.columns import Column, grid
+from core.table import Column, markdown_lines
 from export.models import PARTS
 
 GOAL_DEVICE, GOAL_MODEL, GOAL_SIZE = "h200-sxm", "sdxl-turbo", "512x512"
@@ -149,7 +149,7 @@ def goals_text(found: Sequence[Reached]) -> list[str]:
         Column("by", lambda one: one.backend),
         Column("met", lambda one: verdict(one)),
     )
-    return ["## Goals", "", *grid(columns, found)]
+    return ["## Goals", "", *markdown_lines(columns, found)]
 
 
 def verdict(one: Reached) -> str:
@@ -181,7 +181,7 @@ def claims_text(target: Run) -> list[str]:
         Column("why", lambda one: one.reason),
         Column("nearest of ours", near_text),
     )
-    return ["## Claims", "", *grid(columns, found)]
+    return ["## Claims", "", *markdown_lines(columns, found)]
 
 
 def profile_text(found: Mapping[str, Any]) -> Iterator[str]:
@@ -195,7 +195,9 @@ def profile_text(found: Mapping[str, Any]) -> Iterator[str]:
         Column("of it", lambda item: item[1].get("fraction"), 2),
         Column("GFLOP", lambda item: item[1]["gflop"], 1),
     )
-    yield from grid(columns, [(p, found["parts"][p]) for p in PARTS if p in found["parts"]])
+    yield from markdown_lines(
+        columns, [(p, found["parts"][p]) for p in PARTS if p in found["parts"]]
+    )
     for name, image in found["images"].items():
         decoder, _, steps = name.rpartition("-")
         yield ""
@@ -210,4 +212,4 @@ def profile_text(found: Mapping[str, Any]) -> Iterator[str]:
             Column("share", lambda top: top["share"], 3),
             Column("count", lambda top: top["count"], 0),
         )
-        yield from grid(shown, image["top"])
+        yield from markdown_lines(shown, image["top"])

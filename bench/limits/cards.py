@@ -30,9 +30,9 @@ from bench.limits.cardwords import (
     other_reading,
     span,
 )
-from bench.show.columns import Column, grid
 from core.cli import Parser, image_size, int_list, run, word_list
 from core.errors import EXIT_OK, PreconditionError
+from core.table import Column, add_format_argument, console, markdown_lines, terminal_table
 
 if TYPE_CHECKING:
     from backends.modelled.card import Estimate
@@ -230,25 +230,19 @@ def markdown(found: Sequence[Section]) -> str:
     for section in found:
         text += [f"**{section.title}**", "", *(f"- {line}" for line in section.lines), ""]
         if section.columns:
-            text += [*grid(section.columns, section.rows), ""]
+            text += [*markdown_lines(section.columns, section.rows), ""]
     return "\n".join(text).rstrip() + "\n"
 
 
 def show(found: Sequence[Section]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False, markup=False)
+    drawn_on = console(170)
     for section in found:
-        console.print(section.title, style="bold")
+        drawn_on.print(section.title, style="bold")
         if section.columns:
-            table = Table(*(column.header for column in section.columns))
-            for one in section.rows:
-                table.add_row(*(column.text(one) for column in section.columns))
-            console.print(table)
+            drawn_on.print(terminal_table(section.columns, section.rows))
         for line in section.lines:
-            console.print(f"  {line}")
-        console.print()
+            drawn_on.print(f"  {line}")
+        drawn_on.print()
 
 
 def report(found: Sequence[Option], args: argparse.Namespace) -> dict[str, Any]:
@@ -312,7 +306,7 @@ def parser() -> Parser:
     top.add_argument(
         "--target", type=period, default=TARGET_MS, metavar="MS", help=f"period ({TARGET_MS:g})"
     )
-    top.add_argument("--format", choices=("table", "markdown", "json"), default="table")
+    add_format_argument(top)
     return top
 
 

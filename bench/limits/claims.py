@@ -36,10 +36,10 @@ from bench.limits.ledger import (
 )
 from bench.limits.ranges import DECODERS, STEPS, Modelled, modelled, models_of
 from bench.rows.store import RUNS, open_run, run_names
-from bench.show.columns import Column, grid
 from core.cli import Parser, run
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 from core.files import ROOT
+from core.table import Column, console, markdown_lines, terminal_table
 
 REPRODUCED, CONSISTENT, CONTRADICTED = "reproduced", "consistent", "contradicted"
 BEATEN, NOT_TESTABLE = "beaten", "not testable here"
@@ -317,29 +317,23 @@ def markdown(found: Sequence[Finding]) -> str:
         if finding.claim.id in HEADLINES:
             first, *rest = headline(finding)
             lines += [f"**{first}**", "", *(f"- {text}" for text in rest), ""]
-    lines += grid(COLUMNS, found)
+    lines += markdown_lines(COLUMNS, found)
     lines += ["", *(f"{text}\n" for text in explained())]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def show(found: Sequence[Finding]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    drawn_on = console()
     for finding in found:
         if finding.claim.id in HEADLINES:
             first, *rest = headline(finding)
-            console.print(first)
+            drawn_on.print(first)
             for text in rest:
-                console.print(f"  {text}")
+                drawn_on.print(f"  {text}")
     columns = [column for column in COLUMNS if column.header in TERMINAL]
-    table = Table(*(column.header for column in columns))
-    for finding in found:
-        table.add_row(*(column.text(finding) for column in columns))
-    console.print(table)
+    drawn_on.print(terminal_table(columns, found))
     for text in explained():
-        console.print(text)
+        drawn_on.print(text)
 
 
 # ---- command line

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from bench.machine.ceilings import Ceilings
 from core.cli import Parser, add_model_arguments, image_size, run
 from core.errors import EXIT_OK, PreconditionError
 from core.process import run_apart
+from core.table import Column, draw
 from export.models import CONTEXT_PART, DEFAULT_MODEL, MODELS, PARTS
 
 if TYPE_CHECKING:
@@ -356,10 +356,6 @@ def pipelines(entries: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> l
 
 
 def show(report: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console() if sys.stdout.isatty() else Console(width=140)
     ceilings = report["ceilings"]
     title = f"{report['model']}, {report['size']}, batch {report['batch']}, {report['storage']}"
     if ceilings:
@@ -373,13 +369,15 @@ def show(report: Mapping[str, Any]) -> None:
             f" {ceilings['gb_per_s']:.3g} GB/s;"
             f" floors of direct algorithms in {report['precision']}"
         )
-    for rows in (report["parts"], report["pipelines"]):
-        table = Table(title=title if rows is report["parts"] else None, title_justify="left")
-        for key in rows[0]:
-            table.add_column(key.replace("_ms", " (ms)").replace("_mb", " (MB)"))
-        for row in rows:
-            table.add_row(*(f"{v:,.1f}" if isinstance(v, float) else str(v) for v in row.values()))
-        console.print(table)
+    for rows, above in ((report["parts"], title), (report["pipelines"], "")):
+        draw([figure(key, rows) for key in rows[0]], rows, above)
+
+
+def figure(key: str, rows: Sequence[Mapping[str, Any]]) -> Column:
+    """A column of the report; numbers that are no whole ones have one digit after the point."""
+    header = key.replace("_ms", " (ms)").replace("_mb", " (MB)")
+    fraction = any(isinstance(row.get(key), float) for row in rows)
+    return Column(header, lambda row: row.get(key), 1 if fraction else None)
 
 
 if __name__ == "__main__":

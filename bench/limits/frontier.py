@@ -21,14 +21,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.limits.ledger import METHODS, Claim, hardware_of, read_claims
 from bench.rows.store import RUNS, Run, open_run, run_names
-from bench.show.columns import Column, Line, grid, lines_of
+from bench.rows.summary import CellRounds, by_cell
 from core.cli import Parser, run
 from core.errors import EXIT_OK, PreconditionError
 from core.files import ROOT, build_root, write_atomic
+from core.table import Column, csv_text, markdown_lines
 
 if TYPE_CHECKING:
     from export.cost import Cost
@@ -130,7 +131,7 @@ class Found:
 
     hardware: str
     run: str
-    line: Line
+    line: CellRounds
 
     @property
     def setting(self) -> tuple[str, str, str]:
@@ -144,7 +145,7 @@ def found_in(runs: Sequence[Run]) -> list[Found]:
     return [
         Found(hardware_of(run.header["environment"], line.cell.device), run.name, line)
         for run in sorted(runs, key=lambda one: one.name)
-        for line in lines_of([row for row in run.rows() if row["provenance"] == MEASURED])
+        for line in by_cell([row for row in run.rows() if row["provenance"] == MEASURED])
         if line.good
         and (line.cell.size, line.cell.batch, line.cell.decoder) == (size, BATCH, DECODER)
         and line.cell.backend != "null"
@@ -192,7 +193,7 @@ def from_runs(runs: Sequence[Run], backend: str | None = None) -> Chart | None:
     return Chart(setting[0], f"{setting[1]}, {setting[2]}", model, points)
 
 
-def is_method(line: Line, method: Method) -> bool:
+def is_method(line: CellRounds, method: Method) -> bool:
     cell = line.cell
     return (
         (cell.model, cell.scheduler, cell.steps)
@@ -201,7 +202,7 @@ def is_method(line: Line, method: Method) -> bool:
     )  # fmt: skip
 
 
-def split(line: Line) -> tuple[float, float]:
+def split(line: CellRounds) -> tuple[float, float]:
     """(what an image takes beside the UNet, one UNet evaluation) of a cell, in ms.
 
     The first holds the scheduler's work for all steps and, under guidance, the empty prompt:
@@ -301,7 +302,7 @@ def markdown(chart: Chart) -> str:
             f"Latency of one image on {chart.hardware}: {size} px, batch {BATCH}, {DECODER};"
             f" {chart.conditions}. {chart.model}. NFE: UNet evaluations of an image.",
             "",
-            *grid(columns_for(chart), chart.points),
+            *markdown_lines(columns_for(chart), chart.points),
             "",
         ]
     )
@@ -309,15 +310,8 @@ def markdown(chart: Chart) -> str:
 
 def table_csv(chart: Chart) -> str:
     """Every column, unrounded, with the hardware."""
-    import pandas as pd
-
-    table: dict[str, list[Any]] = {"hardware": [chart.hardware] * len(chart.points)}
-    table |= {
-        column.header: [column.value(point) for point in chart.points]
-        for column in columns_for(chart)
-    }
-    text: str = pd.DataFrame(table).to_csv(index=False, lineterminator="\n")
-    return text
+    hardware = Column("hardware", lambda _: chart.hardware)
+    return csv_text([hardware, *columns_for(chart)], chart.points)
 
 
 def write(chart: Chart, table: Path, plot: Path) -> list[Path]:

@@ -2,80 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from bench.rows.cell import Cell
-from bench.rows.stats import median_or_none
-from bench.rows.store import FLAGS, MODELLED, OK, Row
-
-EMPTY = "-"
-
-
-@dataclass(frozen=True)
-class Line:
-    """One cell over its rounds. Figures are medians over the rounds that are ok, None without."""
-
-    cell: Cell
-    rows: Sequence[Row]
-
-    @property
-    def good(self) -> list[Row]:
-        return [row for row in self.rows if row["status"] == OK]
-
-    @property
-    def status(self) -> str:
-        """`ok`, or every other status with the number of rounds it came up in."""
-        found = Counter(row["status"] for row in self.rows)
-        if set(found) == {OK}:
-            return OK
-        return ", ".join(
-            f"{status} ({number} of {len(self.rows)})" if len(self.rows) > 1 else status
-            for status, number in sorted(found.items())
-        )
-
-    @property
-    def flags(self) -> str:
-        """Each flag, with the share of rounds that carry it where that is not all."""
-        found = Counter(flag for row in self.good for flag in row["flags"])
-        total = len(self.good)
-        return ", ".join(
-            flag if found[flag] == total else f"{flag} ({found[flag]} of {total})"
-            for flag in FLAGS
-            if flag in found
-        )
-
-    @property
-    def image(self) -> str:
-        checks = [row["image_check"] for row in self.rows if row["image_check"]]
-        if not checks:
-            return ""
-        worst = min(checks, key=lambda check: (check["psnr_db"] is None, check["psnr_db"] or 0.0))
-        return "no reference" if worst["psnr_db"] is None else f"{worst['psnr_db']:.1f} dB"
-
-    @property
-    def provenance(self) -> str:
-        return ", ".join(sorted({row["provenance"] for row in self.rows}))
-
-    def median(self, column: str) -> float | None:
-        return median_or_none([row[column] for row in self.good])
-
-    def stage(self, name: str) -> float | None:
-        return median_or_none([(row["stages_ms"] or {}).get(name) for row in self.good])
-
-    def quality(self, name: str) -> float | None:
-        """The same in every round: pictures do not depend on the clock."""
-        return median_or_none([(row["quality"] or {}).get(name) for row in self.good])
-
-
-def lines_of(rows: Sequence[Row]) -> list[Line]:
-    """Rows gathered by cell, in the order in which the cells first appear."""
-    by_cell: dict[Cell, list[Row]] = {}
-    for row in rows:
-        by_cell.setdefault(Cell.of(row), []).append(row)
-    return [Line(cell, found) for cell, found in by_cell.items()]
+from bench.rows.store import MODELLED, OK
+from bench.rows.summary import CellRounds
+from core.table import EMPTY, Column
 
 
 def guidance(cell: Cell) -> str:
@@ -83,61 +15,40 @@ def guidance(cell: Cell) -> str:
     return f"{cell.guidance:g} ({cell.guidance_mode})" if cell.guidance else ""
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column: its header with the unit, its value, and the digits after the point."""
-
-    header: str
-    value: Callable[[Any], Any]
-    digits: int | None = None
-
-    def text(self, line: Any) -> str:
-        value = self.value(line)
-        if value is None or value == "":
-            return EMPTY
-        return f"{value:.{self.digits}f}" if self.digits is not None else str(value)
-
-
-def figure(column: str) -> Callable[[Line], float | None]:
+def figure(column: str) -> Callable[[CellRounds], float | None]:
     return lambda line: line.median(column)
 
 
-def stage(name: str) -> Callable[[Line], float | None]:
+def stage(name: str) -> Callable[[CellRounds], float | None]:
     return lambda line: line.stage(name)
 
 
-def percent(column: str) -> Callable[[Line], float | None]:
-    def value(line: Line) -> float | None:
+def percent(column: str) -> Callable[[CellRounds], float | None]:
+    def value(line: CellRounds) -> float | None:
         share = line.median(column)
         return None if share is None else share * 100
 
     return value
 
 
-def switching_high(line: Line) -> float | None:
-    """Upper end of a modelled latency where programs are switched."""
-    found = [row["modelled"] for row in line.good if row["modelled"]]
-    return median_or_none([each["switching"]["latency"]["high_ms"] for each in found])
-
-
-def captions_right(line: Line) -> float | None:
+def captions_right(line: CellRounds) -> float | None:
     share = line.quality("all")
     return None if share is None else share * 100
 
 
-def images_per_joule(line: Line) -> float | None:
+def images_per_joule(line: CellRounds) -> float | None:
     """Where power was measured."""
     energy = None if line.provenance == MODELLED else line.median("energy_j")
     return line.cell.batch / energy if energy else None
 
 
-def images_per_joule_at_tdp(line: Line) -> float | None:
+def images_per_joule_at_tdp(line: CellRounds) -> float | None:
     """Of a modelled card only: at its power limit over the period."""
     energy = line.median("energy_j") if line.provenance == MODELLED else None
     return line.cell.batch / energy if energy else None
 
 
-def samples(line: Line) -> int | None:
+def samples(line: CellRounds) -> int | None:
     taken = sum(len(row["samples_ms"]) for row in line.good)
     return None if line.provenance == MODELLED and not taken else taken
 
@@ -159,7 +70,7 @@ COLUMNS = (
     Column("median (ms)", figure("median_ms"), 1),
     Column("low (ms)", figure("low_ms"), 1),
     Column("high (ms)", figure("high_ms"), 1),
-    Column("high, switching (ms)", switching_high, 1),
+    Column("high, switching (ms)", lambda line: line.switching_high_ms, 1),
     Column("period (ms)", figure("period_ms"), 1),
     Column("images/s", figure("images_per_s"), 3),
     Column("images/J", images_per_joule, 3),
@@ -185,8 +96,8 @@ COLUMNS = (
     Column("own FID", lambda line: line.quality("fid_shapes"), 2),
     Column("samples", samples),
     Column("rounds", lambda line: len(line.rows)),
-    Column("status", lambda line: line.status),
-    Column("flags", lambda line: line.flags),
+    Column("status", lambda line: line.status, whole=True),
+    Column("flags", lambda line: line.flags, whole=True),
 )
 ALWAYS = ("weights", "backend", "numerics", "decoder", "batch", "steps", "flags")
 """Columns of the Markdown table that stay even where they say the same in every line."""
@@ -207,7 +118,7 @@ SINCE = ("guidance", "low memory", "loading (ms)", "low (ms)", "high (ms)",
 they existed stay as they are."""
 
 
-def columns_for(lines: Sequence[Line]) -> tuple[list[Column], list[Column]]:
+def columns_for(lines: Sequence[CellRounds]) -> tuple[list[Column], list[Column]]:
     """(columns to print, columns that say the same everywhere and go above the table)."""
     printed, above = [], []
     for column in COLUMNS:
@@ -222,11 +133,11 @@ def columns_for(lines: Sequence[Line]) -> tuple[list[Column], list[Column]]:
 
 
 LEAST_NEEDED = ("samples", "image PSNR", "peak memory (MB)", "decode (ms)", "UNet step (ms)",
-                "CV (%)", "flags", "images/s")  # fmt: skip
+                "CV (%)", "images/s")  # fmt: skip
 """What a narrow terminal goes without, first to last; `table.md` has everything."""
 
 
-def brief_columns(lines: Sequence[Line]) -> list[Column]:
+def brief_columns(lines: Sequence[CellRounds]) -> list[Column]:
     """The short table's columns, without a status that is ok and flags that nobody has.
 
     What is said above the table is not said again, nor an NFE that is the number of steps.
@@ -241,21 +152,11 @@ def brief_columns(lines: Sequence[Line]) -> list[Column]:
     return [column for column in COLUMNS if column.header in BRIEF and says(column)]
 
 
-def grid(columns: Sequence[Column], lines: Sequence[Any]) -> list[str]:
-    """A Markdown table, padded so that it reads as plain text too."""
-    cells = [[column.header for column in columns]]
-    cells += [[column.text(line).replace("|", "\\|") for column in columns] for line in lines]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
-    right = [column.digits is not None for column in columns]
+JUDGED = ("status", "flags")
+"""What says whether a line is to be trusted: first in a terminal, before the figures, and whole."""
 
-    def join(row: Sequence[str]) -> str:
-        padded = (
-            text.rjust(width) if number else text.ljust(width)
-            for text, width, number in zip(row, widths, right, strict=True)
-        )
-        return f"| {' | '.join(padded)} |"
 
-    rule = (
-        "-" * (width - number) + ":" * number for width, number in zip(widths, right, strict=True)
-    )
-    return [join(cells[0]), f"| {' | '.join(rule)} |", *(join(row) for row in cells[1:])]
+def terminal_columns(lines: Sequence[CellRounds]) -> list[Column]:
+    """The short table's columns, what a line is worth before what it says."""
+    brief = brief_columns(lines)
+    return sorted(brief, key=lambda column: column.header not in JUDGED)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from bench.rows.cell import LATER
 from bench.rows.store import COLUMNS, HEADER, LATEST, ROWS, RUNS, Row, Run, open_run
+from bench.rows.summary import CellRounds, by_cell
 from bench.rows.types import TEXT, TRUTH, WHOLE
-from bench.show.columns import Line, lines_of
 from bench.verdict.compare import gather
 from core.cli import Parser, run
 from core.errors import EXIT_OK, AddbenchError, PreconditionError
@@ -138,10 +138,10 @@ def some_rows(target: Run) -> list[Row]:
     return rows
 
 
-def by_provenance(rows: Sequence[Row]) -> dict[str, list[Line]]:
+def by_provenance(rows: Sequence[Row]) -> dict[str, list[CellRounds]]:
     """A line per cell, figures of different provenance apart: no median mixes two."""
     kinds = dict.fromkeys(row["provenance"] for row in rows)
-    return {kind: lines_of([r for r in rows if r["provenance"] == kind]) for kind in kinds}
+    return {kind: by_cell([r for r in rows if r["provenance"] == kind]) for kind in kinds}
 
 
 def smaller_is_better(target: Run) -> bytes:
@@ -161,7 +161,7 @@ def smaller_is_better(target: Run) -> bytes:
     return (json.dumps(entries, indent=2, allow_nan=False) + "\n").encode()
 
 
-def entry(target: Run, line: Line) -> dict[str, Any]:
+def entry(target: Run, line: CellRounds) -> dict[str, Any]:
     """One figure. Its name is the whole cell, so that a series never joins two of them."""
     said = [
         f"{name} {value}"
@@ -188,7 +188,7 @@ def entry(target: Run, line: Line) -> dict[str, Any]:
     return found if spread is None else {**found, "range": f"± {spread:.3g}"}
 
 
-def spread_ms(line: Line) -> float | None:
+def spread_ms(line: CellRounds) -> float | None:
     """Standard deviation of the rounds' medians, or of the samples where there is one round.
 
     Optimistic in the second case: samples of one process do not see the spread between processes.

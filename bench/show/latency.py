@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.rows.store import LATEST, MODELLED, RUNS, Row, Run, is_timed, open_run
-from bench.show.columns import Line, lines_of, switching_high
+from bench.rows.summary import CellRounds, by_cell
 from bench.show.series import AXES, Series, places_of, series_of, shift, side_by_side
 from core.cli import Parser, run
 from core.errors import EXIT_OK
@@ -51,7 +51,7 @@ def figure(target: Run, rows: Sequence[Row], axis: str = "steps") -> Figure | No
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    columns = series_of(lines_of(rows), axis)
+    columns = series_of(by_cell(rows), axis)
     if not columns:
         return None
     with style.context(STYLE):
@@ -146,7 +146,7 @@ def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
 
 
 def intervals(
-    axes: Axes, series: Series, found: Sequence[Series], y: Callable[[Line, float], float]
+    axes: Axes, series: Series, found: Sequence[Series], y: Callable[[CellRounds, float], float]
 ) -> None:
     """Bars of modelled times: all parts resident, and thinner where programs are switched.
 
@@ -154,7 +154,7 @@ def intervals(
     """
     width = 0.012 * max(other.place(line) for other in found for line in other.lines)
     for line in series.lines:
-        low, high, switching = line.median("low_ms"), line.median("high_ms"), switching_high(line)
+        low, high, switching = line.median("low_ms"), line.median("high_ms"), line.switching_high_ms
         if low is None or high is None:
             continue
         x = series.place(line) + width * (1 + found.index(series))

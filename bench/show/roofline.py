@@ -11,7 +11,7 @@ from bench.limits.floors import ceilings_of
 from bench.machine.ceilings import Ceilings
 from bench.rows.stats import median_or_none
 from bench.rows.store import Row, Run
-from bench.show.columns import Line, lines_of
+from bench.rows.summary import CellRounds, by_cell
 from bench.show.latency import STYLE, plain_log, save
 from bench.show.series import COLOURS
 from core.errors import PreconditionError
@@ -30,7 +30,7 @@ NAMES = {
 }
 
 
-def points(lines: Sequence[Line]) -> dict[tuple[str, int, str], tuple[float, float, float]]:
+def points(lines: Sequence[CellRounds]) -> dict[tuple[str, int, str], tuple[float, float, float]]:
     """(backend, batch, stage) -> GB/s, TFLOP/s and fraction, medians over the cells that ran it."""
     found: dict[tuple[str, int, str], list[dict[str, float]]] = {}
     for line in lines:
@@ -53,7 +53,7 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
     from matplotlib.figure import Figure
 
     surveyed = target.header.get("roofline")
-    found = points(lines_of(rows))
+    found = points(by_cell(rows))
     if not surveyed or not found:
         raise PreconditionError(
             f"run {target.name} has no roofline",

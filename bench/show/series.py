@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.rows.stats import Fit, fit_steps
 from bench.rows.store import MODELLED
-from bench.show.columns import Line
+from bench.rows.summary import CellRounds
 
 # Okabe and Ito's palette: tells apart for all common forms of colour blindness. Yellow left out.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -25,7 +25,7 @@ class Series:
     colour: str
     marker: str
     dash: Any
-    lines: Sequence[Line]
+    lines: Sequence[CellRounds]
     axis: str = "steps"
     hollow: bool = False
 
@@ -45,7 +45,7 @@ class Series:
     def modelled(self) -> bool:
         return all(MODELLED in line.provenance for line in self.lines)
 
-    def place(self, line: Line) -> int:
+    def place(self, line: CellRounds) -> int:
         """Where a cell lies on the x axis."""
         nfe = line.median("nfe")
         return line.cell.steps if self.axis == "steps" or nfe is None else int(nfe)
@@ -59,10 +59,10 @@ class Series:
         return fit_steps(self.points("median_ms"))
 
 
-def series_of(lines: Sequence[Line], axis: str = "steps") -> dict[int, list[Series]]:
+def series_of(lines: Sequence[CellRounds], axis: str = "steps") -> dict[int, list[Series]]:
     """Batch -> its series, backends in the order of the run, so that colours agree over columns."""
 
-    def key_of(line: Line) -> tuple[str, str, str]:
+    def key_of(line: CellRounds) -> tuple[str, str, str]:
         return line.cell.backend_text, line.cell.numerics, line.cell.recipe_text
 
     good = [line for line in lines if line.median("median_ms") is not None]

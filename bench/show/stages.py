@@ -9,7 +9,8 @@ from typing import Any
 from bench.limits.floors import ceilings_of
 from bench.rows.stats import median_or_none
 from bench.rows.store import Row, Run
-from bench.show.columns import Column, Line, grid, lines_of
+from bench.rows.summary import CellRounds, by_cell
+from core.table import Column, markdown_lines
 
 STAGES = {"text": "text", "unet_step": "UNet step", "decode": "decode"}
 WORDS = (
@@ -29,7 +30,7 @@ class Stage:
 
     key: str
     name: str
-    lines: Sequence[Line]
+    lines: Sequence[CellRounds]
     peak: float | None
     first: Stage | None = None
 
@@ -74,7 +75,7 @@ class Stage:
     @property
     def image(self) -> str:
         rows = [row for line in self.lines for row in line.rows]
-        return Line(self.lines[0].cell, rows).image
+        return CellRounds(self.lines[0].cell, rows).image
 
 
 def of_cell(name: str) -> Callable[[Stage], Any]:
@@ -101,8 +102,8 @@ def stages_of(target: Run, rows: Sequence[Row]) -> list[Stage]:
     """Stages in the order of the pipeline, in each the cells in the order of the run."""
     surveyed = target.header.get("roofline")
     ceilings = ceilings_of(surveyed) if surveyed else {}
-    found: dict[tuple[Any, ...], list[Line]] = {}
-    for line in lines_of(rows):
+    found: dict[tuple[Any, ...], list[CellRounds]] = {}
+    for line in by_cell(rows):
         cell = line.cell
         for key, name in STAGES.items():
             if line.stage(key) is None and not (key == "unet_step" and line.stage("unet_first")):
@@ -129,4 +130,4 @@ def markdown(target: Run, rows: Sequence[Row]) -> str:
     if not stages:
         return ""
     printed = [column for column in COLUMNS if {column.text(s) for s in stages} != {"-"}]
-    return "\n".join([WORDS, "", *grid(printed, stages)]) + "\n"
+    return "\n".join([WORDS, "", *markdown_lines(printed, stages)]) + "\n"

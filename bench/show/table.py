@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from backends.quantised.precision import QUANTISED, RANDOM_WORDS
 from bench.rows.cell import Cell
 from bench.rows.store import EMULATED, LATEST, MODELLED, OK, RUNS, Row, Run, open_run
+from bench.rows.summary import CellRounds, by_cell
 from bench.show import stages
 from bench.show.columns import (
     COLUMNS,
     LEAST_NEEDED,
     SINCE,
-    Column,
-    Line,
     brief_columns,
     columns_for,
-    grid,
-    lines_of,
+    terminal_columns,
 )
 from core.cli import Parser, run
 from core.errors import EXIT_OK
 from core.files import write_atomic
+from core.table import csv_text, draw, markdown_lines
 
 MODELLED_WORDS = (
     "modelled: the card was not here and nothing was timed. The median is what the model says under"
@@ -38,7 +36,7 @@ EMULATED_WORDS = (
 )
 
 
-def conditions(target: Run, lines: Sequence[Line]) -> list[str]:
+def conditions(target: Run, lines: Sequence[CellRounds]) -> list[str]:
     """Paragraphs: what all lines share, the machine, the method."""
     _, above = columns_for(lines)
     shared = [f"{column.header} {column.text(lines[0])}" for column in above]
@@ -71,7 +69,7 @@ def conditions(target: Run, lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def quality_words(lines: Sequence[Line]) -> str:
+def quality_words(lines: Sequence[CellRounds]) -> str:
     counts = sorted({int(line.quality("captions") or 0) for line in lines} - {0})
     return (
         f"captions right: of {' or '.join(map(str, counts))} held-out captions, those whose every"
@@ -80,18 +78,18 @@ def quality_words(lines: Sequence[Line]) -> str:
     )
 
 
-def says_little(line: Line) -> bool:
+def says_little(line: CellRounds) -> bool:
     """Whether its image tells little of its precision."""
     return line.cell.storage in QUANTISED and line.cell.weights == "random"
 
 
 def markdown(target: Run, rows: Sequence[Row], *, brief: bool = False) -> str:
     """The run's table, its conditions above it and what failed below; `brief`: main columns."""
-    lines = lines_of(rows)
+    lines = by_cell(rows)
     if not lines:
         return "No rows.\n"
     printed = brief_columns(lines) if brief else columns_for(lines)[0]
-    text = [*conditions(target, lines), "", *grid(printed, lines)]
+    text = [*conditions(target, lines), "", *markdown_lines(printed, lines)]
     if not brief and (by_stage := stages.markdown(target, rows)):
         text += ["", "## By stage", "", by_stage.rstrip()]
     failed = [row for row in rows if row["status"] != OK]
@@ -111,21 +109,14 @@ def markdown(target: Run, rows: Sequence[Row], *, brief: bool = False) -> str:
 
 def csv(rows: Sequence[Row]) -> str:
     """Every column, unrounded, one line per cell; SINCE where a cell has some."""
-    import pandas as pd
-
-    lines = lines_of(rows)
+    lines = by_cell(rows)
     columns = [c for c in COLUMNS if c.header not in SINCE or any(map(c.value, lines))]
-    table = {column.header: [column.value(line) for line in lines] for column in columns}
-    text: str = pd.DataFrame(table).to_csv(index=False, lineterminator="\n")
-    return text
+    return csv_text(columns, lines)
 
 
 def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
     """Print the table's main columns, as many as the terminal (or `width` characters) has room."""
-    from rich.console import Console
-    from rich.table import Table
-
-    lines = lines_of(rows)
+    lines = by_cell(rows)
     if not lines:
         print("no rows yet")
         return
@@ -136,40 +127,17 @@ def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
         else column.text(lines[0])
         for column in above
     ]
-    wanted = brief_columns(lines)
+    wanted = terminal_columns(lines)
     for column in [column for column in wanted if column.header in ("weights", "numerics")]:
         texts = {column.text(line) for line in lines}
         if len(texts) == 1:  # said once: a terminal is narrow
             caption.append(f"{column.header} {texts.pop()}".removeprefix("numerics "))
             wanted.remove(column)
-    room = width or (None if sys.stdout.isatty() else 190)
-    console = Console(width=room, highlight=False, markup=False)
-    widths = {column.header: narrowest(column, lines) for column in wanted}
-    for header in LEAST_NEEDED:  # a cut-off figure is worse than a column less
-        if sum(width + 3 for width in widths.values()) + 1 > console.width:
-            widths.pop(header, None)
-    table = Table(title=", ".join(caption), title_justify="left", title_style="")
-    wanted = [column for column in wanted if column.header in widths]
-    for column in wanted:
-        table.add_column(
-            column.header,
-            justify="right" if column.digits is not None else "left",
-            min_width=widths[column.header],
-        )
-    for line in lines:
-        table.add_row(*(column.text(line) for column in wanted))
-    console.print(table)
+    draw(wanted, lines, ", ".join(caption), width, LEAST_NEEDED)
     if any(EMULATED in line.provenance for line in lines):
         print(EMULATED_WORDS)
     if any(map(says_little, lines)):
         print(RANDOM_WORDS)
-
-
-def narrowest(column: Column, lines: Sequence[Line]) -> int:
-    """Characters a column needs if headers and words may go on several lines."""
-    texts = [column.text(line) for line in lines]
-    words = [word for text in texts for word in text.split()] if column.digits is None else texts
-    return max(map(len, (*column.header.split(), *words)))
 
 
 def write(target: Run, rows: Sequence[Row], folder: Path | None = None) -> list[Path]:

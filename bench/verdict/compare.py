@@ -24,7 +24,6 @@ from bench.rows.stats import median_or_none
 from bench.rows.store import EMULATED, LATEST, OK, RUNS, Row, Run, is_timed, open_run
 from bench.verdict.outcome import (
     FAILED,
-    FORMATS,
     INCONCLUSIVE,
     MISSING,
     Line,
@@ -34,6 +33,7 @@ from bench.verdict.outcome import (
 )
 from core.cli import Parser, run
 from core.errors import AddbenchError, PreconditionError
+from core.table import add_format_argument
 
 CONDITIONS = (
     "versions",
@@ -320,7 +320,7 @@ def parser() -> Parser:
     )
     top.add_argument("runs", nargs="*", metavar="RUN|latest", help="BASE HEAD; one for --history")
     top.add_argument("--max-slowdown", type=share, default=None, metavar="15%", help="limit (15%%)")
-    top.add_argument("--format", choices=FORMATS, default="table")
+    add_format_argument(top)
     top.add_argument(
         "--allow-other-machine", action="store_true", help="compare, but never end in 3"
     )

@@ -33,6 +33,7 @@ from bench.rows.store import RUNS
 from bench.run.arguments import calls, count
 from core.cli import Parser, run
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
+from core.table import Column, markdown_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -298,7 +299,6 @@ def line_of(found: dict[str, Any]) -> str:
 
 def markdown(lines: Sequence[dict[str, Any]]) -> list[str]:
     """The table for a document."""
-    from bench.show.columns import Column, grid
 
     def power_at(name: str) -> Column:
         return Column(f"power at {name}", lambda found: f"{found['power'][name]:.0%}")
@@ -311,7 +311,7 @@ def markdown(lines: Sequence[dict[str, Any]]) -> list[str]:
         Column("inconclusive jobs", lambda found: f"{found['inconclusive']['share']:.1%}"),
         *(power_at(f"{slowdown:+.0%}") for slowdown in SLOWDOWNS),
     ]
-    return grid(columns, lines)
+    return markdown_lines(columns, lines)
 
 
 def parser() -> Parser:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.rows.cell import KEY_COLUMNS, LATER, Cell
-from bench.show.columns import Column, grid
 from core.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, EXIT_REGRESSION
+from core.table import Column, draw, markdown_lines, print_json
 
 if TYPE_CHECKING:
     from bench.verdict.rules import Judgement
@@ -21,7 +19,6 @@ SLOWER, FAILED, MISSING, INCONCLUSIVE = "slower", "failed", "missing", "inconclu
 FASTER, SAME = "faster", "same"
 VERDICTS = (SLOWER, FAILED, MISSING, INCONCLUSIVE, FASTER, SAME)
 """In the order in which they matter to the exit code."""
-FORMATS = ("table", "markdown", "json")
 SCHEMA = 1
 LONG = 200
 """More cells than this nobody reads in a terminal: only what is not the same is listed."""
@@ -180,7 +177,7 @@ def markdown(outcome: Outcome) -> str:
     text = [f"## {outcome.head} against {outcome.base}", "", f"**{outcome.summary}**", ""]
     if outcome.lines:
         columns, above = printed(outcome.lines)
-        text += [f"{above}.", "", *grid(columns, outcome.lines), ""]
+        text += [f"{above}.", "", *markdown_lines(columns, outcome.lines), ""]
     text += [outcome.rule, ""]
     text += [f"- {note}" for note in outcome.notes]
     return "\n".join(text).rstrip() + "\n"
@@ -189,30 +186,16 @@ def markdown(outcome: Outcome) -> str:
 def show(outcome: Outcome, form: str) -> None:
     """Print `outcome` to stdout as one of FORMATS."""
     if form == "json":
-        json.dump(outcome.columns(), sys.stdout, indent=2, allow_nan=False)
-        print()
+        print_json(outcome.columns())
         return
     if form == "markdown":
         print(markdown(outcome), end="")
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     if outcome.lines:
         columns, above = printed(outcome.lines)
-        table = Table(
-            title=f"{outcome.head} against {outcome.base}: {above}",
-            title_justify="left",
-            title_style="",
-        )
-        for column in columns:
-            table.add_column(column.header, justify="left" if column.digits is None else "right")
         long = len(outcome.lines) > LONG
         lines = [line for line in outcome.lines if not long or line.verdict != SAME]
-        for line in lines[:LONG]:
-            table.add_row(*(column.text(line) for column in columns))
-        console.print(table)
+        draw(columns, lines[:LONG], f"{outcome.head} against {outcome.base}: {above}")
         if long:
             print(f"{min(len(lines), LONG)} of {len(outcome.lines)} cells shown, none that is the"
                   " same; --format json has all")  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from bench.limits.ledger import Claim, hardware_of, read_claims
 from bench.rows.cell import KEY_COLUMNS, LATER
 from bench.rows.store import OK, Run
-from bench.show.columns import Column, Line, grid, lines_of
+from bench.rows.summary import CellRounds, by_cell
 from bench.verdict.pairs import PAIRS
 from bench.verdict.ratio import (
     CONFIDENCE,
@@ -23,6 +21,7 @@ from bench.verdict.ratio import (
     of_pairs,
 )
 from core.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK
+from core.table import Column, draw, markdown_lines, print_json
 
 SCHEMA = 1
 SINGLE_SAMPLE = "single_sample"
@@ -40,7 +39,7 @@ class Side:
     """
 
     name: str
-    line: Line
+    line: CellRounds
     gflop: float | None
     left: int
 
@@ -190,11 +189,11 @@ def result(base: Run, head: Run) -> Speedup:
 def sides_of(target: Run) -> list[Side]:
     """A side for each planned cell, with the rows it has."""
     rows, said = target.rows(), target.header["versus"]
-    lines = {line.cell: line for line in lines_of(rows)}
+    lines = {line.cell: line for line in by_cell(rows)}
     missing = [cell for cell, _ in target.missing(rows)]
     found = []
     for cell in target.plan:
-        line = lines.get(cell, Line(cell, []))
+        line = lines.get(cell, CellRounds(cell, []))
         nfe = line.median("nfe")
         cost = said["gflop"]
         total = None if nfe is None else cost["text"] + nfe * cost["unet"] + cost["decode"]
@@ -347,9 +346,9 @@ def markdown(found: Speedup) -> str:
     """Both tables and the notes; for a README too."""
     sides = [found.base, *found.heads]
     columns, above = cell_columns(sides)
-    text = [f"### {found.title}", "", f"{above}.", "", *grid(columns, sides), ""]
+    text = [f"### {found.title}", "", f"{above}.", "", *markdown_lines(columns, sides), ""]
     if found.figures:
-        text += [*grid(RATIOS, found.figures), ""]
+        text += [*markdown_lines(RATIOS, found.figures), ""]
     text += [f"- {note}" for note in (*found.notes, rows_note(found))]
     return "\n".join(text) + "\n"
 
@@ -361,29 +360,15 @@ def rows_note(found: Speedup) -> str:
 def show(found: Speedup, form: str) -> None:
     """Print to stdout as `table`, `markdown` or `json`."""
     if form == "json":
-        json.dump(found.columns(), sys.stdout, indent=2, allow_nan=False)
-        print()
+        print_json(found.columns())
         return
     if form == "markdown":
         print(markdown(found), end="")
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     sides = [found.base, *found.heads]
     columns, above = cell_columns(sides)
-    tables: list[tuple[str, Sequence[Column], Sequence[Any]]] = [
-        (f"{found.title}\n{above}", columns, sides)
-    ]
+    draw(columns, sides, f"{found.title}\n{above}")
     if found.figures:
-        tables.append(("How many times faster: base / head", RATIOS, found.figures))
-    for title, chosen, lines in tables:
-        table = Table(title=title, title_justify="left", title_style="")
-        for column in chosen:
-            table.add_column(column.header, justify="left" if column.digits is None else "right")
-        for line in lines:
-            table.add_row(*(column.text(line) for column in chosen))
-        console.print(table)
+        draw(RATIOS, found.figures, "How many times faster: base / head")
     for note in (*found.notes, rows_note(found)):
         print(f"note: {note}")

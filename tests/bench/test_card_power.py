@@ -20,8 +20,9 @@ from bench.limits.ledger import hardware_of, measured, read_claims
 from bench.machine import power
 from bench.machine.environment import with_hardware
 from bench.machine.power import Gauge, Sensors
+from bench.rows.summary import by_cell
 from bench.run.plan import probe
-from bench.show.columns import columns_for, lines_of
+from bench.show.columns import columns_for
 from tests.doubles.cloud_ai_sdk_standin import ULTRA, make_sdk, make_sensors, set_state
 
 
@@ -210,6 +211,6 @@ def test_measured_rows_of_a_card_judge_the_claim_and_show_their_joules(
     assert "170.0 ms" in found.reason
     assert found.nearest is not None
     assert found.nearest.images_per_joule == pytest.approx(0.2)
-    printed = {column.header: column for column in columns_for(lines_of(made.rows()))[0]}
-    assert printed["images/J"].text(lines_of(made.rows())[0]) == "0.200"
+    printed = {column.header: column for column in columns_for(by_cell(made.rows()))[0]}
+    assert printed["images/J"].text(by_cell(made.rows())[0]) == "0.200"
     assert "images/J at TDP" not in printed

@@ -11,10 +11,11 @@ from made import cell, make_run, row
 
 from bench.rows.cell import KEY_COLUMNS, LATER, Cell
 from bench.rows.store import ROWS, Run, open_run
+from bench.rows.summary import by_cell
 from bench.run.plan import default_steps, make_cells, probe
-from bench.show import columns, table
 from bench.show import export as rows
 from bench.show import latency as plot
+from bench.show import table
 from bench.show.series import series_of
 from bench.sweep import main as sweep_main
 from core.cli import run as shell
@@ -179,7 +180,7 @@ def test_a_resumed_sweep_keeps_its_recipes(
 
 
 def test_latency_against_evaluations(swept: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = columns.lines_of(swept.rows())
+    lines = by_cell(swept.rows())
     by_nfe = {s.label: s for s in series_of(lines, "nfe")[3]}
     by_steps = {s.label: s for s in series_of(lines)[3]}
     assert set(by_nfe) == {"null, taesd, guidance 3", "null, taesd, ddim guidance 3"}

@@ -15,7 +15,7 @@ from made import cell, make_run, row
 
 from bench.rows import store
 from bench.rows.store import HEADER, ROWS, Run
-from bench.show.columns import lines_of
+from bench.rows.summary import by_cell
 from bench.show.page import figures
 from bench.show.page.__main__ import main
 from bench.show.page.page import FLAG_WORDS, code, render
@@ -234,7 +234,7 @@ def test_parity_is_of_the_bundle_that_was_measured(
 
 def test_stages_add_up_to_the_call() -> None:
     one = row(cell(steps=4), [54.0] * 3, stages_ms=stages(10.0))
-    (line,) = lines_of([one])
+    (line,) = by_cell([one])
     assert sum(figures.stage_ms(line, name) for name, _, _ in figures.STAGES) == 54.0
 
 
@@ -245,14 +245,14 @@ def points_of(text: str) -> list[tuple[float, float]]:
 
 def test_a_trace_keeps_every_sample_inside_its_box() -> None:
     rows = [row(cell(), [10.0, 20.0, 9.0, 10.0]), row(cell(), [10.0, 10.0], round_=1)]
-    trace = figures.trace(lines_of(rows)[0])
+    trace = figures.trace(by_cell(rows)[0])
     first, second = map(points_of, trace.lines)
     assert [x for x, _ in (*first, *second)] == pytest.approx([0, 16.67, 33.33, 50, 83.33, 100])
     assert all(0 <= y <= 40 for _, y in (*first, *second))
     assert first[1][1] < first[0][1] < first[2][1]  # slower is higher
     assert (trace.low, trace.high) == pytest.approx((-0.1, 1.0))
     assert (trace.samples, trace.rounds, trace.median) == (6, 2, "10 ms")
-    still = figures.trace(lines_of([row(cell(), [10.0])])[0])
+    still = figures.trace(by_cell([row(cell(), [10.0])])[0])
     assert still.lines == ["0.00,20.0 0.00,20.0"]
 
 

@@ -14,6 +14,7 @@ import pytest
 from made import cell, make_run, row
 
 from bench.rows.store import HEADER, ROWS, Row, Run, open_run, run_names
+from bench.rows.summary import by_cell
 from bench.run.progress import Display
 from bench.show import columns, publish, table
 from bench.show import latency as plot
@@ -68,11 +69,11 @@ def test_rounds_are_aggregated_by_the_median_of_their_medians(tmp_path: Path) ->
             [(10.0, []), (11.0, ["unstable"]), (30.0, ["unstable", "disturbed"])]
         )
     ]
-    (line,) = columns.lines_of(rows)
+    (line,) = by_cell(rows)
     assert line.median("median_ms") == 11.0
     assert line.flags == "unstable (2 of 3), disturbed (1 of 3)"
     rows.append(row(cell(), [], round_=3, status="crashed", error={"what": "SIGSEGV"}))
-    (line,) = columns.lines_of(rows)
+    (line,) = by_cell(rows)
     assert line.status == "crashed (1 of 4), ok (3 of 4)"
     assert line.median("median_ms") == 11.0
     text = table.markdown(make_run(tmp_path, rows, rounds=5), rows)
@@ -83,7 +84,7 @@ def test_rounds_are_aggregated_by_the_median_of_their_medians(tmp_path: Path) ->
 def test_failed_cells_have_no_figures_in_the_table(tmp_path: Path) -> None:
     rows = [row(cell(), [1.0] * 3, status="mismatch", error={"what": "PSNR 3 dB"})]
     run = make_run(tmp_path, rows)
-    (line,) = columns.lines_of(rows)
+    (line,) = by_cell(rows)
     assert line.median("median_ms") is None
     assert "mismatch: PSNR 3 dB" in table.markdown(run, rows)
     assert plot.write(run, rows) == []
@@ -106,7 +107,7 @@ def test_the_terminal_table_never_cuts_a_figure(
     assert "storage fp16" in text
     assert max(map(len, text.splitlines())) <= width
     assert "\u2026" not in text  # rich's mark of a cut
-    for line in columns.lines_of(made.rows()):
+    for line in by_cell(made.rows()):
         assert f" {line.median('median_ms'):.1f} " in text
 
 
@@ -140,7 +141,7 @@ def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixtur
 
 
 def test_the_plot_states_the_fit_beside_the_points(made: Run) -> None:
-    found = series_of(columns.lines_of(made.rows()))
+    found = series_of(by_cell(made.rows()))
     assert sorted(found) == [1, 4]
     first = found[1][0]
     assert first.points("median_ms") == [(1, 60.0), (2, 70.0), (4, 90.0)]
@@ -155,7 +156,7 @@ def test_the_plot_states_the_fit_beside_the_points(made: Run) -> None:
 
 
 def test_series_can_be_told_apart(made: Run) -> None:
-    for batch in series_of(columns.lines_of(made.rows())).values():
+    for batch in series_of(by_cell(made.rows())).values():
         looks = {(series.colour, series.marker, str(series.dash)) for series in batch}
         assert len(looks) == len(batch)
 
@@ -164,7 +165,7 @@ def test_many_series_of_one_step_count_can_be_told_apart(made: Run) -> None:
     """More backends than there are colours; and none covers another."""
     rows = [row for row in made.rows() if row["steps"] == 1 and row["batch"] == 1]
     many = [row | {"options": f"delay={number}"} for number in range(9) for row in rows]
-    (found,) = series_of(columns.lines_of(many)).values()
+    (found,) = series_of(by_cell(many)).values()
     assert len(found) == 9 * len({row["decoder"] for row in rows})
     assert len({str(sorted(series.look.items())) for series in found}) == len(found)
     places = [1 + shift(series, found) for series in found]
@@ -187,7 +188,7 @@ def test_thousands_have_no_exponent() -> None:
         "0.447", "4.74", "999", "1000", "1726", "-1726",
     ]  # fmt: skip
     rows = [row(cell(steps=steps), [ms] * 3) for steps, ms in ((1, 300.0), (2, 1500.0))]
-    (series,) = series_of(columns.lines_of(rows))[1]
+    (series,) = series_of(by_cell(rows))[1]
     assert plot.fit_text(series) == "1200 ms/step \u2212 900 ms fixed"
 
 
@@ -199,7 +200,7 @@ def test_a_plot_of_one_step_count_has_points_and_no_fit(tmp_path: Path) -> None:
     (key,) = drawn.legends
     assert key.get_title().get_text() == ""  # of lines that are not there
     assert [line.get_linestyle() for line in key.get_lines()] == ["None"]
-    assert plot.fit_text(series_of(columns.lines_of(rows))[1][0]) == "one step count, no fit"
+    assert plot.fit_text(series_of(by_cell(rows))[1][0]) == "one step count, no fit"
     assert [file.suffix for file in plot.write(run, rows)] == [".svg", ".png"]
 
 
@@ -479,7 +480,7 @@ def test_make_publishes_several_runs() -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return done.stdout.strip().splitlines()[-1]
 
-    assert recipe("RUN=a b").endswith("-m bench.show.publish 'a' 'b'")
+    assert recipe("RUN=a b").endswith("-m addbench publish 'a' 'b'")
     assert recipe("RUN=latest").endswith("-m bench.show.publish 'latest'")
     assert recipe().endswith("-m bench.show.publish")
 

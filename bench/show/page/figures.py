@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.rows.store import MODELLED
-from bench.show.columns import Line
+from bench.rows.summary import CellRounds
 from bench.show.latency import STYLE, digits, image_bytes, scale_of
 from bench.show.series import COLOURS
 
@@ -30,7 +30,7 @@ STAGES = (
 )
 
 
-def stage_ms(line: Line, stage: str) -> float:
+def stage_ms(line: CellRounds, stage: str) -> float:
     """Milliseconds of a stage in one call, medians; all later UNet steps together."""
     if stage == "unet_later":
         evaluations = 2 if line.cell.guidance_mode in ("batch", "calls") else 1
@@ -39,7 +39,7 @@ def stage_ms(line: Line, stage: str) -> float:
     return line.stage(stage) or 0.0
 
 
-def labels(lines: Sequence[Line]) -> list[str]:
+def labels(lines: Sequence[CellRounds]) -> list[str]:
     """A name for each cell; with the numerics where it would not be the only one of that name."""
     names = [str(line.cell) for line in lines]
     return [
@@ -48,10 +48,12 @@ def labels(lines: Sequence[Line]) -> list[str]:
     ]
 
 
-Panel = Callable[["Axes", Sequence[Line], float], None]
+Panel = Callable[["Axes", Sequence[CellRounds], float], None]
 
 
-def slotted(lines: Sequence[Line], largest: Callable[[Line], float], draw: Panel) -> Figure:
+def slotted(
+    lines: Sequence[CellRounds], largest: Callable[[CellRounds], float], draw: Panel
+) -> Figure:
     """A panel per batch, a slot per cell. `draw` gets the axes, its lines, and ms per unit."""
     from matplotlib import style
     from matplotlib.figure import Figure
@@ -93,13 +95,13 @@ def slotted(lines: Sequence[Line], largest: Callable[[Line], float], draw: Panel
     return drawn
 
 
-def stages(lines: Sequence[Line]) -> Figure:
+def stages(lines: Sequence[CellRounds]) -> Figure:
     """Where a call's time goes: a stacked bar per cell."""
 
-    def total(line: Line) -> float:
+    def total(line: CellRounds) -> float:
         return sum(stage_ms(line, stage) for stage, _, _ in STAGES)
 
-    def draw(axes: Axes, found: Sequence[Line], unit_ms: float) -> None:
+    def draw(axes: Axes, found: Sequence[CellRounds], unit_ms: float) -> None:
         left = [0.0] * len(found)
         for stage, name, colour in STAGES:
             widths = [stage_ms(line, stage) / unit_ms for line in found]
@@ -114,13 +116,13 @@ def stages(lines: Sequence[Line]) -> Figure:
     return slotted(lines, total, draw)
 
 
-def cold(lines: Sequence[Line]) -> Figure:
+def cold(lines: Sequence[CellRounds]) -> Figure:
     """The first call of each cell beside its median; hollow where the process was warm already."""
 
-    def largest(line: Line) -> float:
+    def largest(line: CellRounds) -> float:
         return max(line.median("cold_ms") or 0.0, line.median("median_ms") or 0.0)
 
-    def draw(axes: Axes, found: Sequence[Line], unit_ms: float) -> None:
+    def draw(axes: Axes, found: Sequence[CellRounds], unit_ms: float) -> None:
         for place, line in enumerate(found):
             warm_ms, cold_ms = line.median("median_ms") or 0.0, line.median("cold_ms") or 0.0
             first = all(row["process_cold"] for row in line.good)
@@ -209,7 +211,7 @@ GAP = 2
 """Samples' widths between two rounds."""
 
 
-def trace(line: Line) -> Trace:
+def trace(line: CellRounds) -> Trace:
     """Every sample of the rounds that are ok, in the order they were taken."""
     median = line.median("median_ms") or 1.0
     rounds = [[sample / median - 1 for sample in row["samples_ms"]] for row in line.good]

@@ -15,8 +15,8 @@ from bench.limits import claims
 from bench.limits.ledger import measured, read_claims
 from bench.rows.stats import DISTURBED_CPU, UNSTABLE_CV
 from bench.rows.store import FLAGS, MODELLED, OK, Row, Run, portable
+from bench.rows.summary import CellRounds
 from bench.show import columns, table
-from bench.show.columns import Column, Line
 from bench.show.export import by_provenance, some_rows
 from bench.show.latency import digits, legend_text
 from bench.show.page import figures
@@ -26,6 +26,7 @@ from bench.verdict.compare import compare
 from bench.verdict.outcome import Outcome
 from core.errors import AddbenchError
 from core.files import read_json
+from core.table import EMPTY, Column
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -59,7 +60,7 @@ class Card:
     title: str
     value: str
     unit: str
-    lines: Sequence[Line]
+    lines: Sequence[CellRounds]
     detail: str
 
     @property
@@ -72,7 +73,7 @@ class Card:
 class Failure:
     """Rows of one cell that are not ok, for the same reason."""
 
-    line: Line
+    line: CellRounds
     status: str
     rounds: Sequence[int]
     error: Mapping[str, str]
@@ -136,14 +137,14 @@ def code(text: str) -> Markup:
 # ---- summary
 
 
-def where(target: Run, lines: Sequence[Line]) -> str:
+def where(target: Run, lines: Sequence[CellRounds]) -> str:
     """What the figures are of: this machine, or the cards that were modelled."""
     if any(line.provenance != MODELLED for line in lines):
         return str(target.header["environment"]["cpu"])
     return f"{', '.join(dict.fromkeys(line.cell.device for line in lines))}, modelled"
 
 
-def with_interval(line: Line) -> str:
+def with_interval(line: CellRounds) -> str:
     """The cell, and between what its modelled latency lies."""
     low, high = line.median("low_ms"), line.median("high_ms")
     if low is None or high is None:
@@ -152,7 +153,7 @@ def with_interval(line: Line) -> str:
     return f"{line.cell}; a call takes {ends}"
 
 
-def headlines(lines: Sequence[Line]) -> list[Card]:
+def headlines(lines: Sequence[CellRounds]) -> list[Card]:
     """The best of the cells that are ok: shortest call, most images, cheapest step."""
     good = [line for line in lines if line.median("median_ms") is not None]
     if not good:
@@ -178,7 +179,7 @@ def headlines(lines: Sequence[Line]) -> list[Card]:
     return cards
 
 
-def counts(target: Run, rows: Sequence[Row], lines: Sequence[Line]) -> str:
+def counts(target: Run, rows: Sequence[Row], lines: Sequence[CellRounds]) -> str:
     """How much of the plan there is, in a sentence."""
     statuses = Counter(row["status"] for row in rows)
     missing = len(target.missing(rows))
@@ -197,8 +198,8 @@ def counts(target: Run, rows: Sequence[Row], lines: Sequence[Line]) -> str:
 # ---- the table
 
 
-def column_says(column: Column, lines: Sequence[Line]) -> bool:
-    return any(column.text(line) != columns.EMPTY for line in lines)
+def column_says(column: Column, lines: Sequence[CellRounds]) -> bool:
+    return any(column.text(line) != EMPTY for line in lines)
 
 
 FIRST = ("backend", "options", "decoder", "batch", "steps", "base (ms)", "head (ms)",
@@ -213,7 +214,7 @@ def ordered(columns: Iterable[Column]) -> list[Column]:
     return [found[name] for name in dict.fromkeys((*FIRST, *found)) if name in found]
 
 
-def brief(lines: Sequence[Line]) -> list[Column]:
+def brief(lines: Sequence[CellRounds]) -> list[Column]:
     """The short table's columns, with what the lines differ in."""
     shown = {column.header for column in columns.brief_columns(lines)}
     shown |= set(columns.CONDITIONS) - {column.header for column in columns.columns_for(lines)[1]}
@@ -224,7 +225,7 @@ def brief(lines: Sequence[Line]) -> list[Column]:
     )
 
 
-def failures(lines: Sequence[Line]) -> list[Failure]:
+def failures(lines: Sequence[CellRounds]) -> list[Failure]:
     """What went wrong; rounds that failed alike together."""
     found = []
     for line in lines:
@@ -257,7 +258,7 @@ def performance(target: Run, rows: Sequence[Row]) -> list[Plot]:
     return plots
 
 
-def breakdown(groups: Mapping[str, Sequence[Line]]) -> list[Plot]:
+def breakdown(groups: Mapping[str, Sequence[CellRounds]]) -> list[Plot]:
     """Stages, and cold against warm, for each provenance."""
     plots: list[Plot] = []
     for kind, lines in groups.items():
@@ -420,9 +421,9 @@ def surroundings(target: Run, rows: Sequence[Row]) -> list[tuple[str, str]]:
 def words(value: Any) -> str:
     """A JSON value for people."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {words(item)}" for name, item in value.items()) or columns.EMPTY
+        return ", ".join(f"{name} {words(item)}" for name, item in value.items()) or EMPTY
     if isinstance(value, list):
-        return ", ".join(words(item) for item in value) or columns.EMPTY
+        return ", ".join(words(item) for item in value) or EMPTY
     if value is None:
         return "not known"
     if isinstance(value, bool):
