@@ -111,7 +111,7 @@ def test_few_rounds_are_inconclusive_and_name_ab(both: Any, base: Run, tmp_path:
     found = both(base, head(tmp_path, [2, 2, 2], rounds=4))
     assert found.code == 5
     assert found.verdicts == ["inconclusive"] * 3
-    assert "bench.commands.ab" in found.reasons
+    assert "addbench ab" in found.reasons
 
 
 def test_noise_is_inconclusive(both: Any, tmp_path: Path) -> None:
