@@ -21,10 +21,19 @@ export PROMPT
 
 .PHONY: install env-optimum export sweep image test test-slow lint compare publish publish-check
 
+# Empty unless someone named a Python: the default does not undo an earlier choice.
+ASKED = $(if $(filter file,$(origin PYTHON)),,$(or $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null),none))
+STALE = $(if $(wildcard $(READY)),$(shell $(PY) -I core/interpreter.py --installed $(ASKED) 2>/dev/null || echo stale))
+
+.PHONY: stale
+stale:
+
 install: $(READY)
 
-$(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+# A wrong Python is refused before anything is made; `venv` over another's environment would keep
+# its interpreter, so that is cleared.
+$(READY): pyproject.toml constraints.txt $(STALE)
+	@$(PY) -I core/interpreter.py $(ASKED) 2>/dev/null || { $(PYTHON) -I core/interpreter.py && $(PYTHON) -m venv --clear $(VENV); }
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA),dev]'
 	$(if $(filter cpu,$(EXTRA)),$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[qnn]' || echo 'backend qnn is left out: its wheels are for Linux x86-64 with glibc 2.35')
 	touch $@
