@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,9 +23,14 @@ from core.errors import (
     PreconditionError,
     no_text,
 )
+from core.files import ROOT
+from core.table import FORMATS
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
+RUNS = ROOT / "results" / "runs"
+PUBLISHED = ROOT / "results" / "published"
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 Main = Callable[[Sequence[str] | None], int]
 
 
@@ -84,11 +90,15 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+# ---- arguments that mean the same in every verb
+
+
+def add_model_arguments(parser: argparse._ActionsContainer, default: str) -> None:
     """`--model NAME|PATH`, `--weights`, `--dtype`: which bundle a command works on."""
     parser.add_argument(
-        "--model", default=default, metavar="NAME|PATH", help="model name or a bundle's folder"
-    )
+        "--model", default=default, metavar="NAME|PATH",
+        help=f"model name or a bundle's folder ({default})",
+    )  # fmt: skip
     parser.add_argument(
         "--weights", default=None, help="hub, random or folder: which bundle of that model"
     )
@@ -96,11 +106,122 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_precision_argument(parser: argparse._ActionsContainer) -> None:
-    """`--precision NAME`: of the arithmetic, for every backend of the command."""
+    """`--precision NAME`: the precision of the arithmetic, for every backend of the command."""
     parser.add_argument(
         "--precision", choices=PRECISIONS,
         help="of the arithmetic, for backends that can choose (each one's own)",
     )  # fmt: skip
+
+
+def add_backend_argument(
+    parser: argparse._ActionsContainer, default: str | None = "ort", *, many: bool = False
+) -> None:
+    """`--backend NAME[:KEY=VALUE,...]`; with `many` it may be repeated and is a list or None."""
+    parser.add_argument(
+        "--backend", action="append" if many else "store", default=None if many else default,
+        metavar="NAME[:KEY=VALUE,...]",
+        help=f"{'repeatable ' * many}({default})" if default else None,
+    )  # fmt: skip
+
+
+def add_cell_arguments(
+    parser: argparse._ActionsContainer,
+    steps: Sequence[int] | int,
+    batch: Sequence[int] | int,
+    decoder: Sequence[str] | str,
+) -> None:
+    """`--steps`, `--batch` and `--decoder`; each a comma list where its default is a sequence."""
+    for flag, default, what in (
+        ("--steps", steps, "denoising steps"),
+        ("--batch", batch, "images of a call"),
+    ):
+        many = not isinstance(default, int)
+        parser.add_argument(
+            flag, type=int_list if many else count, default=default,
+            metavar="1,2,4" if many else "N", help=f"{what} ({_default_text(default)})",
+        )  # fmt: skip
+    many = not isinstance(decoder, str)
+    parser.add_argument(
+        "--decoder", type=word_list if many else str, default=decoder,
+        metavar="vae,taesd" if many else "vae|taesd", help=f"({_default_text(decoder)})",
+    )  # fmt: skip
+
+
+def add_runs_argument(parser: argparse._ActionsContainer, *old: str) -> None:
+    """`--runs DIR`: where runs are, read and written. `old`: spellings that are still taken."""
+    parser.add_argument(
+        "--runs", *old, type=Path, default=RUNS, metavar="DIR", dest="runs",
+        help="where runs are (results/runs)",
+    )  # fmt: skip
+
+
+def add_published_argument(parser: argparse._ActionsContainer) -> None:
+    """`--published DIR`: where the published runs are."""
+    parser.add_argument(
+        "--published", type=Path, default=PUBLISHED, metavar="DIR",
+        help="where published runs are (results/published)",
+    )  # fmt: skip
+
+
+def add_out_argument(
+    parser: argparse._ActionsContainer, metavar: str = "FILE", help: str = "write it there"
+) -> None:
+    """`--out FILE`: what the command writes."""
+    parser.add_argument("--out", type=Path, metavar=metavar, help=help)
+
+
+def add_format_argument(
+    parser: argparse._ActionsContainer, formats: Sequence[str] = FORMATS
+) -> None:
+    """`--format table|markdown|json`: for the terminal, for a page, for a program."""
+    parser.add_argument("--format", choices=formats, default=formats[0], help=f"({formats[0]})")
+
+
+def add_budget_argument(parser: argparse._ActionsContainer, what: str) -> None:
+    """`--budget 90s|30m|1h`: how long `what` may take; seconds as a float, None without."""
+    parser.add_argument(
+        "--budget", type=duration, metavar="90s|30m|1h", help=f"time for {what}, with its unit"
+    )
+
+
+def _default_text(default: Sequence[object] | int) -> str:
+    if isinstance(default, int | str):
+        return str(default)
+    return ",".join(str(value) for value in default)
+
+
+def duration(text: str) -> float:
+    """`90s`, `30m`, `1h`, `1h30m` -> seconds; a number without a unit is refused."""
+    pieces = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
+    seconds = sum(float(number) * UNITS[unit] for number, unit in pieces)
+    if "".join(number + unit for number, unit in pieces) != text or seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time with its unit: 90s, 30m or 1h")
+    return seconds
+
+
+def count(text: str) -> int:
+    """An integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """`15` or `15%` -> 0.15."""
+    try:
+        value = float(text.removesuffix("%")) / 100
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage") from None
+    if not 0.01 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 1000 (percent)")
+    return value
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import argparse
-
     from rich.console import Console
     from rich.table import Table
 
@@ -147,14 +145,3 @@ def least_width(column: Column, lines: Sequence[Any]) -> int:
 def full_width(column: Column, lines: Sequence[Any]) -> int:
     """Characters a column needs if only its header goes on several lines."""
     return max(map(len, (*column.header.split(), *(column.text(line) for line in lines))))
-
-
-# ---- on the command line
-
-
-def add_format_argument(parser: argparse._ActionsContainer) -> None:
-    """`--format table|markdown|json`: for the terminal, for a page, for a program."""
-    parser.add_argument(
-        "--format", choices=FORMATS, default="table",
-        help="for the terminal, for a page, or for a program (table)",
-    )  # fmt: skip

@@ -22,9 +22,8 @@ from bench.rows.store import RUNS, Row, RowWriter, Run, create_run, make_row
 from bench.run.arguments import AXES, calls, count, positive, shown
 from bench.sweep import bundle_columns, interrupt, unavailable
 from bench.verdict.outcome import Outcome, show
-from core.cli import Parser, int_list, run, word_list
+from core.cli import Parser, add_format_argument, int_list, run, word_list
 from core.errors import PreconditionError
-from core.table import add_format_argument
 from export.models import DEFAULT_MODEL, MODELS
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ METHOD = {"min_samples": 5, "min_time": 1.0, "max_time": 20.0, "warmup": 1}
 
 
 def parser() -> Parser:
-    from bench.verdict.compare import share
+    from core.cli import share
 
     top = Parser(
         prog="addbench ab",

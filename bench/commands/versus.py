@@ -31,9 +31,8 @@ from bench.run.plan import Settings
 from bench.sweep import Sweep, duration, interrupt
 from bench.verdict.pairs import PAIRS, sweep_arguments
 from bench.verdict.ratio import schedule
-from core.cli import Parser, run
+from core.cli import Parser, add_format_argument, run
 from core.errors import EXIT_OK, PreconditionError
-from core.table import add_format_argument
 from export.models import CONTEXT_PART, MODELS
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`addbench harness loading`: what the artifact cache saves when ONNX Runtime loads a part.
+"""What the artifact cache saves when ONNX Runtime loads a part.
 
 cold      the first start: compile into an empty cache, and load what was stored
 uncached  a start without a cache, as plain ONNX Runtime does it: optimise in memory, store nothing
@@ -13,16 +13,14 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from core.cli import Parser, add_model_arguments, run
-from core.errors import EXIT_OK, PreconditionError
+from core.errors import PreconditionError
 from core.process import run_apart
-from export.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
@@ -104,60 +102,34 @@ def one(way: str, path: Path, part: str) -> dict[str, float]:
     return {"seconds": round(seconds, 2), "peak_memory_mb": round(peak * 1024 / 1e6)}
 
 
-def parser() -> Parser:
-    made = Parser(prog="addbench harness loading", description=__doc__.split("\n")[0])
-    add_model_arguments(made, DEFAULT_MODEL)
-    made.add_argument("--part", default="unet")
-    made.add_argument("--rounds", type=int, default=3)
-    made.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there")
-    return made
+def compare_ways(
+    bundle: Bundle, part: str, rounds: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Seconds and memory of every way in turn, and their ratios, as a record.
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if args.rounds < 1:
-        raise PreconditionError("--rounds is less than 1", "one is the least", "use --rounds 3")
+    Raises:
+        PreconditionError: ONNX Runtime is missing, or the bundle has no such part.
+    """
     from backends.base import Shapes, parse_backend
     from bench.machine.environment import subject
-    from core.files import write_json
-    from export.bundle import find_bundle
 
     backend = parse_backend("ort")
     backend.probe().require("ort")
-    bundle = find_bundle(args.model, args.weights, args.dtype)
-    if args.part not in bundle.parts:
+    if part not in bundle.parts:
         raise PreconditionError(
-            f"{bundle.name} has no part {args.part!r}",
+            f"{bundle.name} has no part {part!r}",
             f"its parts: {', '.join(bundle.parts)}",
             "pass one of these with --part",
         )
-    backend.compile(bundle, args.part, Shapes(1, *bundle.size))
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for _ in range(args.rounds):
-        for way, results in found.items():
-            results.append(run_apart(one, way, bundle.path, args.part))
-            print(
-                f"{way}: {results[-1]['seconds']:.1f} s, {results[-1]['peak_memory_mb']} MB",
-                flush=True,
-            )
-    medians = {way: median(each["seconds"] for each in many) for way, many in found.items()}
+    backend.compile(bundle, part, Shapes(1, *bundle.size))
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way, figures in results.items():
+            figures.append(run_apart(one, way, bundle.path, part))
+            say(f"{way}: {figures[-1]['seconds']:.1f} s, {figures[-1]['peak_memory_mb']} MB")
+    medians = {way: median(each["seconds"] for each in figures) for way, figures in results.items()}
     ratios = {}
     for later, first in product(("warm", "again"), ("cold", "uncached")):
         ratio = ratios[f"{later}_over_{first}"] = round(medians[later] / medians[first], 3)
-        words = f"{later} / {first} = {ratio:.2f} (medians of {args.rounds})"
-        print(f"{bundle.name} {args.part}: {words}")
-    if args.out:
-        record: dict[str, Any] = {
-            "schema": 3,
-            **subject(bundle, backend),
-            "part": args.part,
-            "rounds": found,
-            **ratios,
-        }
-        write_json(args.out, record)
-        print(f"written to {args.out}")
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))
+        say(f"{bundle.name} {part}: {later} / {first} = {ratio:.2f} (medians of {rounds})")
+    return {"schema": 3, **subject(bundle, backend), "part": part, "rounds": results, **ratios}

@@ -1,8 +1,7 @@
-"""`addbench harness overhead`: what pipeline and harness add to a bare loop over the same sessions.
+"""What pipeline and harness add to a bare loop over the same sessions.
 
 Three ways of making the same images in one process - sessions called by hand, the pipeline, the
 pipeline under `measure` - in blocks of alternating order, so that a drift meets all three alike.
-Exit code 4 if the harness adds more than 1%, by the median over the repeats.
 """
 
 from __future__ import annotations
@@ -10,14 +9,11 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bench.machine.environment import subject
 from bench.run.measure import StopRule, inputs_of_call, measure
-from core.cli import Parser, add_model_arguments, run
-from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
-from export.models import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,79 +118,50 @@ def ratios(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return added
 
 
-def parser() -> Parser:
-    top = Parser(prog="addbench harness overhead", description=__doc__)
-    add_model_arguments(top, DEFAULT_MODEL)
-    top.add_argument("--backend", default="ort", metavar="NAME[:KEY=VALUE,...]")
-    top.add_argument("--decoder", default="taesd")
-    top.add_argument("--batch", type=int, default=1)
-    top.add_argument("--steps", type=int, default=1)
-    top.add_argument("--calls", type=int, default=20, help="calls per block")
-    top.add_argument("--repeats", type=int, default=20, help="blocks of each way")
-    top.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures there")
-    return top
+def compare_ways(
+    pipe: Pipeline, batch: int, steps: int, calls: int, repeats: int
+) -> dict[str, Any]:
+    """What the pipeline and the harness add, as a record."""
+    ways = blocks(pipe, batch, steps, calls)
+    interleaved(ways, 1, calls)  # warm
+    measured = subject(pipe.bundle, pipe.backend)
+    times = interleaved(ways, repeats, calls)
+    added = ratios(times)
+    return {
+        "schema": 1,
+        **measured,
+        "decoder": pipe.decoder,
+        "batch": batch,
+        "steps": steps,
+        "calls": calls,
+        "ms_per_call": {name: [round(each, 4) for each in many] for name, many in times.items()},
+        "added": {
+            base: {name: round(value, 5) for name, value in cut.items()}
+            for base, cut in added.items()
+        },
+        "limit": LIMIT,
+        "within": not any(cut["median"] > LIMIT for cut in added.values()),
+    }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    for flag, given in (("--calls", args.calls), ("--repeats", args.repeats)):
-        if given < 2:
-            raise PreconditionError(
-                f"{flag} {given} is less than 2",
-                "one call is the cold one, and quartiles need two repeats",
-                f"use {flag} 20",
-            )
-    from backends.pipeline.pipeline import load_pipeline
-    from bench.machine.environment import subject
-    from core.files import write_json
-
-    with load_pipeline(
-        args.model,
-        args.backend,
-        args.decoder,
-        batch=args.batch,
-        weights=args.weights,
-        dtype=args.dtype,
-    ) as pipe:
-        ways = blocks(pipe, args.batch, args.steps, args.calls)
-        interleaved(ways, 1, args.calls)  # warm
-        measured = subject(pipe.bundle, pipe.backend)
-        found = interleaved(ways, args.repeats, args.calls)
-    print(
-        f"{args.repeats} blocks of {args.calls} calls each, {args.steps} steps, alternating order"
+def record_text(record: Mapping[str, Any]) -> str:
+    """A record in lines."""
+    times = record["ms_per_call"]
+    repeats, harness = len(next(iter(times.values()))), [*times][-1]
+    within = "within" if record["within"] else "over"
+    return "\n".join(
+        [
+            f"{repeats} blocks of {record['calls']} calls each, {record['steps']} steps,"
+            " alternating order",
+            *(
+                f"{name:<24} {statistics.median(many):10.3f} ms/call"
+                for name, many in times.items()
+            ),
+            *(
+                f"{harness} over {base}: {cut['median']:+.2%}"
+                f" (quartiles {cut['lower_quartile']:+.2%} to {cut['upper_quartile']:+.2%})"
+                for base, cut in record["added"].items()
+            ),
+            f"the median is {within} the limit of {LIMIT:.0%}",
+        ]
     )
-    for name, times in found.items():
-        print(f"{name:<24} {statistics.median(times):10.3f} ms/call")
-    added, harness = ratios(found), list(found)[-1]
-    for base, cut in added.items():
-        print(
-            f"{harness} over {base}: {cut['median']:+.2%}"
-            f" (quartiles {cut['lower_quartile']:+.2%} to {cut['upper_quartile']:+.2%})"
-        )
-    over = any(cut["median"] > LIMIT for cut in added.values())
-    print(f"the median is {'over' if over else 'within'} the limit of {LIMIT:.0%}")
-    if args.out:
-        record: dict[str, Any] = {
-            "schema": 1,
-            **measured,
-            "decoder": args.decoder,
-            "batch": args.batch,
-            "steps": args.steps,
-            "calls": args.calls,
-            "ms_per_call": {
-                name: [round(each, 4) for each in times] for name, times in found.items()
-            },
-            "added": {
-                base: {name: round(value, 5) for name, value in cut.items()}
-                for base, cut in added.items()
-            },
-            "limit": LIMIT,
-            "within": not over,
-        }
-        write_json(args.out, record)
-        print(f"written to {args.out}")
-    return EXIT_FAILED if over else EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

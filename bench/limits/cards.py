@@ -1,19 +1,7 @@
-"""`addbench cards`: what a Cloud AI 100 would do, by a model of it. Nothing is measured.
-
-Holds a published period (4 images for 4 prompts every ~250 ms on an Ultra) against every step
-count, decoder and split; says what the tiny decoder buys; puts the cards side by side; and says
-how far the model was off on published results that it had not seen. The model, what it assumes and
-where it is weak: backends/modelled.
-
-A target against a modelled range: `impossible` below the floor, `beyond the range` below its low
-end, `fits` inside it, `time to spare` above it.
-"""
+"""What a Cloud AI 100 would do, by a model of it; `addbench cards --help` says how."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,24 +18,42 @@ from bench.limits.cardwords import (
     other_reading,
     span,
 )
-from core.cli import Parser, image_size, int_list, run, word_list
-from core.errors import EXIT_OK, PreconditionError
-from core.table import Column, add_format_argument, console, markdown_lines, terminal_table
+from core.errors import PreconditionError
+from core.table import Column, console, markdown_lines, terminal_table
 
 if TYPE_CHECKING:
     from backends.modelled.card import Estimate
     from backends.modelled.fit import Fit
     from core.devices import Device
+    from export.cost import Cost
 
-MODEL, TARGET_MS, BATCH = "sdxl-turbo", 250.0, 4
 CLAIMED = "ai100-ultra"
-CARDS = ("ai100-standard", "ai100-pro", "ai100-ultra")
-STEPS, DECODERS = [1, 2, 4], ["vae", "taesd"]
 HEADLINE = "modelled, not measured"
 READING = (
     "the published figure states neither steps nor decoder nor split; four batch-1 pipelines side"
     " by side is its likely reading"
 )
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: calls of a model's images, on which cards, within which period."""
+
+    model: str
+    size: tuple[int, int] | None
+    devices: Sequence[str]
+    steps: Sequence[int]
+    batch: int
+    decoders: Sequence[str]
+    target_ms: float
+
+    def costs(self) -> Mapping[str, Cost]:
+        """What each part of the model costs at the size of the question, or the model's own."""
+        from backends.modelled.costs import known_costs
+        from export.models import find_model
+
+        own = find_model(self.model).size
+        return known_costs(self.model, self.size or (own, own))
 
 
 @dataclass(frozen=True)
@@ -97,40 +103,37 @@ class Option:
         }
 
 
-def options(args: argparse.Namespace) -> list[Option]:
+def options(question: Question) -> list[Option]:
     """Every card, decoder, step count and split that there is."""
     from backends.base import UnsupportedError
     from backends.modelled.backend import VENDOR
     from backends.modelled.card import SPLITS, Call, estimate
-    from backends.modelled.costs import known_costs
     from core.devices import find_device
-    from export.models import find_model
 
-    own = find_model(args.model).size
-    costs = known_costs(args.model, args.size or (own, own))
+    costs = question.costs()
     found = []
-    for name in args.device:
+    for name in question.devices:
         device = find_device(name)
         if device.vendor != VENDOR:
             raise PreconditionError(
                 f"{name} is no {VENDOR} card", "there is a model of these only",
-                f"use --device {','.join(CARDS)}",
+                "use --device ai100-standard,ai100-pro,ai100-ultra",
             )  # fmt: skip
-        for decoder in args.decoder:
+        for decoder in question.decoders:
             if f"{decoder}_decoder" not in costs:
                 raise PreconditionError(
                     f"there is no decoder called {decoder!r}",
                     "known: vae, taesd",
                     "use one of them",
                 )
-            for steps in args.steps:
+            for steps in question.steps:
                 for split in SPLITS:
-                    call = Call(decoder, steps, args.batch, split)
+                    call = Call(decoder, steps, question.batch, split)
                     try:
                         one = estimate(device, costs, call)
                     except UnsupportedError:
                         continue  # fewer SoCs than parts
-                    found.append(Option(device, decoder, steps, split, args.batch, one))
+                    found.append(Option(device, decoder, steps, split, question.batch, one))
     return found
 
 
@@ -144,13 +147,9 @@ def best(found: Sequence[Option]) -> list[Option]:
     return list(kept.values())
 
 
-def resident_words(found: Sequence[Option], args: argparse.Namespace) -> str:
+def resident_words(found: Sequence[Option], question: Question) -> str:
     """Whether all parts could be resident, as far as memory goes."""
-    from backends.modelled.costs import known_costs
-    from export.models import find_model
-
-    own = find_model(args.model).size
-    costs = known_costs(args.model, args.size or (own, own))
+    costs = question.costs()
     weights = sum(cost.weight_bytes for cost in costs.values()) / 1e9
     rooms = {one.device.name: one.device.memory_gb / one.device.socs for one in found}
     having = ", ".join(f"{name} {gb:g} GB" for name, gb in rooms.items())
@@ -196,21 +195,18 @@ class Section:
     rows: Sequence[Option] = ()
 
 
-def sections(found: Sequence[Option], args: argparse.Namespace) -> list[Section]:
+def sections(found: Sequence[Option], question: Question) -> list[Section]:
     from backends.modelled.card import ASSUMPTIONS
-    from backends.modelled.costs import known_costs
-    from export.models import find_model
 
-    own = find_model(args.model).size
-    unet = known_costs(args.model, args.size or (own, own))["unet"]
-    what = f"{args.model}, FP16, a call of {args.batch} image{'s' * (args.batch != 1)}"
-    claimed = CLAIMED if CLAIMED in args.device else args.device[-1]
+    unet = question.costs()["unet"]
+    what = f"{question.model}, FP16, a call of {question.batch} image{'s' * (question.batch != 1)}"
+    claimed = CLAIMED if CLAIMED in question.devices else question.devices[-1]
     ours = [one for one in found if one.device.name == claimed]
     return [
         Section(
-            f"{what}, every {args.target:g} ms on {claimed}: {HEADLINE}",
-            [*([READING] if claimed == CLAIMED else []), *answer(ours, args.target)],
-            option_columns(args.target),
+            f"{what}, every {question.target_ms:g} ms on {claimed}: {HEADLINE}",
+            [*([READING] if claimed == CLAIMED else []), *answer(ours, question.target_ms)],
+            option_columns(question.target_ms),
             ours,
         ),
         Section(f"What TAESDXL buys: {HEADLINE}", decoder_words(found)),
@@ -221,7 +217,7 @@ def sections(found: Sequence[Option], args: argparse.Namespace) -> list[Section]
             best(found),
         ),
         Section("How far the fit is off", [*fit_words(), *other_reading(ours, unet)]),
-        Section("What is assumed", [*ASSUMPTIONS, resident_words(found, args)]),
+        Section("What is assumed", [*ASSUMPTIONS, resident_words(found, question)]),
     ]
 
 
@@ -245,7 +241,7 @@ def show(found: Sequence[Section]) -> None:
         drawn_on.print()
 
 
-def report(found: Sequence[Option], args: argparse.Namespace) -> dict[str, Any]:
+def report(found: Sequence[Option], question: Question) -> dict[str, Any]:
     """As JSON."""
     from backends.modelled.card import ASSUMPTIONS
     from backends.modelled.fit import fits, unhidden
@@ -268,62 +264,11 @@ def report(found: Sequence[Option], args: argparse.Namespace) -> dict[str, Any]:
 
     return {
         "provenance": "modelled",
-        "model": args.model,
-        "batch": args.batch,
-        "target_ms": args.target,
-        "options": [one.columns(args.target) for one in found],
+        "model": question.model,
+        "batch": question.batch,
+        "target_ms": question.target_ms,
+        "options": [one.columns(question.target_ms) for one in found],
         "fits": [columns(one) for one in fits().values()],
         "matmul_efficiency_if_no_row_waits": unhidden(),
         "assumptions": list(ASSUMPTIONS),
     }
-
-
-# ---- command line
-
-
-def period(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of milliseconds")
-    return value
-
-
-def parser() -> Parser:
-    top = Parser(
-        prog="addbench cards",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("--model", default=MODEL, metavar="NAME", help=f"({MODEL})")
-    top.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="(the model's own)")
-    top.add_argument(
-        "--device", type=word_list, default=list(CARDS), metavar="NAME[,...]",
-        help=f"({','.join(CARDS)})",
-    )  # fmt: skip
-    top.add_argument("--steps", type=int_list, default=STEPS, metavar="1,2,4", help="(1,2,4)")
-    top.add_argument("--batch", type=int, default=BATCH, help=f"images of a call ({BATCH})")
-    top.add_argument("--decoder", type=word_list, default=DECODERS, metavar="vae,taesd")
-    top.add_argument(
-        "--target", type=period, default=TARGET_MS, metavar="MS", help=f"period ({TARGET_MS:g})"
-    )
-    add_format_argument(top)
-    return top
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if args.batch < 1:
-        raise PreconditionError("--batch is less than 1", "a call makes an image", "use --batch 1")
-    found = options(args)
-    if args.format == "json":
-        json.dump(report(found, args), sys.stdout, indent=2)
-        print()
-    elif args.format == "markdown":
-        print(markdown(sections(found, args)), end="")
-    else:
-        show(sections(found, args))
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -1,26 +1,13 @@
-"""`addbench claims`: published figures of few-step models against ours and against physics.
+"""Published figures of few-step models against ours and against physics: the verdict on each.
 
-Each figure (bench/limits/data/published_figures.csv) with its conditions, the nearest cell that we
-measured, what a model of that hardware allows, and a verdict:
-
-    reproduced          measured on that hardware under those conditions, within the tolerance
-    contradicted        below the floor of that hardware, or measured slower there
-    beaten              slower than somebody else's published figure, or than ours, there
-    consistent          the model's range contains it
-    not testable here   none of these can be said; the reason is given
-
-Models are no measurements: a floor says what cannot be, a range what would be no surprise.
+What the verdicts mean: `addbench claims --help`.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from bench.limits import ranges as models
@@ -29,16 +16,10 @@ from bench.limits.ledger import (
     Claim,
     Ours,
     is_program,
-    measured,
     mismatches,
     nearest,
-    read_claims,
 )
 from bench.limits.ranges import DECODERS, STEPS, Modelled, modelled, models_of
-from bench.rows.store import RUNS, open_run, run_names
-from core.cli import Parser, run
-from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
-from core.files import ROOT
 from core.table import Column, console, markdown_lines, terminal_table
 
 REPRODUCED, CONSISTENT, CONTRADICTED = "reproduced", "consistent", "contradicted"
@@ -46,14 +27,13 @@ BEATEN, NOT_TESTABLE = "beaten", "not testable here"
 VERDICTS = (REPRODUCED, CONSISTENT, CONTRADICTED, BEATEN, NOT_TESTABLE)
 HEADLINES = ("ai100-ultra-4img", "a100-1img-200")
 TOLERANCE = 0.10
-"""Of a measured figure against the published one."""
+"""The tolerance of a measured figure against the published one, as a share."""
 NO_TIME = {
     "speedup": "a ratio of two pipelines: both would have to run on that card",
     "steps ratio": "a ratio of step counts, from people's preferences: no time",
     "latency ratio": "no number is given",
     "resolution": "no number is given, and the figures compared are for one resolution",
 }
-PUBLISHED = ROOT / "results" / "published"
 
 
 @dataclass(frozen=True)
@@ -334,69 +314,3 @@ def show(found: Sequence[Finding]) -> None:
     drawn_on.print(terminal_table(columns, found))
     for text in explained():
         drawn_on.print(text)
-
-
-# ---- command line
-
-
-def requirement(text: str) -> tuple[str, str]:
-    verdict, colon, name = text.partition(":")
-    if not colon or verdict not in VERDICTS or not name:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not VERDICT:ID with a verdict of {', '.join(VERDICTS)}"
-        )
-    return verdict, name
-
-
-def parser() -> Parser:
-    top = Parser(
-        prog="addbench claims",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    form = top.add_mutually_exclusive_group()
-    form.add_argument("--format", choices=("table", "markdown", "json"), default="table")
-    form.add_argument(
-        "--markdown", action="store_const", const="markdown", dest="format", help="for the README"
-    )
-    top.add_argument(
-        "--require", action="append", type=requirement, default=[], metavar="VERDICT:ID",
-        help="repeatable; exit code 4 when the verdict on ID is another",
-    )  # fmt: skip
-    top.add_argument(
-        "--run", action="append", default=[], metavar="RUN|latest", help="count this run too"
-    )
-    top.add_argument("--published", type=Path, default=PUBLISHED, help="(results/published)")
-    top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
-    return top
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    claims = read_claims()
-    for _, name in args.require:
-        if name not in {claim.id for claim in claims}:
-            raise PreconditionError(
-                f"there is no claim called {name!r}",
-                f"claims: {', '.join(claim.id for claim in claims)}",
-                "pass one of these to --require",
-            )
-    runs = [open_run(name, args.published) for name in run_names(args.published)]
-    runs += [open_run(name, args.out) for name in args.run]
-    found = findings(claims, measured(runs))
-    if args.format == "json":
-        json.dump([finding.columns() for finding in found], sys.stdout, indent=2)
-        print()
-    elif args.format == "markdown":
-        print(markdown(found), end="")
-    else:
-        show(found)
-    verdicts = {finding.claim.id: finding.verdict for finding in found}
-    missed = [(wanted, name) for wanted, name in args.require if verdicts[name] != wanted]
-    for wanted, name in missed:
-        print(f"required {wanted}: {name}, but it is {verdicts[name]}", file=sys.stderr)
-    return EXIT_FAILED if missed else EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -8,19 +8,15 @@ BF16's), can go below it.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.machine.ceilings import Ceilings
-from core.cli import Parser, add_model_arguments, image_size, run
-from core.errors import EXIT_OK, PreconditionError
 from core.process import run_apart
 from core.table import Column, draw
-from export.models import CONTEXT_PART, DEFAULT_MODEL, MODELS, PARTS
+from export.models import CONTEXT_PART, PARTS
 
 if TYPE_CHECKING:
     from bench.rows.cell import Cell
@@ -222,84 +218,39 @@ def survey_apart(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:
     return run_apart(survey, bundle, cells)
 
 
-# ---- the command
+# ---- a model against a device
 
 
-def parser() -> Parser:
-    made = Parser(prog="addbench roofline", description=__doc__.split("\n")[0])
-    add_model_arguments(made, DEFAULT_MODEL)
-    made.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="(the model's own)")
-    made.add_argument("--batch", type=int, default=1)
-    where = made.add_mutually_exclusive_group()
-    where.add_argument("--measure", action="store_true", help="measure this machine's ceilings")
-    where.add_argument("--device", help="a known accelerator: its published peaks")
-    made.add_argument("--format", choices=("table", "json"), default="table")
-    return made
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def roofline(
+    checkpoint: Checkpoint,
+    size: tuple[int, int],
+    dtype: str,
+    batch: int,
+    ceilings: Ceilings | None,
+    step_counts: Sequence[int],
+) -> dict[str, Any]:
+    """FLOPs and bytes of a model's parts and images, with their floors where ceilings are given."""
     from export.cost import part_cost_at
 
-    args = parser().parse_args(argv)
-    if args.batch < 1:
-        raise PreconditionError("--batch is less than 1", "a batch has an image", "use --batch 1")
-    checkpoint, size, dtype = subject(args)
-    costs = [
-        part_cost_at(checkpoint, part, args.batch, *size, dtype)
+    precision = dtype if ceilings is None or dtype in ceilings.tflops else "fp32"
+    entries = [
+        entry(part_cost_at(checkpoint, part, batch, *size, dtype), ceilings, dtype, precision)
         for part in PARTS
         if part in checkpoint.model.parts
     ]
-    ceilings = None
-    if args.measure:
-        from bench.machine.ceilings import measure
-
-        ceilings = measure()
-    elif args.device:
-        ceilings = published(args.device)
-    precision = dtype if ceilings is None or dtype in ceilings.tflops else "fp32"
-    entries = [entry(cost, ceilings, dtype, precision) for cost in costs]
-    report = {
-        "model": args.model,
+    return {
         "size": "{}x{}".format(*size),
-        "batch": args.batch,
+        "batch": batch,
         "storage": dtype,
         "precision": precision,
         "ceilings": ceilings.columns() if ceilings else None,
         "parts": entries,
-        "pipelines": pipelines(entries, checkpoint),
+        "pipelines": pipelines(entries, checkpoint, step_counts),
     }
-    if args.format == "json":
-        print(json.dumps(report, indent=2))
-    else:
-        show(report)
-    return EXIT_OK
-
-
-def subject(args: argparse.Namespace) -> tuple[Checkpoint, tuple[int, int], str]:
-    """What is counted: a checkpoint, the size of its images, the dtype of its weights.
-
-    From the architecture alone where the model's name is known.
-    """
-    if args.model in MODELS:
-        from export.source.checkpoint import open_checkpoint
-
-        model = MODELS[args.model]
-        checkpoint = open_checkpoint(model, "random")
-        size, dtype = (model.size, model.size), args.dtype or "fp16"
-    else:
-        from export.bundle import find_bundle
-
-        bundle = find_bundle(args.model, args.weights, args.dtype)
-        checkpoint, size, dtype = bundle.checkpoint(), bundle.size, bundle.dtype
-    if args.size:
-        from export.request import require_size
-
-        size = args.size
-        require_size(checkpoint.model, checkpoint.multiple, *size)
-    return checkpoint, size, dtype
 
 
 def published(name: str) -> Ceilings:
+    """The published peaks of a known card."""
     from core.devices import find_device
 
     device = find_device(name)
@@ -323,15 +274,15 @@ def entry(cost: Cost, ceilings: Ceilings | None, storage: str, precision: str) -
     return found
 
 
-def pipelines(entries: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Whole images at the model's usual step counts with each decoder: UNet evaluations, GFLOP,
-    and the floor if there is one.
+def pipelines(
+    entries: Sequence[Mapping[str, Any]], checkpoint: Checkpoint, step_counts: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Whole images at each step count with each decoder: UNet evaluations, GFLOP, and the floor if
+    there is one.
 
     The timesteps are the scheduler's own; with guidance each takes two evaluations.
     """
     import diffusers
-
-    from bench.run.plan import default_steps
 
     model, config = checkpoint.model, checkpoint.scheduler_config()
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
@@ -341,7 +292,7 @@ def pipelines(entries: Sequence[Mapping[str, Any]], checkpoint: Checkpoint) -> l
     for decoder in ("vae", "taesd"):
         if f"{decoder}_decoder" not in by_part:
             continue
-        for steps in default_steps(model):
+        for steps in step_counts:
             scheduler.set_timesteps(steps)
             nfe = each_step * len(scheduler.timesteps)
             calls = {part: 1 for part in by_part if part.startswith("text")}
@@ -378,7 +329,3 @@ def figure(key: str, rows: Sequence[Mapping[str, Any]]) -> Column:
     header = key.replace("_ms", " (ms)").replace("_mb", " (MB)")
     fraction = any(isinstance(row.get(key), float) for row in rows)
     return Column(header, lambda row: row.get(key), 1 if fraction else None)
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -1,40 +1,25 @@
-"""`addbench frontier`: quality against latency of few-step methods on one hardware.
-
-After Fig. 5 of the ADD paper (Sauer et al., arXiv 2311.17042), with the zero-shot FID-5k of its
-Table 2 in place of its ELO score; FIDs are published, latencies are ours:
-
-    measured   a cell of ours is that method: model, scheduler and steps
-    modelled   there is no model of it here: what is paid once an image and the UNet evaluations of
-               sd15, measured here (RUN...), or FLOPs and bytes of its parts against the peaks of a
-               known card (--device), times the method's NFE
-
-One labelled point a method, as SVG and PNG, and a table of them as Markdown and CSV.
-"""
+"""Quality against latency of few-step methods on one hardware."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.limits.ledger import METHODS, Claim, hardware_of, read_claims
-from bench.rows.store import RUNS, Run, open_run, run_names
+from bench.rows.store import Run
 from bench.rows.summary import CellRounds, by_cell
-from core.cli import Parser, run
-from core.errors import EXIT_OK, PreconditionError
-from core.files import ROOT, build_root, write_atomic
+from core.errors import PreconditionError
+from core.files import write_atomic
 from core.table import Column, csv_text, markdown_lines
 
 if TYPE_CHECKING:
     from export.cost import Cost
 
-PUBLISHED = ROOT / "results" / "published"
 STAND_IN = "sd15"
 """Whose UNet and decoder every method of the table shares: they were all distilled from it."""
 SIZE, BATCH, DECODER = (512, 512), 1, "vae"
@@ -325,62 +310,12 @@ def write(chart: Chart, table: Path, plot: Path) -> list[Path]:
     return [*files, *save(figure(chart), plot)]
 
 
-# ---- command line
-
-
-def parser() -> Parser:
-    top = Parser(
-        prog="addbench frontier",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def nothing_to_draw(which: str) -> PreconditionError:
+    """Return the refusal of runs without a latency of the stand-in."""
+    size = "{}x{}".format(*SIZE)
+    return PreconditionError(
+        f"{which} no latency of {STAND_IN}",
+        f"a measured cell is needed: {size} px, batch {BATCH}, {DECODER}, any steps",
+        f"pass a run that has one (`addbench versus --pair {STAND_IN}-vs-turbo`), or"
+        " --device a100-sxm-80gb",
     )
-    top.add_argument(
-        "run", nargs="*", metavar="RUN|latest", help="runs to take latencies from (the published)"
-    )
-    top.add_argument("--device", metavar="NAME", help="a known card instead: modelled latencies")
-    top.add_argument("--backend", metavar="NAME[:KEY=VALUE,...]", help="of the runs (the newest)")
-    top.add_argument("--runs", type=Path, default=RUNS, help="where runs lie (results/runs)")
-    top.add_argument("--published", type=Path, default=PUBLISHED, help="(results/published)")
-    top.add_argument(
-        "--out", type=Path, metavar="STEM", help="files are STEM.svg, ... (build/frontier/HARDWARE)"
-    )
-    return top
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if args.device and (args.run or args.backend):
-        raise PreconditionError(
-            "--device and runs exclude each other",
-            "a chart shows one hardware",
-            "drop --device, or drop the runs and --backend",
-        )
-    chart = from_device(args.device) if args.device else chart_of(args)
-    name = "-".join("".join(c if c.isalnum() else " " for c in chart.hardware).split()).lower()
-    stem = args.out or build_root() / "frontier" / name
-    files = write(chart, stem, stem)
-    print(markdown(chart))
-    for file in files:
-        print(file, file=sys.stderr)
-    return EXIT_OK
-
-
-def chart_of(args: argparse.Namespace) -> Chart:
-    if args.run:
-        runs = [open_run(name, args.runs) for name in args.run]
-    else:
-        runs = [open_run(name, args.published) for name in run_names(args.published)]
-    chart = from_runs(runs, args.backend)
-    if chart is None:
-        size = "{}x{}".format(*SIZE)
-        raise PreconditionError(
-            f"{'these runs have' if args.run else 'no published run has'} no latency of {STAND_IN}",
-            f"a measured cell is needed: {size} px, batch {BATCH}, {DECODER}, any steps",
-            f"pass a run that has one (`addbench versus --pair {STAND_IN}-vs-turbo`), or"
-            " --device a100-sxm-80gb",
-        )
-    return chart
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

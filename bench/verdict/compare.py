@@ -1,27 +1,18 @@
-"""`addbench compare BASE HEAD`: did it become slower from one run to the other?
-
-Two runs of the same cells, measured one after the other on one machine, five rounds each or more.
-For a change in code use `addbench ab`, which alternates and so sees smaller slowdowns.
-`addbench compare --history [RUN]` holds a run against all earlier ones of the machine.
-
-Exit code 0: no regression. 3: a cell is slower. 4: cells failed or are missing. 5: inconclusive.
-"""
+"""Two runs of the same cells, measured one after the other: did it become slower?"""
 
 from __future__ import annotations
 
-import argparse
 import gc
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 from bench.rows.cell import KEY_COLUMNS, Cell
 from bench.rows.stats import median_or_none
-from bench.rows.store import EMULATED, LATEST, OK, RUNS, Row, Run, is_timed, open_run
+from bench.rows.store import EMULATED, OK, Row, Run, is_timed
 from bench.verdict.outcome import (
     FAILED,
     INCONCLUSIVE,
@@ -29,11 +20,8 @@ from bench.verdict.outcome import (
     Line,
     Outcome,
     decided,
-    show,
 )
-from core.cli import Parser, run
 from core.errors import AddbenchError, PreconditionError
-from core.table import add_format_argument
 
 CONDITIONS = (
     "versions",
@@ -296,66 +284,3 @@ def compare(base: Run, head: Run, max_slowdown: float, allow_other_machine: bool
         notes=notes,
         accusing=one_machine,
     )
-
-
-# ---- command line
-
-
-def share(text: str) -> float:
-    """`15` or `15%` -> 0.15."""
-    try:
-        value = float(text.removesuffix("%")) / 100
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage") from None
-    if not 0.01 <= value <= 10:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 1000 (percent)")
-    return value
-
-
-def parser() -> Parser:
-    top = Parser(
-        prog="addbench compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("runs", nargs="*", metavar="RUN|latest", help="BASE HEAD; one for --history")
-    top.add_argument("--max-slowdown", type=share, default=None, metavar="15%", help="limit (15%%)")
-    add_format_argument(top)
-    top.add_argument(
-        "--allow-other-machine", action="store_true", help="compare, but never end in 3"
-    )
-    top.add_argument("--history", action="store_true", help="against all earlier runs")
-    top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
-    return top
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if args.history:
-        from bench.verdict.history import against_history
-
-        if len(args.runs) > 1 or args.max_slowdown or args.allow_other_machine:
-            raise PreconditionError(
-                "--history takes one run and no other limit",
-                "the earlier runs of the machine are what it is held against",
-                "addbench compare --history RUN",
-            )
-        outcome = against_history(open_run((args.runs or [LATEST])[0], args.out), args.out)
-    else:
-        from bench.verdict.rules import RUN_SLOWDOWN
-
-        if len(args.runs) != 2:
-            raise PreconditionError(
-                f"{len(args.runs)} runs were named and two are compared",
-                "the first is the base, the second the head",
-                "addbench compare BASE HEAD",
-            )
-        base, head = (open_run(text, args.out) for text in args.runs)
-        limit = args.max_slowdown or RUN_SLOWDOWN
-        outcome = compare(base, head, limit, args.allow_other_machine)
-    show(outcome, args.format)
-    return outcome.exit_code
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -6,20 +6,18 @@ that the data cannot separate is None and is contained in the one above it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.rows.cell import Cell
-from bench.rows.store import Row, is_timed, open_run
-from bench.verdict.noise import CELLS, HARSH, TYPICAL, Levels, entries, false_alarms
+from bench.rows.store import Row, Run, is_timed
+from bench.verdict.noise import CELLS, HARSH, TYPICAL, Levels, abba, entries, false_alarms
 from bench.verdict.rules import Array, Judgement, deviation, pairs
-from core.errors import EXIT_INCONCLUSIVE, EXIT_OK, PreconditionError
+from core.errors import PreconditionError
 
 FEWEST_ROUNDS = 5
 LAGS = (1, 2, 3, 4)
@@ -143,8 +141,6 @@ def self_test(one: Panel) -> Judgement | None:
     rounds = len(one.log_ms) // 2
     if rounds < FEWEST_ROUNDS:
         return None
-    from bench.verdict.noise import abba
-
     return pairs(abba(one.log_ms[None, : 2 * rounds])[0])
 
 
@@ -171,54 +167,53 @@ def errors_at(found: Mapping[str, float | None], jobs: int, seed: int) -> list[d
     return lines
 
 
-def report(texts: Sequence[str], out: Path, form: str, jobs: int, seed: int) -> int:
-    """Print the estimated levels beside the model's, and how often the rules would be wrong there.
-
-    5 if a level is beyond `harsh`: the error rates of the model's levels do not cover the machine.
-    """
-    targets = [open_run(text, out) for text in texts]
+def report(targets: Sequence[Run], jobs: int, seed: int) -> dict[str, Any]:
+    """The estimated levels against the model's, and how often the rules would be wrong there."""
     panels = [panel(target.name, target.rows()) for target in targets]
     levels = estimate(panels)
-    names = [name for name in asdict(TYPICAL) if name != "name"]
-    places = {name: compared(levels[name], name) for name in names}
-    errors = errors_at(levels, jobs, seed)
-    flagged = {one.name: judged for one in panels if (judged := self_test(one)) is not None}
-    if form == "json":
-        print(json.dumps({
-            "runs": [target.name for target in targets],
-            "environment": targets[0].header["environment"],
-            "rounds": [len(one.log_ms) for one in panels],
-            "cells": [asdict(one) for one in panels[0].cells],
-            "levels": levels,
-            "against_the_model": places,
-            "rules_under_these_levels": errors,
-            "against_themselves": {
-                name: {"cells": judged.slower.size, "slower": int(judged.slower.sum()),
-                       "faster": int(judged.faster.sum())}
-                for name, judged in flagged.items()
-            },
-        }, indent=2))  # fmt: skip
-    else:
-        print(f"{'level':<12}{'found':>9}{'typical':>9}{'harsh':>9}")
-        for name in names:
-            value = "-" if levels[name] is None else f"{levels[name]:.2%}"
-            model = "".join(f"{_level(one, name):9.1%}" for one in (TYPICAL, HARSH))
-            print(f"{name:<12}{value:>9}{model}   {places[name]}")
-        for run_name, judged in flagged.items():
-            print(
-                f"run {run_name} against itself, by the rule of `addbench ab`:"
-                f" {judged.slower.sum()}"
-                f" of {judged.slower.size} cells slower, {judged.faster.sum()} faster, the widest"
-                f" interval {np.expm1((judged.high - judged.low).max() / 2):.1%} to each side"
-            )
-        print(f"\nunder these levels, {jobs} jobs of {CELLS} cells:")
-        for line in errors:
-            alarm, undecided = line["false_alarm"], line["inconclusive"]
-            print(f"{line['rule']:<36} false alarms {alarm['share']:.3%} (95% bound"
-                  f" {alarm['upper']:.3%}), inconclusive {undecided['share']:.1%}")  # fmt: skip
-    beyond = any(place == "beyond harsh" for place in places.values())
-    return EXIT_INCONCLUSIVE if beyond else EXIT_OK
+    judged = {each.name: verdicts for each in panels if (verdicts := self_test(each)) is not None}
+    return {
+        "runs": [target.name for target in targets],
+        "environment": targets[0].header["environment"],
+        "rounds": [len(each.log_ms) for each in panels],
+        "cells": [asdict(cell) for cell in panels[0].cells],
+        "jobs": jobs,
+        "levels": levels,
+        "against_the_model": {
+            name: compared(levels[name], name) for name in asdict(TYPICAL) if name != "name"
+        },
+        "rules_under_these_levels": errors_at(levels, jobs, seed),
+        "against_themselves": {
+            name: {
+                "cells": verdicts.slower.size,
+                "slower": int(verdicts.slower.sum()),
+                "faster": int(verdicts.faster.sum()),
+                "widest_interval": float(np.expm1((verdicts.high - verdicts.low).max() / 2)),
+            }
+            for name, verdicts in judged.items()
+        },
+    }
 
 
-def _level(levels: Levels, name: str) -> float:
-    return float(getattr(levels, name))
+def report_text(described: Mapping[str, Any]) -> str:
+    """A report for a terminal."""
+    lines = [f"{'level':<12}{'here':>9}{'typical':>9}{'harsh':>9}"]
+    for name, place in described["against_the_model"].items():
+        level = described["levels"][name]
+        value = "-" if level is None else f"{level:.2%}"
+        model = "".join(f"{getattr(each, name):9.1%}" for each in (TYPICAL, HARSH))
+        lines.append(f"{name:<12}{value:>9}{model}   {place}")
+    for name, verdicts in described["against_themselves"].items():
+        lines.append(
+            f"run {name} against itself, by the rule of `addbench ab`: {verdicts['slower']}"
+            f" of {verdicts['cells']} cells slower, {verdicts['faster']} faster, the widest"
+            f" interval {verdicts['widest_interval']:.1%} to each side"
+        )
+    lines.append(f"\nunder these levels, {described['jobs']} jobs of {CELLS} cells:")
+    for line in described["rules_under_these_levels"]:
+        alarm, undecided = line["false_alarm"], line["inconclusive"]
+        lines.append(
+            f"{line['rule']:<36} false alarms {alarm['share']:.3%} (95% bound"
+            f" {alarm['upper']:.3%}), inconclusive {undecided['share']:.1%}"
+        )
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`addbench noise`: how often the rules of `addbench compare` and `addbench ab` are wrong.
+"""How often the rules of `addbench compare` and `addbench ab` are wrong: a simulation.
 
 A seeded simulation of measurement noise, through the very functions that judge (rules.py):
 false alarms of a whole job of 24 cells, and the power to see a cell that became slower.
@@ -21,18 +21,10 @@ A job has 24 cells, three (the steps) in each worker. The levels are assumptions
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.rows.store import RUNS
-from bench.run.arguments import calls, count
-from core.cli import Parser, run
-from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 from core.table import Column, markdown_lines
 
 if TYPE_CHECKING:
@@ -286,7 +278,19 @@ def table(jobs: int, power_jobs: int, rounds: int, seed: int) -> Iterator[dict[s
             }
 
 
-def line_of(found: dict[str, Any]) -> str:
+def head_text(jobs: int, seed: int) -> str:
+    """What is simulated, and the head of the table of `line_text`."""
+    heads = " ".join(f"{slowdown:+.0%}".rjust(6) for slowdown in SLOWDOWNS)
+    levels = [
+        ", ".join(f"{key} {value}" for key, value in asdict(each).items())
+        for each in (TYPICAL, HARSH)
+    ]
+    columns = f"{'levels':<8} {'rule':<50} {'alarms':>8} {'<= 95%':>8} {'unclear':>7}   {heads}"
+    what = f"{jobs} jobs of {CELLS} cells, seed {seed}; power: of one slower cell"
+    return "\n".join([*levels, f"{what}\n", f"{columns}   goals"])
+
+
+def line_text(found: dict[str, Any]) -> str:
     alarm = found["false_alarm"]
     powers = " ".join(f"{share:5.1%}".rjust(6) for share in found["power"].values())
     missed = [goal["goal"] for goal in found["goals"] if not goal["met"]]
@@ -312,60 +316,3 @@ def markdown(lines: Sequence[dict[str, Any]]) -> list[str]:
         *(power_at(f"{slowdown:+.0%}") for slowdown in SLOWDOWNS),
     ]
     return markdown_lines(columns, lines)
-
-
-def parser() -> Parser:
-    top = Parser(
-        prog="addbench noise",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("--jobs", type=count, default=100_000, help="for false alarms (100000)")
-    top.add_argument("--power-jobs", type=count, default=20_000, help="for power (20000)")
-    top.add_argument("--rounds", type=count, default=AB_ROUNDS, help="of bench.commands.ab (10)")
-    top.add_argument("--seed", type=calls, default=0)
-    top.add_argument("--format", choices=("table", "markdown", "json"), default="table")
-    top.add_argument(
-        "--levels", nargs="+", metavar="RUN", help="estimate the levels from runs instead"
-    )
-    top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
-    return top
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if args.levels:
-        from bench.verdict.levels import report
-
-        return report(args.levels, args.out, args.format, args.jobs, args.seed)
-    from bench.verdict.rules import PAIR_ROUNDS
-
-    if args.rounds < PAIR_ROUNDS:
-        raise PreconditionError(
-            f"--rounds {args.rounds} is too few",
-            f"bench.commands.ab judges nothing with fewer than {PAIR_ROUNDS}",
-            f"use --rounds {AB_ROUNDS}",
-        )
-    lines = []
-    if args.format == "table":
-        for levels in (TYPICAL, HARSH):
-            print(", ".join(f"{key} {value}" for key, value in asdict(levels).items()))
-        print(f"{args.jobs} jobs of {CELLS} cells, seed {args.seed}; power: of one slower cell\n")
-        heads = " ".join(f"{slowdown:+.0%}".rjust(6) for slowdown in SLOWDOWNS)
-        print(f"{'levels':<8} {'rule':<50} {'alarms':>8} {'<= 95%':>8} {'unclear':>7}   {heads}"
-              "   goals")  # fmt: skip
-    for found in table(args.jobs, args.power_jobs, args.rounds, args.seed):
-        lines.append(found)
-        if args.format == "table":
-            print(line_of(found), flush=True)
-    if args.format == "markdown":
-        print("\n".join(markdown(lines)))
-    if args.format == "json":
-        json.dump(lines, sys.stdout, indent=2)
-        print()
-    missed = any(not goal["met"] for found in lines for goal in found["goals"])
-    return EXIT_FAILED if missed else EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

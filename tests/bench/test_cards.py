@@ -11,7 +11,7 @@ from made import make_run, row
 
 from backends.modelled.card import SPLITS, Call, estimate
 from backends.modelled.costs import known_costs
-from bench.limits.cards import main as cards_main
+from bench.commands.cards import main as cards_main
 from bench.limits.floors import floor, published
 from bench.rows.cell import Cell
 from bench.rows.store import Run, open_run, read_rows
@@ -306,7 +306,7 @@ def test_other_targets_batches_and_models(capsys: pytest.CaptureFixture[str]) ->
     [
         (["--device", "a10g"], "no Qualcomm card"),
         (["--device", "abacus"], "abacus"),
-        (["--batch", "0"], "less than 1"),
+        (["--batch", "0"], "at least 1"),
         (["--target", "-1"], "positive"),
         (["--model", "abacus"], "no model"),
         (["--decoder", "jpeg"], "no decoder"),

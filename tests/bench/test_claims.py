@@ -11,8 +11,9 @@ import pytest
 from made import cell, make_run, row
 
 from backends.modelled.costs import traced_costs
+from bench.commands.claims import main
 from bench.limits import claims
-from bench.limits.claims import findings, judge, main
+from bench.limits.claims import findings, judge
 from bench.limits.ledger import Claim, Ours, measured, mismatches, nearest, read_claims
 from bench.limits.ranges import cost_of, modelled, models_of
 from core.cli import run as shell
@@ -199,11 +200,11 @@ def test_power_limits_bound_the_energy() -> None:
 
 
 def published(tmp_path: Path) -> list[str]:
-    return ["--published", str(tmp_path), "--out", str(tmp_path)]
+    return ["--published", str(tmp_path), "--runs", str(tmp_path)]
 
 
 def test_markdown_names_both_headlines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert shell(main, ["--markdown", *published(tmp_path)]) == 0
+    assert shell(main, ["--format", "markdown", *published(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert text.index("Cloud AI 100 Ultra") < text.index("Stability AI") < text.index("| claim")
     assert "4 steps, taesd: beyond the range (floor 164 ms" in text
@@ -227,7 +228,7 @@ def test_json_holds_a_run_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[
     turbo = cell(model="sdxl-turbo", size="512x512", backend="ort")
     name = make_run(tmp_path, [row(turbo, [5000.0])]).name
     empty = tmp_path / "published"
-    arguments = ["--published", str(empty), "--out", str(tmp_path), "--run", name]
+    arguments = ["--published", str(empty), "--runs", str(tmp_path), "--run", name]
     assert shell(main, ["--format", "json", *arguments]) == 0
     found = {each["id"]: each for each in json.loads(capsys.readouterr().out)}
     near = found["ov-i7-taesd"]["nearest"]

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from made import cell, make_run, row
 
+from bench.commands.compare import main
 from bench.rows.cell import Cell
 from bench.rows.store import HEADER, ROWS, Row, Run
 from bench.verdict import compare
-from bench.verdict.compare import main, share
 from core.cli import run as shell
+from core.cli import share
 
 CELLS = [cell(steps=steps) for steps in (1, 2, 4)]
 
@@ -66,7 +67,7 @@ def both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     def run(base: Run | Path, head: Run | Path, *arguments: str) -> Compared:
         names = [str(one.path if isinstance(one, Run) else one) for one in (base, head)]
         form = () if "--format" in arguments else ("--format", "json")
-        code = shell(main, [*names, "--out", str(tmp_path), *form, *arguments])
+        code = shell(main, [*names, "--runs", str(tmp_path), *form, *arguments])
         text = capsys.readouterr()
         return Compared(code, text.out, text.err)
 

@@ -10,6 +10,7 @@ import pytest
 from made import cell, make_run, row
 from matplotlib.text import Annotation, Text
 
+from bench.commands.frontier import main
 from bench.limits import frontier
 from bench.limits.frontier import MEASURED, MODELLED, Chart, Point, from_device, from_runs, methods
 from bench.limits.ledger import read_claims
@@ -158,7 +159,7 @@ def test_a_known_card_is_modelled_from_flops_and_bytes(
     assert one.low_ms < one.latency_ms < one.high_ms
     assert (many.high_ms or 0) - one.high_ms == pytest.approx(49 * 803 / (0.1 * peak))
     stem = tmp_path / "chart"
-    assert shell(frontier.main, ["--device", "a100-sxm-80gb", "--out", str(stem)]) == 0
+    assert shell(main, ["--device", "a100-sxm-80gb", "--out", str(stem)]) == 0
     assert "range (ms)" in capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {f"chart.{k}" for k in
                                                           ("md", "csv", "svg", "png")}  # fmt: skip
@@ -175,10 +176,10 @@ def test_the_parts_of_a_model_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_cannot_be_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], pndm: Run
 ) -> None:
-    assert shell(frontier.main, ["--published", str(tmp_path / "none")]) == 2
+    assert shell(main, ["--published", str(tmp_path / "none")]) == 2
     assert "no published run has" in capsys.readouterr().err
-    assert shell(frontier.main, [pndm.name, "--device", "l4", "--runs", str(tmp_path)]) == 2
-    assert shell(frontier.main, ["--device", "abacus"]) == 2
+    assert shell(main, [pndm.name, "--device", "l4", "--runs", str(tmp_path)]) == 2
+    assert shell(main, ["--device", "abacus"]) == 2
 
 
 def test_published_runs_draw_the_chart_and_check_it(tmp_path: Path, pndm: Run) -> None:

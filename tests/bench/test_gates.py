@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from bench.commands import gates
-from bench.commands.gates import differences, main
+from bench.commands.gates import main
+from bench.verdict import gates
+from bench.verdict.gates import differences
 from core.cli import run as shell
 from core.files import ROOT
 from export.bundle import Bundle
@@ -82,7 +83,7 @@ def test_the_workflow_fits_the_published_schema() -> None:
 
 def test_the_workflow_calls_no_gate_through_make() -> None:
     text = (ROOT / ".github" / "workflows" / "regression-gate.yml").read_text()
-    for command in ("bench.commands.ab", "bench.commands.gates"):
+    for command in ("addbench ab", "addbench gates"):
         line = next(each for each in text.splitlines() if command in each)
         assert "make" not in line
         assert "python -m" in line

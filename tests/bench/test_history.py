@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from made import cell, make_run, row
 
+from bench.commands.compare import main
 from bench.rows.store import HEADER, ROWS, Run
-from bench.verdict.compare import main
 from bench.verdict.history import Band
 from core.cli import run as shell
 
@@ -22,7 +22,7 @@ def runs(out: Path, medians: Sequence[float], **columns: object) -> list[Run]:
 
 
 def judged(out: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict]:
-    code = shell(main, ["--history", "--out", str(out), "--format", "json"])
+    code = shell(main, ["--history", "--runs", str(out), "--format", "json"])
     return code, json.loads(capsys.readouterr().out)
 
 
@@ -76,7 +76,7 @@ def test_only_earlier_runs_of_this_machine_count(
             header["ab"] = {"side": "base"}
         (run.path / HEADER).write_text(json.dumps(header))
     assert judged(tmp_path, capsys)[1]["cells"][0]["base_rounds"] == 10
-    code = shell(main, ["--history", made[15].name, "--out", str(tmp_path), "--format", "json"])
+    code = shell(main, ["--history", made[15].name, "--runs", str(tmp_path), "--format", "json"])
     assert code == 5  # five before it
     capsys.readouterr()
 
@@ -86,7 +86,7 @@ def test_a_damaged_run_is_left_out_and_said(
 ) -> None:
     made = runs(tmp_path, [*QUIET, 10.0, 10.0])
     (made[3].path / ROWS).write_text("nonsense\n")
-    code = shell(main, ["--history", "--out", str(tmp_path), "--format", "json"])
+    code = shell(main, ["--history", "--runs", str(tmp_path), "--format", "json"])
     text = capsys.readouterr()
     assert code == 0
     assert made[3].name in text.err
@@ -114,6 +114,6 @@ def test_what_has_no_speed_and_what_is_modelled(
 
 
 def test_it_takes_one_run(tmp_path: Path) -> None:
-    assert shell(main, ["--history", "a", "b", "--out", str(tmp_path)]) == 2
-    assert shell(main, ["--history", "--max-slowdown", "20", "--out", str(tmp_path)]) == 2
-    assert shell(main, ["--history", "--out", str(tmp_path)]) == 2
+    assert shell(main, ["--history", "a", "b", "--runs", str(tmp_path)]) == 2
+    assert shell(main, ["--history", "--max-slowdown", "20", "--runs", str(tmp_path)]) == 2
+    assert shell(main, ["--history", "--runs", str(tmp_path)]) == 2

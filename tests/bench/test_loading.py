@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.commands.harness import main
 from bench.harness import loading
 from bench.harness.loading import WAYS
 from core.files import build_root
@@ -34,7 +35,7 @@ def test_a_record_says_what_it_is_of(
     monkeypatch.setattr(loading, "run_apart", lambda one, way, path, part: took)
     out = tmp_path / "loading.json"
     argv = ["--model", str(tiny_bundle.path), "--part", "taesd_decoder", "--rounds", "1"]
-    assert loading.main([*argv, "--out", str(out)]) == 0
+    assert main(["loading", *argv, "--out", str(out)]) == 0
     record = json.loads(out.read_text())
     assert (record["model"], record["bundle_hash"]) == (tiny_bundle.name, tiny_bundle.hash)
     assert record["backend"]["name"] == "ort"

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import bench.run.measure
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.pipeline import load_pipeline
+from bench.commands.harness import main
 from bench.harness import overhead
 from bench.harness.overhead import bare_call, blocks, interleaved, ratios
 from bench.rows.stats import DISTURBED_CPU
@@ -233,7 +234,7 @@ def test_the_median_judges_the_overhead_and_a_record_keeps_it(
     monkeypatch.setattr(overhead, "interleaved", lambda ways, repeats, calls: found)
     out = tmp_path / "overhead.json"
     argv = ["--model", str(tiny_bundle.path), "--backend", "null", "--repeats", "3"]
-    assert overhead.main([*argv, "--out", str(out)]) == code
+    assert main(["overhead", *argv, "--out", str(out)]) == code
     assert "(quartiles -10.00% to +20.00%)" in capsys.readouterr().out
     record = json.loads(out.read_text())
     assert (record["ms_per_call"], record["within"]) == (found, code == 0)
@@ -246,7 +247,7 @@ def test_the_median_judges_the_overhead_and_a_record_keeps_it(
 @pytest.mark.parametrize("flag", ["--calls", "--repeats"])
 def test_an_overhead_of_one_is_none(flag: str) -> None:
     with pytest.raises(PreconditionError, match=f"{flag} 1 is less than 2"):
-        overhead.main([flag, "1"])
+        main(["overhead", flag, "1"])
 
 
 def test_own_work_is_not_others() -> None:

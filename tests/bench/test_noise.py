@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from made import cell, make_run, row
 
+from bench.commands.noise import main
 from bench.verdict import levels, noise
 from bench.verdict.noise import HARSH, TYPICAL, Levels, ab, compare, false_alarms, power, simulate
 from core.cli import run as shell
@@ -75,7 +76,7 @@ def test_abba_pairs_neighbours_in_alternating_order() -> None:
 
 
 def test_the_command_prints_every_rule(capsys: pytest.CaptureFixture[str]) -> None:
-    code = shell(noise.main, ["--jobs", "700", "--power-jobs", "300", "--format", "json"])
+    code = shell(main, ["--jobs", "700", "--power-jobs", "300", "--format", "json"])
     found = json.loads(capsys.readouterr().out)
     assert code == (0 if all(goal["met"] for line in found for goal in line["goals"]) else 4)
     assert {line["levels"] for line in found} == {"typical", "harsh"}
@@ -85,7 +86,7 @@ def test_the_command_prints_every_rule(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("wrong", ["--jobs 0", "--power-jobs -1", "--rounds 4", "--seed -1"])
 def test_wrong_numbers_are_refused(wrong: str) -> None:
-    assert shell(noise.main, wrong.split()) == 2
+    assert shell(main, wrong.split()) == 2
 
 
 # ---- --levels
@@ -117,7 +118,7 @@ def test_levels_of_runs_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ]
         make_run(tmp_path, rows, rounds=12)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert shell(noise.main, ["--levels", *names, "--jobs", "500", "--out", str(tmp_path)]) == 0
+    assert shell(main, ["--levels", *names, "--jobs", "500", "--runs", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "0 of 4 cells slower" in text
     assert "beyond harsh" not in text
@@ -132,9 +133,9 @@ def test_a_restless_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
         for steps in (1, 2, 4)
     ]
     name = make_run(tmp_path, rows, rounds=12).name
-    assert shell(noise.main, ["--levels", name, "--jobs", "500", "--out", str(tmp_path)]) == 5
+    assert shell(main, ["--levels", name, "--jobs", "500", "--runs", str(tmp_path)]) == 5
     assert "beyond harsh" in capsys.readouterr().out
-    assert shell(noise.main, ["--levels", name, "--jobs", "500", "--out", str(tmp_path),
+    assert shell(main, ["--levels", name, "--jobs", "500", "--runs", str(tmp_path),
                               "--format", "json"]) == 5  # fmt: skip
     found = json.loads(capsys.readouterr().out)
     assert found["runs"] == [name]
@@ -145,5 +146,5 @@ def test_a_restless_machine_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_too_few_rounds_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = make_run(tmp_path, [row(cell(), [10.0], r) for r in range(3)], rounds=3).name
-    assert shell(noise.main, ["--levels", name, "--jobs", "500", "--out", str(tmp_path)]) == 2
+    assert shell(main, ["--levels", name, "--jobs", "500", "--runs", str(tmp_path)]) == 2
     assert "--rounds 20" in capsys.readouterr().err

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.commands.roofline import main
 from bench.limits.floors import (
     call_floor_s,
     floor,
-    main,
     moved_bytes,
     of_row,
     pipelines,
@@ -238,7 +238,7 @@ def test_whole_images_take_the_evaluations_that_the_scheduler_runs() -> None:
         (["--size", "512x"], "not a size"),
         (["--size", "100x100"], "multiples of 32"),
         (["--size", "1280"], "256 to 1024"),
-        (["--batch", "0"], "less than 1"),
+        (["--batch", "0"], "at least 1"),
         (["--device", "abacus"], "abacus"),
     ],
 )
