@@ -12,11 +12,13 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from bench.rows.cell import Cell
+from bench.rows.header import Header
 from bench.rows.store import OK, RUNS, Row, RowWriter, Run, make_row
 from bench.run.arguments import AXES, check_arguments, parser, settings_of, shown
 from bench.run.plan import Candidate, Settings
@@ -74,12 +76,12 @@ def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
     )
     from bench.machine.environment import collect, git_state, with_hardware
 
-    header = {
-        "command": ["python", "-m", "bench.sweep", *shown(arguments)],
-        "settings": settings.columns(),
-        "images": not args.no_images,
-        "bundle": bundle_columns(bundle),
-        "backends": {
+    header = Header(
+        command=["python", "-m", "bench.sweep", *shown(arguments)],
+        settings=settings.columns(),
+        images=not args.no_images,
+        bundle=bundle_columns(bundle),
+        backends={
             candidate.key: {
                 "usable": candidate.found.usable,
                 "version": candidate.found.version,
@@ -88,10 +90,10 @@ def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
             }
             for candidate in candidates
         },
-        "environment": with_hardware(collect(), candidates),
+        environment=with_hardware(collect(), candidates),
         **git_state(),
-        "plan": [cell.columns() for cell in cells],
-    }
+        plan=tuple(cells),
+    )
     work = [(cell, round_) for round_ in range(settings.rounds) for cell in cells]
     return Sweep(bundle, candidates, settings, work, args.out, header)
 
@@ -132,7 +134,7 @@ class Sweep:
         settings: Settings,
         work: Sequence[tuple[Cell, int]],
         out: Path,
-        header: dict[str, Any],
+        header: Header,
         old: Run | None = None,
     ) -> None:
         self.bundle, self.settings, self.work = bundle, settings, list(work)
@@ -159,10 +161,10 @@ class Sweep:
     def describe(self) -> int:
         from bench.run.plan import estimate, load_s, past_rows
 
-        history = past_rows(self.out, self.header["environment"]["machine"])
+        history = past_rows(self.out, self.header.environment["machine"])
         surveyed = None
         if any(cell not in history for cell, _ in self.work):
-            surveyed = self.header.get("roofline") or self.survey()
+            surveyed = self.header.roofline or self.survey()
         total, bounds = 0.0, 0
         print(f"{len(self.work)} cells in {len(self.by_round())} processes, not measured now:")
         for round_, group in self.by_round():
@@ -175,7 +177,7 @@ class Sweep:
                     print(f"{line}unavailable: {candidate.found.why or candidate.found.what}")
                     continue
                 if candidate.modelled:
-                    images = self.header.get("images", True)
+                    images = self.header.images
                     print(f"{line}modelled{', its images made on this CPU' * images}")
                     continue
                 guess = estimate(cell, self.settings.rule, history, surveyed)
@@ -196,7 +198,7 @@ class Sweep:
 
         deadline = None if budget_s is None else time.monotonic() + budget_s
         if self.old is None:
-            self.header["roofline"] = self.survey() if roofline else None
+            self.header = replace(self.header, roofline=self.survey() if roofline else None)
         cards = [cell for cell, _ in self.work if self.candidates[cell.backend_text].modelled]
         self.modelled = figures_apart(cards, self.bundle) if cards else {}
         target = self.old or create_run(self.out, self.header)
@@ -236,7 +238,7 @@ class Sweep:
         from bench.run.spawn import BudgetSpentError, Job, results
 
         context = {"run": target.name, "bundle_hash": self.bundle.hash, **git_state()}
-        surveyed = self.header.get("roofline")
+        surveyed = self.header.roofline
         candidate = self.candidates[group[0].backend_text]
         context["provenance"] = candidate.provenance
         if not candidate.found.usable or candidate.backend is None:
@@ -244,7 +246,7 @@ class Sweep:
         else:
             if candidate.modelled and group[0] not in self.modelled:  # not by `run`
                 self.modelled |= figures_apart(group, self.bundle)
-            known = without_worker(self.modelled, group, self.header.get("images", True))
+            known = without_worker(self.modelled, group, self.header.images)
         if known or candidate.backend is None:
             for cell in group:
                 row = make_row(cell, round_, context, known[cell])

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.rows.cell import Cell
+from bench.rows.header import Header
 from bench.rows.store import RUNS, Row, RowWriter, Run, create_run, make_row
 from bench.run.arguments import AXES, calls, count, positive, shown
 from bench.sweep import bundle_columns, interrupt, unavailable
@@ -263,11 +264,11 @@ class Duel:
 
         environment = with_hardware(collect(), self.candidates.values())
         for side, bundle in zip(self.pair, self.bundles, strict=True):
-            header = {
-                "command": ["python", "-m", "bench.commands.ab", *shown(arguments)],
-                "settings": self.settings.columns(),
-                "bundle": bundle_columns(bundle),
-                "backends": {
+            header = Header(
+                command=["python", "-m", "bench.commands.ab", *shown(arguments)],
+                settings=self.settings.columns(),
+                bundle=bundle_columns(bundle),
+                backends={
                     key: {
                         "usable": candidate.found.usable,
                         "version": candidate.found.version,
@@ -275,12 +276,13 @@ class Duel:
                     }
                     for key, candidate in self.candidates.items()
                 },
-                "environment": environment | self.versions(side),
-                "git_commit": side.commit,
-                "git_dirty": False,
-                "plan": [cell.columns() for cell in cells],
-                "ab": {"side": side.name, "commits": [each.commit for each in self.pair]},
-            }
+                environment=environment | self.versions(side),
+                git_commit=side.commit,
+                git_dirty=False,
+                plan=tuple(cells),
+                ab={"side": side.name, "commits": [each.commit for each in self.pair]},
+                unsaid=frozenset({"images", "roofline"}),
+            )
             self.runs.append(create_run(out, header))
             self.writers.append(stack.enter_context(RowWriter(self.runs[-1].path)))
 

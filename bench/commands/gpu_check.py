@@ -24,6 +24,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -264,8 +265,8 @@ def unfinished(out: Path, arguments: Sequence[str], bundle: Bundle) -> Run | Non
             found = open_run(name, out)
         except AddbenchError:
             continue
-        if found.header.get("command") == header_command(arguments):
-            same = found.header["bundle"]["hash"] == bundle.hash
+        if found.header.command == header_command(arguments):
+            same = found.header.bundle["hash"] == bundle.hash
             return found if same and found.missing() else None
     return None
 
@@ -315,7 +316,7 @@ def planned(
         else ["--min-samples", str(args.min_samples), "--min-time", "2", "--max-time", "20"]
     )
     made = plan_new(sweep_parser().parse_args(words), words)
-    made.header["command"] = header_command(arguments)
+    made.header = replace(made.header, command=header_command(arguments))
     return made
 
 
@@ -346,7 +347,7 @@ def conclude(
     for name in bad:
         print(f"{name}: {results.get(name, {}).get('status', 'missing')}", file=sys.stderr)
     if target.missing(rows):
-        print(f"go on with: {' '.join(target.header['command'])}", file=sys.stderr)
+        print(f"go on with: {' '.join(target.header.command)}", file=sys.stderr)
     return EXIT_FAILED if bad or code != EXIT_OK else EXIT_OK
 
 

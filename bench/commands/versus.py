@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -184,7 +185,8 @@ def side_plan(
         setattr(asked, name, usual if given is None else given)
     asked.out = args.out
     made = sweep.plan_new(asked, [])
-    made.header["command"] = ["python", "-m", "bench.commands.versus", *shown(arguments)]
+    command = ["python", "-m", "bench.commands.versus", *shown(arguments)]
+    made.header = replace(made.header, command=command)
     cells = cells_of(made)
     if len({cell.group for cell in cells}) > 1 or (side == BASE and len(cells) > 1):
         raise PreconditionError(
@@ -196,7 +198,7 @@ def side_plan(
 
 
 def cells_of(side: Sweep) -> list[Cell]:
-    return [Cell.of(columns) for columns in side.header["plan"]]
+    return list(side.header.plan)
 
 
 def planned(args: argparse.Namespace, arguments: Sequence[str]) -> Versus:
@@ -210,12 +212,13 @@ def planned(args: argparse.Namespace, arguments: Sequence[str]) -> Versus:
             "for two revisions of the code use `addbench ab`",
         )
     for side, sweep in enumerate(sides):
-        sweep.header["versus"] = {
+        about = {
             "side": NAMES[side],
             "pair": args.pair,
             "arguments": shown(words[side]),
             "gflop": gflop(sweep),
         }
+        sweep.header = replace(sweep.header, versus=about)
     made = Versus(sides)
     made.choose(args.long_call or LONG_CALL_S, survey=not args.dry_run)
     return made
@@ -263,7 +266,7 @@ def reopened(args: argparse.Namespace, arguments: Sequence[str]) -> Versus:
     left = [unfinished(target) for target in runs]
     if not any(left):
         return Versus([], runs)
-    words = [target.header["versus"]["arguments"] for target in runs]
+    words = [(target.header.versus or {})["arguments"] for target in runs]
     if args.base:
         words = [side_arguments(spec, args) for spec in specs_of(args)]
     try:
@@ -278,15 +281,15 @@ def reopened(args: argparse.Namespace, arguments: Sequence[str]) -> Versus:
         refuse_changes(
             target.name,
             [
-                ("the bundle's hash", was["bundle"]["hash"][:12], now["bundle"]["hash"][:12]),
-                ("the plan", was["plan"], now["plan"]),
+                ("the bundle's hash", was.bundle["hash"][:12], now.bundle["hash"][:12]),
+                ("the plan", was.plan, now.plan),
                 *(
-                    (f"the {name}", was["environment"][name], now["environment"][name])
+                    (f"the {name}", was.environment[name], now.environment[name])
                     for name in ("machine", "versions")
                 ),
             ],
         )
-        side.header, side.settings = was, Settings.of(was["settings"])
+        side.header, side.settings = was, Settings.of(was.settings)
         side.work = work
     return Versus(sides, runs)
 
@@ -303,7 +306,7 @@ class Versus:
         if sides:
             from bench.run.plan import past_rows
 
-            self.history = past_rows(sides[0].out, sides[0].header["environment"]["machine"])
+            self.history = past_rows(sides[0].out, sides[0].header.environment["machine"])
 
     def choose(self, long_call_s: float, *, survey: bool) -> None:
         """Measure the ceilings, and make a side one sample whose longest call is expected to take
@@ -311,10 +314,10 @@ class Versus:
         for side in self.sides:
             cells = cells_of(side)
             if survey or any(cell not in self.history for cell in cells):
-                side.header["roofline"] = side.survey()
+                side.header = replace(side.header, roofline=side.survey())
             if max(self.call_s(side, cell) for cell in cells) > long_call_s:
                 side.settings, side.work = SINGLE, [(cell, 0) for cell in cells]
-                side.header["settings"] = SINGLE.columns()
+                side.header = replace(side.header, settings=SINGLE.columns())
 
     def call_s(self, side: Sweep, cell: Cell) -> float:
         """Seconds of a call, expected."""
@@ -325,7 +328,7 @@ class Versus:
     def guess(self, side: Sweep, cell: Cell, settings: Settings) -> Estimate:
         from bench.run.plan import estimate
 
-        return estimate(cell, settings.rule, self.history, side.header.get("roofline"))
+        return estimate(cell, settings.rule, self.history, side.header.roofline)
 
     def order(self) -> list[tuple[int, int, list[Cell]]]:
         """(side, round, its cells) of what is left, in the order of measurement."""
@@ -392,8 +395,8 @@ class Versus:
         """A run for each side; the head's, which names the base's, is the latest."""
         base, head = self.sides
         self.runs = [create_run(base.out, base.header)]
-        head.header["versus"]["base"] = self.runs[BASE].name
-        self.runs.append(create_run(head.out, head.header))
+        about = {**(head.header.versus or {}), "base": self.runs[BASE].name}
+        self.runs.append(create_run(head.out, replace(head.header, versus=about)))
 
 
 if __name__ == "__main__":

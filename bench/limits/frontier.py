@@ -128,7 +128,7 @@ def found_in(runs: Sequence[Run]) -> list[Found]:
     """Cells at the conditions of the chart that were measured and are ok, the newest run last."""
     size = "{}x{}".format(*SIZE)
     return [
-        Found(hardware_of(run.header["environment"], line.cell.device), run.name, line)
+        Found(hardware_of(run.header.environment, line.cell.device), run.name, line)
         for run in sorted(runs, key=lambda one: one.name)
         for line in by_cell([row for row in run.rows() if row["provenance"] == MEASURED])
         if line.good

@@ -185,7 +185,7 @@ def measured(runs: Iterable[Run]) -> list[Ours]:
                 continue  # a scripted device
             found.append(
                 Ours(
-                    hardware_of(run.header["environment"], cell.device),
+                    hardware_of(run.header.environment, cell.device),
                     cell,
                     run.name,
                     median_or_none([row["median_ms"] for row in rows]) or 0.0,

@@ -13,17 +13,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from bench.rows.cell import KEY_COLUMNS, LATER, Cell
-from bench.rows.types import Types, header_fault
+from bench.rows.header import HEADER, SCHEMA, Header
+from bench.rows.types import Types
 from core.errors import AddbenchError, PreconditionError, no_text
-from core.files import ROOT, build_root, fsync_folder, read_json, write_json
+from core.files import ROOT, build_root, fsync_folder, write_json
 
-SCHEMA = 1
-HEADER, ROWS = "header.json", "rows.jsonl"
+ROWS = "rows.jsonl"
 LATEST = "latest"
 RUNS = ROOT / "results" / "runs"
 
@@ -289,19 +289,19 @@ class Run:
     """A run folder and its header."""
 
     path: Path
-    header: dict[str, Any]
+    header: Header
 
     @property
     def name(self) -> str:
-        return str(self.header["run"])
+        return self.header.run
 
     @property
     def plan(self) -> list[Cell]:
-        return [Cell.of(columns) for columns in self.header["plan"]]
+        return list(self.header.plan)
 
     @property
     def rounds(self) -> int:
-        return int(self.header["settings"]["rounds"])
+        return self.header.rounds
 
     def all_rows(self) -> list[Row]:
         return read_rows(self.path / ROWS) if (self.path / ROWS).exists() else []
@@ -320,7 +320,7 @@ class Run:
         ]
 
 
-def create_run(out: Path, header: Mapping[str, Any]) -> Run:
+def create_run(out: Path, header: Header) -> Run:
     """A new run folder below `out`, named by time, so that the last by name is the latest.
 
     The folder appears with its header in it, and never takes another's place.
@@ -332,8 +332,8 @@ def create_run(out: Path, header: Mapping[str, Any]) -> Run:
         now = time.time()
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
         name = f"{stamp}-{int(now % 1 * 1000):03d}-{secrets.token_hex(2)}"
-        complete = {"schema": SCHEMA, "run": name, "created_utc": now_utc(), **header}
-        write_json(scratch / HEADER, complete)
+        complete = replace(header, run=name, created_utc=now_utc())
+        write_json(scratch / HEADER, complete.as_json())
         try:
             os.rename(scratch, out / name)
         except OSError:
@@ -371,25 +371,4 @@ def open_run(text: str, out: Path = RUNS) -> Run:
             f"there is no {HEADER} in {path}",
             f"pass a run folder, `{LATEST}`, or one of: {', '.join(run_names(out)[-5:]) or '-'}",
         )
-    header = read_json(path / HEADER)
-    schema = header.get("schema") if isinstance(header, dict) else None
-    if schema != SCHEMA:
-        raise PreconditionError(
-            f"{path / HEADER} has schema {schema!r}",
-            f"this version reads and writes schema {SCHEMA}",
-            "use the version that wrote it, or sweep again",
-        )
-    if why := no_text(json.dumps(header, ensure_ascii=False)):
-        raise PreconditionError(
-            f"the header of run {path.name} is not valid text",
-            why,
-            "restore the file, or take runs that addbench sweep, ab or versus made",
-        )
-    fault = header_fault(header)
-    if fault:
-        raise PreconditionError(
-            f"the header of run {path.name} has no {fault}",
-            "it was not written by addbench sweep, or was edited",
-            "take runs that addbench sweep, ab or versus made",
-        )
-    return Run(path, header)
+    return Run(path, Header.read(path / HEADER))

@@ -1,4 +1,4 @@
-"""What a reader holds a run against: the JSON type of every column, what a header must say.
+"""What a reader holds a run against: the JSON type of every column,
 
 A column that is not named here is a number or null.
 """
@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from operator import itemgetter
 from typing import Any
-
-from bench.rows.cell import KEY_COLUMNS, LATER
 
 TEXT = ("row", "run", "status", "provenance", "model", "weights", "backend", "options", "device",
         "precision", "storage", "size", "decoder", "scheduler", "guidance_mode", "stages_from",
@@ -37,17 +35,6 @@ NEVER_NULL = ("schema", "row", "run", "round", "status", "provenance", "model", 
               "steps", "scheduler", "guidance", "guidance_mode", "low_memory",
               *LISTS)  # fmt: skip
 LEAST = {"round": 0, "batch": 1, "steps": 1}
-HEADER = {
-    "run": (str, ()),
-    "command": (list, ()),
-    "settings": (dict, ("rounds", "min_samples", "min_time", "max_time")),
-    "bundle": (dict, ("name", "weights", "dtype", "hash")),
-    "backends": (dict, ()),
-    "environment": (dict, ("machine", "cpu", "cores_allowed", "cores_physical", "memory_gb", "os",
-                           "python", "versions")),
-    "plan": (list, ()),
-}  # fmt: skip
-"""What every reader of a run takes from its header: field -> (type, names in it)."""
 WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false",
          list: "a list", dict: "an object", type(None): "null"}  # fmt: skip
 
@@ -61,32 +48,6 @@ def allowed(column: str) -> tuple[type, ...]:
         if column in names:
             found = types
     return found if column in NEVER_NULL else (*found, type(None))
-
-
-def header_fault(header: Mapping[str, Any]) -> str | None:
-    """What a header lacks, or has as something else; None for nothing."""
-    for field, (kind, names) in HEADER.items():
-        if not isinstance(header.get(field), kind):
-            return f"{field} ({WORDS[kind]})"
-        for name in names:
-            if name not in header[field]:
-                return f"{field}.{name}"
-    if type(header["settings"]["rounds"]) is not int:
-        return f"settings.rounds ({WORDS[int]})"
-    known = set()
-    for place, cell in enumerate(header["plan"]):
-        if not isinstance(cell, dict):
-            return f"plan[{place}] ({WORDS[dict]})"
-        kinds = (*cell, *map(type, cell.values()))
-        if kinds in known:
-            continue
-        for column in KEY_COLUMNS:
-            if column not in LATER and column not in cell:
-                return f"plan[{place}].{column}"
-            if column in cell and type(cell[column]) not in allowed(column):
-                return f"plan[{place}].{column} ({WORDS[allowed(column)[-1]]})"
-        known.add(kinds)
-    return None
 
 
 class Types:

@@ -231,7 +231,7 @@ def past_rows(out: Path, machine: str, newest: int = 20) -> dict[Cell, Row]:
     for name in run_names(out)[-newest:]:
         try:
             run = open_run(name, out)
-            if run.header["environment"]["machine"] != machine:
+            if run.header.environment["machine"] != machine:
                 continue
             known |= {Cell.of(row): row for row in run.rows() if is_timed(row)}
         except (AddbenchError, KeyError):

@@ -49,21 +49,21 @@ def reopen(args: argparse.Namespace) -> Rest:
             f"drop {flag}, or start a new run",
         )
     old = open_run(args.resume, args.out)
-    if "versus" in old.header:
+    if old.header.versus is not None:
         raise PreconditionError(
             f"run {old.name} is one side of a pair",
             "finished on its own it would not be interleaved with the other",
             f"addbench versus --resume {old.name}",
         )
-    if not old.header.get("images", True):
+    if not old.header.images:
         raise PreconditionError(
             f"run {old.name} is modelled without images",
             "all of it takes seconds, and nothing in it can be lost",
-            "start it again: " + " ".join(map(str, old.header["command"])),
+            "start it again: " + " ".join(map(str, old.header.command)),
         )
-    made = old.header["bundle"]
-    settings = Settings.of(old.header["settings"])
-    candidates = probe(list(old.header["backends"]))
+    made = old.header.bundle
+    settings = Settings.of(old.header.settings)
+    candidates = probe(list(old.header.backends))
     bundle = find_bundle(
         args.model or made["name"],
         args.weights or (None if args.model else made["weights"]),
@@ -71,7 +71,7 @@ def reopen(args: argparse.Namespace) -> Rest:
         image_size(old.plan[0].size),
     )
     here = collect()
-    known = old.header["environment"]
+    known = old.header.environment
     refuse_changes(
         old.name,
         [
@@ -81,7 +81,7 @@ def reopen(args: argparse.Namespace) -> Rest:
             *axis_changes(args, old, settings),
         ],
     )
-    began, now = old.header["git_commit"], git_state()["git_commit"]
+    began, now = old.header.git_commit, git_state()["git_commit"]
     if began != now:  # a commit may have changed nothing that is measured
         note = (
             f"note: run {old.name} began at commit {began}, this is {now}; each row names its own"
@@ -141,7 +141,7 @@ def axis_changes(
 def open_pair(text: str, out: Path) -> list[Run]:
     """The runs of base and head of `addbench versus`, from either one's name."""
     found = open_run(text, out)
-    said = found.header.get("versus")
+    said = found.header.versus
     if said is None:
         raise PreconditionError(
             f"run {found.name} is not of bench.commands.versus",
@@ -152,7 +152,7 @@ def open_pair(text: str, out: Path) -> list[Run]:
         return [open_run(said["base"], found.path.parent), found]
     for name in run_names(found.path.parent):
         head = open_run(name, found.path.parent)
-        if head.header.get("versus", {}).get("base") == found.name:
+        if (head.header.versus or {}).get("base") == found.name:
             return [found, head]
     raise PreconditionError(
         f"run {found.name} is the base of a pair whose head is gone",

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.rows.cell import LATER
-from bench.rows.store import COLUMNS, HEADER, LATEST, ROWS, RUNS, Row, Run, open_run
+from bench.rows.header import HEADER, Header
+from bench.rows.store import COLUMNS, LATEST, ROWS, RUNS, Row, Run, open_run
 from bench.rows.summary import CellRounds, by_cell
 from bench.rows.types import TEXT, TRUTH, WHOLE
 from bench.verdict.compare import gather
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 MODELLED_STAGES = ("text", "unet_step", "decode", "rest")
 
 
-def schema(header: dict[str, Any]) -> pyarrow.Schema:
+def schema(header: Header) -> pyarrow.Schema:
     """The type of every column. Whatever is neither text, whole, true nor nested is a float.
 
     Types are stated, not found: a run in which all p90 are null still has a column of numbers.
@@ -88,7 +89,7 @@ def schema(header: dict[str, Any]) -> pyarrow.Schema:
         **dict.fromkeys(TRUTH, pa.bool_()),
     }
     fields = [(name, nested.get(name) or plain.get(name, number)) for name in COLUMNS]
-    return pa.schema(fields, metadata={"header": json.dumps(header)})
+    return pa.schema(fields, metadata={"header": json.dumps(header.as_json())})
 
 
 def parquet(target: Run) -> bytes:

@@ -86,7 +86,7 @@ def figure(target: Run, rows: Sequence[Row], axis: str = "steps") -> Figure | No
 
 def heading(drawn: Figure, target: Run, rows: Sequence[Row], height: float) -> None:
     first = rows[0]
-    machine = target.header["environment"]
+    machine = target.header.environment
     below = f"{machine['cpu']}, {machine['cores_allowed']} cores; end to end, warm; {target.name}"
     if all(row["provenance"] == MODELLED for row in rows):
         cards = ", ".join(dict.fromkeys(row["device"] for row in rows))

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.rows.header import HEADER
 from bench.rows.store import (
     ABSOLUTE_PATH,
-    HEADER,
     OK,
     ROWS,
     RUNS,
@@ -84,7 +84,7 @@ def copied(target: Run, results: Path) -> dict[Path, bytes]:
         raise PreconditionError(
             f"run {target.name} has no row that is ok", "there is nothing to show", "sweep again"
         )
-    for text in (*private(target.header), *private(rows)):
+    for text in (*private(target.header.as_json()), *private(rows)):
         raise PreconditionError(
             f"run {target.name} holds a path of this machine: {text[:200]!r}",
             "published rows go to everyone",
@@ -94,7 +94,7 @@ def copied(target: Run, results: Path) -> dict[Path, bytes]:
     if target.path.resolve() == folder.resolve():  # published again as it lies there
         return {folder / name: (folder / name).read_bytes() for name in (ROWS, HEADER)}
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    return {folder / ROWS: lines.encode(), folder / HEADER: json_bytes(target.header)}
+    return {folder / ROWS: lines.encode(), folder / HEADER: json_bytes(target.header.as_json())}
 
 
 def publish(targets: Sequence[Run], results: Path, pages: Sequence[Path]) -> list[str]:
@@ -146,7 +146,7 @@ def derive(results: Path, into: Path) -> Drawn:
         write_atomic(into / "tables" / f"{name}.csv", table.csv(rows))
         plot.draw(target, rows, into / "plots" / name)
         brief = table.markdown(target, rows, brief=True)
-        base = (target.header.get("versus") or {}).get("base")
+        base = (target.header.versus or {}).get("base")
         if base and (published / base / HEADER).exists():
             brief = speedup.markdown(speedup.result(open_run(base, published), target))
             write_atomic(into / "tables" / f"{name}-versus.md", brief)
@@ -160,7 +160,7 @@ def derive(results: Path, into: Path) -> Drawn:
 
 def newest_sweep(runs: Sequence[Run]) -> str | None:
     """What a block without a name shows: a sweep, not one side of a comparison."""
-    names = [run.name for run in runs if "versus" not in run.header]
+    names = [run.name for run in runs if run.header.versus is None]
     return max(names, default=None)
 
 

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets = [open_run(name, args.folder) for name in args.runs]
     machines = {
         (found["cpu"], found["cores_allowed"])
-        for found in (target.header["environment"] for target in targets)
+        for found in (target.header.environment for target in targets)
     }
     if len(machines) > 1:
         raise PreconditionError(

@@ -52,7 +52,7 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    surveyed = target.header.get("roofline")
+    surveyed = target.header.roofline
     found = points(by_cell(rows))
     if not surveyed or not found:
         raise PreconditionError(
@@ -87,7 +87,7 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
         )  # fmt: skip
         drawn.text(
             0.12 / width, 1 - 0.51 / height,
-            f"{target.header['environment']['cpu']}; ceilings {provenance} in this run;"
+            f"{target.header.environment['cpu']}; ceilings {provenance} in this run;"
             " floors of direct algorithms",
             va="top", color="#555555",
         )  # fmt: skip

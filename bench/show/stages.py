@@ -100,7 +100,7 @@ COLUMNS = (
 
 def stages_of(target: Run, rows: Sequence[Row]) -> list[Stage]:
     """Stages in the order of the pipeline, in each the cells in the order of the run."""
-    surveyed = target.header.get("roofline")
+    surveyed = target.header.roofline
     ceilings = ceilings_of(surveyed) if surveyed else {}
     found: dict[tuple[Any, ...], list[CellRounds]] = {}
     for line in by_cell(rows):

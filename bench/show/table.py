@@ -41,11 +41,11 @@ def conditions(target: Run, lines: Sequence[CellRounds]) -> list[str]:
     _, above = columns_for(lines)
     shared = [f"{column.header} {column.text(lines[0])}" for column in above]
     if all(line.provenance == MODELLED for line in lines):
-        made = [f"Images: {target.header['environment']['cpu']}, FP16 between the parts."]
+        made = [f"Images: {target.header.environment['cpu']}, FP16 between the parts."]
         return [f"{'; '.join(shared)}.", "", MODELLED_WORDS] + (
-            ["", *made] if target.header.get("images", True) else []
+            ["", *made] if target.header.images else []
         )
-    machine, rule = target.header["environment"], target.header["settings"]
+    machine, rule = target.header.environment, target.header.settings
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
     rounds = rule["rounds"]
     sampled = (

@@ -156,14 +156,14 @@ def unusable(base: Cells, head: Cells) -> tuple[str, str]:
 
 def accelerators(target: Run) -> dict[str, str]:
     """Device of the rows -> the driver's name for it."""
-    found: dict[str, str] = target.header["environment"].get("accelerators") or {}
+    found: dict[str, str] = target.header.environment.get("accelerators") or {}
     return found
 
 
 def machine_of(target: Run) -> tuple[str, dict[str, str]]:
     """What tells machines apart. The hash knows CPU and installation: where containers come and
     go, the GPU behind the same two may be another."""
-    return target.header["environment"]["machine"], accelerators(target)
+    return target.header.environment["machine"], accelerators(target)
 
 
 def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
@@ -180,7 +180,7 @@ def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
             "name two runs",
         )
     models = [
-        " ".join(str(target.header["bundle"][name]) for name in ("name", "weights", "dtype"))
+        " ".join(str(target.header.bundle[name]) for name in ("name", "weights", "dtype"))
         for target in (base, head)
     ]
     if models[0] != models[1]:
@@ -192,7 +192,7 @@ def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
     one_machine = machine_of(base) == machine_of(head)
     if not one_machine and not allow_other_machine:
         names = [
-            " and ".join([target.header["environment"]["cpu"], *accelerators(target).values()])
+            " and ".join([target.header.environment["cpu"], *accelerators(target).values()])
             for target in (base, head)
         ]
         raise PreconditionError(
@@ -209,15 +209,15 @@ def notes_on(base: Run, head: Run, one_machine: bool) -> list[str]:
     if not one_machine:
         notes.append("the runs are from different machines: no verdict here is a regression")
     for name in CONDITIONS:
-        was, now = (target.header["environment"].get(name) for target in (base, head))
+        was, now = (target.header.environment.get(name) for target in (base, head))
         if was != now:
             notes.append(f"{name} differs: {difference(was, now)}")
-    if (was := base.header.get("settings")) != (now := head.header.get("settings")):
+    if (was := base.header.settings) != (now := head.header.settings):
         notes.append(f"settings differ: {difference(was, now)}")
-    if base.header["bundle"].get("hash") != head.header["bundle"].get("hash"):
+    if base.header.bundle.get("hash") != head.header.bundle.get("hash"):
         notes.append("the bundles differ in content: what was exported changed")
     for side, target in (("BASE", base), ("HEAD", head)):
-        if target.header.get("git_dirty"):
+        if target.header.git_dirty:
             notes.append(f"{side} was measured with uncommitted changes")
     hours = apart_h(base, head)
     if hours is not None and hours > FAR_APART_H:
@@ -254,7 +254,7 @@ def difference(was: Any, now: Any) -> str:
 def apart_h(base: Run, head: Run) -> float | None:
     """Hours between the starts of two runs; None where a header does not say."""
     try:
-        was, now = (datetime.fromisoformat(each.header["created_utc"]) for each in (base, head))
+        was, now = (datetime.fromisoformat(each.header.created_utc) for each in (base, head))
         return abs((now - was).total_seconds()) / 3600
     except (KeyError, TypeError, ValueError):
         return None

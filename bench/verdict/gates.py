@@ -11,7 +11,8 @@ from typing import Any
 
 from backends.base import Shapes, parse_backend
 from backends.check.parity import check
-from bench.rows.store import COLUMNS, FLAGS, SCHEMA, STATUSES
+from bench.rows.header import SCHEMA
+from bench.rows.store import COLUMNS, FLAGS, STATUSES
 from export.bundle import Bundle
 
 STEPS = (1, 2, 4)

@@ -63,7 +63,7 @@ def earlier_runs(target: Run, out: Path) -> Sequence[tuple[str, Mapping[Cell, Ce
             continue
         try:
             run = open_run(name, out)
-            if machine_of(run) == machine and "ab" not in run.header:
+            if machine_of(run) == machine and run.header.ab is None:
                 found.append((name, gather(run.all_rows(), name)))
         except AddbenchError as error:
             print(f"left out: {name}: {error.what} ({error.why})", file=sys.stderr)

@@ -174,7 +174,7 @@ def report(targets: Sequence[Run], jobs: int, seed: int) -> dict[str, Any]:
     judged = {each.name: verdicts for each in panels if (verdicts := self_test(each)) is not None}
     return {
         "runs": [target.name for target in targets],
-        "environment": targets[0].header["environment"],
+        "environment": targets[0].header.environment,
         "rounds": [len(each.log_ms) for each in panels],
         "cells": [asdict(cell) for cell in panels[0].cells],
         "jobs": jobs,

@@ -156,7 +156,7 @@ class Speedup:
 
 def hardware_words(target: Run, side: Side) -> str:
     """What a side ran on."""
-    environment, device = target.header["environment"], side.line.cell.device
+    environment, device = target.header.environment, side.line.cell.device
     words = str(hardware_of(environment, device))
     return f"{words}, {environment['cores_allowed']} cores" if device == "cpu" else words
 
@@ -164,7 +164,7 @@ def hardware_words(target: Run, side: Side) -> str:
 def result(base: Run, head: Run) -> Speedup:
     """From the headers and rows of the two runs alone."""
     (first,), heads = sides_of(base), sides_of(head)
-    said = head.header["versus"]
+    said = head.header.versus or {}
     pair = PAIRS.get(said["pair"])
     places = [hardware_words(base, first), *(hardware_words(head, side) for side in heads)]
     hardware = " / ".join(dict.fromkeys(places))
@@ -188,7 +188,7 @@ def result(base: Run, head: Run) -> Speedup:
 
 def sides_of(target: Run) -> list[Side]:
     """A side for each planned cell, with the rows it has."""
-    rows, said = target.rows(), target.header["versus"]
+    rows, said = target.rows(), target.header.versus or {}
     lines = {line.cell: line for line in by_cell(rows)}
     missing = [cell for cell, _ in target.missing(rows)]
     found = []

@@ -137,7 +137,7 @@ def test_a_sweep_gives_numerics_and_no_time(emulated_run: Run) -> None:
     assert {name: row[name] for name in FIGURES if name not in NUMERICS} == {
         name: empty for name, empty in FIGURES.items() if name not in NUMERICS
     }
-    assert emulated_run.header["roofline"] is None
+    assert emulated_run.header.roofline is None
     table = (emulated_run.path / "table.md").read_text()
     assert "provenance emulated" in table
     assert EMULATED_WORDS in table

@@ -10,6 +10,7 @@ from typing import Any
 
 from bench.rows import stats
 from bench.rows.cell import Cell
+from bench.rows.header import Header
 from bench.rows.store import ROWS, Row, Run, create_run, make_row
 
 
@@ -58,18 +59,18 @@ def row(of: Cell, samples: Sequence[float], round_: int = 0, **columns: Any) -> 
 def make_run(out: Path, rows: Sequence[Row], rounds: int = 1) -> Run:
     """A run folder with these rows, its plan made of their cells."""
     plan = list(dict.fromkeys(Cell.of(one) for one in rows))
-    header = {
-        "command": ["python", "-m", "bench.sweep"],
-        "settings": {
+    header = Header(
+        command=["python", "-m", "bench.sweep"],
+        settings={
             "rounds": rounds,
             "min_samples": 3,
             "min_time": 0.1,
             "max_time": 5.0,
             "warmup": 1,
         },
-        "bundle": {"name": "tiny-sdxl", "weights": "random", "dtype": "fp16", "hash": "1" * 64},
-        "backends": {},
-        "environment": {
+        bundle={"name": "tiny-sdxl", "weights": "random", "dtype": "fp16", "hash": "1" * 64},
+        backends={},
+        environment={
             "cpu": "A CPU",
             "machine": "0" * 12,
             "cores_allowed": 2,
@@ -79,8 +80,9 @@ def make_run(out: Path, rows: Sequence[Row], rounds: int = 1) -> Run:
             "python": "3.11.0",
             "versions": {"torch": "2.13.0"},
         },
-        "plan": [one.columns() for one in plan],
-    }
+        plan=tuple(plan),
+        unsaid=frozenset({"git_commit", "git_dirty", "images", "roofline"}),
+    )
     made = create_run(out, header)
     (made.path / ROWS).write_text("".join(json.dumps(one) + "\n" for one in rows))
     return made

@@ -249,7 +249,7 @@ def test_a_slower_revision_is_a_regression(ab: Any, tmp_path: Path) -> None:
     assert [line["verdict"] for line in outcome["cells"]] == ["slower", "slower"]
     assert outcome["cells"][0]["ratio"] == pytest.approx(3, rel=0.2)
     runs = [open_run(name, tmp_path / "runs") for name in run_names(tmp_path / "runs")]
-    assert [run.header["ab"]["side"] for run in runs] == ["base", "head"]
+    assert [(run.header.ab or {})["side"] for run in runs] == ["base", "head"]
     assert [len(run.all_rows()) for run in runs] == [20, 20]  # five rounds, and five again
     medians = [run.rows()[0]["median_ms"] for run in runs]
     assert medians[0] == pytest.approx(20, rel=0.25)
@@ -383,7 +383,7 @@ def test_other_constraints_get_an_environment_each(ab: Any, scratch: Path, tmp_p
     assert len(list((tmp_path / "work").glob("env-*/.complete"))) == 2
     runs = [open_run(name, tmp_path / "runs") for name in run_names(tmp_path / "runs")]
     # What the sides' environments hold, and not what this one does.
-    assert [run.header["environment"]["versions"] for run in runs] == [{}, {}]
+    assert [run.header.environment["versions"] for run in runs] == [{}, {}]
     shutil.rmtree(tmp_path / "work")
     git(scratch, "worktree", "prune")
 

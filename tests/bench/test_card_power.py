@@ -203,7 +203,7 @@ def test_measured_rows_of_a_card_judge_the_claim_and_show_their_joules(
               precision="fp16", size="512x512", batch=4, steps=1)  # fmt: skip
     made = make_run(tmp_path, [row(of, [180.0] * 3, period_ms=170.0, energy_j=20.0)])
     assert judge(claim, [claim], measured([made])).verdict == "consistent", "by the model"
-    environment = made.header["environment"]
+    environment = made.header.environment
     candidates = probe(["qaic:device=0-3"])
     environment |= with_hardware({**environment, "accelerators": {}}, candidates)
     found = judge(claim, [claim], measured([made]))

@@ -47,7 +47,7 @@ def test_figures_without_bundle_or_images(without_bundle: Run) -> None:
     rows = without_bundle.rows()
     assert len(rows) == 3 * 3 * 2 * 2
     assert {each["device"] for each in rows} == set(NAMES)
-    assert without_bundle.header["images"] is False
+    assert without_bundle.header.images is False
     for each in rows:
         assert (each["status"], each["provenance"]) == ("ok", "modelled")
         assert (each["weights"], each["bundle_hash"]) == ("none", "")
@@ -91,7 +91,7 @@ def test_every_figure_is_labelled(
     for column in ("low (ms)", "high (ms)", "high, switching (ms)", "images/J at TDP"):
         assert column in header
     assert "samples" not in header
-    assert without_bundle.header["environment"]["cpu"] not in text
+    assert without_bundle.header.environment["cpu"] not in text
     table.show(without_bundle, rows, width=300)
     assert "modelled" in capsys.readouterr().out
 

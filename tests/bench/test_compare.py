@@ -14,6 +14,7 @@ from made import cell, make_run, row
 
 from bench.commands.compare import main
 from bench.rows.cell import Cell
+from bench.rows.header import Header
 from bench.rows.store import HEADER, ROWS, Row, Run
 from bench.verdict import compare
 from core.cli import run as shell
@@ -40,7 +41,7 @@ def changed(run: Run, **fields: Any) -> Run:
     for name, value in fields.items():
         header[name] = header.get(name, {}) | value if isinstance(value, dict) else value
     (run.path / HEADER).write_text(json.dumps(header))
-    return Run(run.path, header)
+    return Run(run.path, Header.of(header))
 
 
 class Compared:

@@ -10,6 +10,7 @@ import pytest
 from made import cell, make_run, row
 
 from bench.rows.cell import KEY_COLUMNS, LATER, Cell
+from bench.rows.header import Header
 from bench.rows.store import ROWS, Run, open_run
 from bench.rows.summary import by_cell
 from bench.run.plan import default_steps, make_cells, probe
@@ -53,10 +54,9 @@ def test_rows_from_before_guidance_are_read_as_without(tmp_path: Path) -> None:
     file = made.path / ROWS
     old = [{k: v for k, v in one.items() if k not in LATER} for one in made.all_rows()]
     file.write_text("".join(json.dumps(one) + "\n" for one in old))
-    header = made.header | {
-        "plan": [{k: v for k, v in one.items() if k not in LATER} for one in made.header["plan"]]
-    }
-    again = Run(made.path, header)
+    header = made.header.as_json()
+    plan = [{k: v for k, v in one.items() if k not in LATER} for one in header["plan"]]
+    again = Run(made.path, Header.of(header | {"plan": plan}))
     assert [Cell.of(one) for one in again.rows()] == made.plan == again.plan
     assert again.missing() == []
     assert {(one["guidance"], one["guidance_mode"]) for one in again.rows()} == {(0.0, "none")}

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -218,7 +219,8 @@ def test_parity_is_of_the_bundle_that_was_measured(
         if file.name != PARITY:
             (home / file.name).symlink_to(file)
     assert "the bundle here is not the one that was measured" in render(made)
-    made.header["bundle"]["hash"] = tiny_bundle.hash
+    bundle = {**made.header.bundle, "hash": tiny_bundle.hash}
+    made = replace(made, header=replace(made.header, bundle=bundle))
     assert "parity has not been run on this bundle" in render(made)
     record = json.loads((tiny_bundle.path / PARITY).read_text())
     (home / PARITY).write_text(json.dumps(record))

@@ -272,7 +272,7 @@ def test_nothing_in_the_roofline_covers_another_or_is_cut_off(tmp_path: Path) ->
     ]
     run = make_run(tmp_path, rows)
     survey = {"ceilings": [Ceilings("cpu", peaks, 35.0, "measured").columns()]}
-    drawn = figure(replace(run, header=run.header | {"roofline": survey}), rows)
+    drawn = figure(replace(run, header=replace(run.header, roofline=survey)), rows)
     canvas = FigureCanvasAgg(drawn)
     canvas.draw()
     (axes,), (key,) = drawn.axes, drawn.legends

@@ -42,7 +42,7 @@ def made(tmp_path: Path) -> Run:
         for steps, decoder, memory in ((1, "vae", 300.0), (2, "vae", 310.0), (2, "taesd", 100.0))
     ]
     run = make_run(tmp_path, rows)
-    return replace(run, header=run.header | {"roofline": {"ceilings": [CEILINGS]}})
+    return replace(run, header=replace(run.header, roofline={"ceilings": [CEILINGS]}))
 
 
 def test_cells_are_gathered_over_steps_and_decoders_but_for_the_decode(made: Run) -> None:
@@ -74,7 +74,7 @@ def test_what_the_figures_are(made: Run) -> None:
 
 
 def test_without_ceilings_the_times_stay_and_without_times_there_is_no_table(made: Run) -> None:
-    bare = replace(made, header={**made.header, "roofline": None})
+    bare = replace(made, header=replace(made.header, roofline=None))
     table = markdown(bare, made.rows())
     assert "share of peak (%)" not in table
     assert table.count("UNet step") == 2, "one a backend"

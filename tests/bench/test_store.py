@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import tempfile
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import cell, make_run, row
 
+from bench.rows.header import HEADER, Header
 from bench.rows.store import (
     COLUMNS,
     FLAGS,
-    HEADER,
     ROWS,
     STATUSES,
     RowWriter,
@@ -27,7 +28,7 @@ from bench.rows.store import (
     run_names,
 )
 from core.errors import AddbenchError, PreconditionError
-from core.files import ROOT
+from core.files import ROOT, json_bytes
 
 
 @pytest.fixture
@@ -191,9 +192,34 @@ def test_a_row_that_is_no_text_is_named(tmp_path: Path, column: dict[str, object
     assert read_rows(file) == [good]
 
 
+def test_what_was_published_is_written_as_it_was_read() -> None:
+    files = sorted((ROOT / "results" / "published").glob(f"*/{HEADER}"))
+    assert files
+    for file in files:
+        assert json_bytes(Header.read(file).as_json()) == file.read_bytes(), file
+
+
+def test_a_header_keeps_what_a_later_version_says_and_what_an_older_one_does_not(
+    tmp_path: Path,
+) -> None:
+    made = make_run(tmp_path, [row(cell(), [1.0])])
+    said = made.header.as_json()
+    assert "roofline" not in said
+    assert "versus" not in said
+    assert Header.of(said | {"weather": "fine"}).as_json() == said | {"weather": "fine"}
+    surveyed = said | {"roofline": None, "ab": {"side": "base"}}
+    assert Header.of(surveyed).as_json() == surveyed
+
+
+def test_a_header_cannot_be_changed(tmp_path: Path) -> None:
+    made = make_run(tmp_path, [row(cell(), [1.0])])
+    with pytest.raises(FrozenInstanceError):
+        made.header.command = []  # type: ignore[misc]
+
+
 def test_a_header_that_is_no_text_is_refused(tmp_path: Path) -> None:
     made = make_run(tmp_path, [row(cell(), [1.0])])
-    (made.path / HEADER).write_text(json.dumps(made.header | {"command": ["\udcff"]}))
+    (made.path / HEADER).write_text(json.dumps(made.header.as_json() | {"command": ["\udcff"]}))
     with pytest.raises(PreconditionError, match="is not valid text"):
         open_run(made.name, tmp_path)
 
@@ -228,15 +254,15 @@ def test_a_header_that_lacks_something(
     tmp_path: Path, field: str, value: object, words: str
 ) -> None:
     made = make_run(tmp_path, [row(cell(), [1.0])])
-    (made.path / HEADER).write_text(json.dumps(made.header | {field: value}))
+    (made.path / HEADER).write_text(json.dumps(made.header.as_json() | {field: value}))
     with pytest.raises(PreconditionError, match=re.escape(words)):
         open_run(made.path.name, tmp_path)
 
 
 def test_a_plan_of_other_types_is_none(tmp_path: Path) -> None:
     made = make_run(tmp_path, [row(cell(), [1.0])])
-    plan = [made.header["plan"][0] | {"options": {}}]
-    (made.path / HEADER).write_text(json.dumps(made.header | {"plan": plan}))
+    plan = [made.header.plan[0].columns() | {"options": {}}]
+    (made.path / HEADER).write_text(json.dumps(made.header.as_json() | {"plan": plan}))
     with pytest.raises(PreconditionError, match=re.escape("plan[0].options (text)")):
         open_run(made.name, tmp_path)
 

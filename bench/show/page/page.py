@@ -140,7 +140,7 @@ def code(text: str) -> Markup:
 def where(target: Run, lines: Sequence[CellRounds]) -> str:
     """What the figures are of: this machine, or the cards that were modelled."""
     if any(line.provenance != MODELLED for line in lines):
-        return str(target.header["environment"]["cpu"])
+        return str(target.header.environment["cpu"])
     return f"{', '.join(dict.fromkeys(line.cell.device for line in lines))}, modelled"
 
 
@@ -334,7 +334,7 @@ def parity(target: Run) -> Parity:
     from backends.check.parity import verdict as judged
     from export.bundle import PARITY, find_bundle
 
-    wanted = target.header["bundle"]
+    wanted = target.header.bundle
     try:
         bundle = find_bundle(wanted["name"], wanted["weights"], wanted["dtype"])
         if bundle.hash != wanted["hash"]:
@@ -408,13 +408,13 @@ def surroundings(target: Run, rows: Sequence[Row]) -> list[tuple[str, str]]:
     commits = dict.fromkeys((row["git_commit"], row["git_dirty"]) for row in rows)
     return [
         ("run", target.name),
-        ("created", words(said.get("created_utc"))),
-        ("command", " ".join(map(str, said.get("command", [])))),
+        ("created", words(said.created_utc)),
+        ("command", " ".join(map(str, said.command))),
         ("commit", "; ".join(f"{commit}{DIRTY if dirty else ''}" for commit, dirty in commits)),
-        *((f"bundle {name}", words(value)) for name, value in said["bundle"].items()),
-        *((name.replace("_", " "), words(value)) for name, value in said["environment"].items()),
-        *((f"setting {name}", words(value)) for name, value in said["settings"].items()),
-        *((f"backend {name}", words(value)) for name, value in said.get("backends", {}).items()),
+        *((f"bundle {name}", words(value)) for name, value in said.bundle.items()),
+        *((name.replace("_", " "), words(value)) for name, value in said.environment.items()),
+        *((f"setting {name}", words(value)) for name, value in said.settings.items()),
+        *((f"backend {name}", words(value)) for name, value in said.backends.items()),
     ]  # fmt: skip
 
 
