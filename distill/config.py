@@ -28,12 +28,16 @@ class Data:
         path: the folder; unused for shapes.
         size: width and height in pixels.
         pool: pictures drawn for shapes.
+        loose, cut: shares of the pool's captions in looser words than the grammar's, and cut off
+            anywhere (`distill/captions.py`).
     """
 
     kind: Literal["shapes", "folder", "tar"] = "shapes"
     path: str = ""
     size: int = 64
     pool: int = 50_000
+    loose: float = 0.35
+    cut: float = 0.25
     seed: int = 0
 
 
@@ -83,7 +87,8 @@ class Stage:
 @dataclass(frozen=True)
 class Autoencoder(Stage):
     """Weights of the loss beside L1: `square` of the squared error, `edges` of the L1 between
-    neighbouring pixels' differences, `kl` of the KL term per latent element.
+    neighbouring pixels' differences, `kl` of the KL term per latent element, `objects` (the tiny
+    one's) of the L1 where a picture is not background.
 
     `crop`: for the first `crop_share` of the stage, side of the pieces that it learns on, each the
     most varied of a few random ones: several times cheaper than whole pictures, and not mostly
@@ -93,6 +98,7 @@ class Autoencoder(Stage):
     square: float = 4.0
     edges: float = 1.0
     kl: float = 1e-4
+    objects: float = 1.0
     crop: int = 0
     crop_share: float = 0.8
 
@@ -202,11 +208,11 @@ class Config:
         )
 
 
-STAGES = ("autoencoder", "tiny-autoencoder", "features", "fid", "teacher", "student")
+STAGES = ("autoencoder", "features", "fid", "teacher", "student", "tiny-autoencoder")
 _UPSTREAM = {
-    "tiny-autoencoder": ("autoencoder",),
     "teacher": ("autoencoder",),
     "student": ("autoencoder", "features", "teacher"),
+    "tiny-autoencoder": ("autoencoder", "student"),
 }
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from core.errors import AddbenchError, PreconditionError, no_text
+from distill.captions import Wording, captions
 from distill.config import Data
-from distill.shapes import Scene, layout, render, scenes
+from distill.shapes import Scene, layout, render
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -39,15 +40,15 @@ class Source(Protocol):
 class Shapes:
     """A pool of drawn training scenes; `scenes` and `layouts` say what each picture shows."""
 
-    def __init__(self, data: Data, held_out: bool = False) -> None:
-        rng = np.random.default_rng([data.seed, held_out, 1])
-        self.scenes: list[Scene] = scenes(data.pool, data.seed, held_out)
-        self.captions = [scene.caption for scene in self.scenes]
+    def __init__(self, data: Data) -> None:
+        rng = np.random.default_rng([data.seed, 1])
+        shares: dict[Wording, float] = {
+            "full": 1 - data.loose - data.cut, "loose": data.loose, "cut": data.cut
+        }  # fmt: skip
+        typed = captions(data.pool, data.seed, False, shares)
+        self.captions = [caption.text for caption in typed]
+        self.scenes: list[Scene] = [caption.scene for caption in typed]
         self.layouts = [layout(scene, rng) for scene in self.scenes]
-        # One caption in ten of a single object leaves its place open.
-        for index, scene in enumerate(self.scenes):
-            if len(scene.objects) == 1 and rng.random() < 0.1:
-                self.captions[index] = Scene(scene.objects, scene.background, (None,)).caption
         self._pixels = torch.empty(data.pool, 3, data.size, data.size, dtype=torch.uint8)
         for start in range(0, data.pool, 512):
             stop = start + 512

@@ -64,7 +64,9 @@ def assemble_turbo(context: Context) -> Path:
     teacher = context.weights("teacher") / "weights"
     sources = {part: teacher / part for part in SHARED[:4]}
     sources["vae"] = context.weights("autoencoder") / "weights"
-    sources["taesd"] = context.weights("tiny-autoencoder") / "weights"
+    # The one of another student is of no use to this one: an ablation does without.
+    if (tiny := context.finished("tiny-autoencoder")) is not None:
+        sources["taesd"] = tiny / "weights"
     turbo = context.folder / f"{context.config.name}-turbo"
     with staged_folder(turbo) as scratch:
         for part, source in sources.items():

@@ -1,5 +1,8 @@
 """Does a picture show what its caption says? Read back from pixels, by no network.
 
+A caption that says less is asked for less: what it does not name may be anything, as long as the
+picture is a scene.
+
 The background is the border's colour; what differs from it falls into connected components; each
 component's colour is its core's, its coverage is compared with drawn templates of every shape.
 So a student cannot please the judge by pleasing the network that it was trained against.
@@ -7,7 +10,7 @@ So a student cannot please the judge by pleasing the network that it was trained
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -16,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from distill.captions import Mention, Said, within_words
 from distill.shapes import (
     ANCHORS,
     AREA,
@@ -51,16 +55,26 @@ class Found:
     x: float
     y: float
 
+    @property
+    def readable(self) -> bool:
+        return bool(self.shape and self.colour and self.size)
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """Per attribute: true when right for every object of the scene."""
+    """`right`: per attribute that the caption names, true when right for every object it names it
+    of. `valid`: one to three objects that can be read, on a background that can."""
 
     right: dict[str, bool]
+    valid: bool
 
     @property
     def all_right(self) -> bool:
         return all(self.right.values())
+
+
+Reading = tuple[str, list[Found]]
+"""The background of a picture and its objects."""
 
 
 def nearest_colour(rgb: Array, palette: dict[str, tuple[int, int, int]]) -> str:
@@ -72,7 +86,7 @@ def nearest_colour(rgb: Array, palette: dict[str, tuple[int, int, int]]) -> str:
     return name if distances[name] <= MAX_COLOUR_DISTANCE else ""
 
 
-def read_picture(picture: Pictures) -> tuple[str, list[Found]]:
+def read_picture(picture: Pictures) -> Reading:
     """Background and objects of a picture [size, size, 3], lengths in 64 px units."""
     pixel = CANVAS / picture.shape[0]
     image = picture.astype(np.float32)
@@ -133,50 +147,53 @@ def _best_template(
     return best
 
 
-def judge(picture: Pictures, scene: Scene) -> Verdict:
-    """Which attributes of the scene the picture shows.
+def judge(picture: Pictures, asked: Scene | Said) -> Verdict:
+    """Which attributes of a scene, or of what a caption says of one, the picture shows.
 
-    Objects are assigned to the scene's in the way that gets most right; a missing object is wrong
-    in all its attributes, a surplus one in `count`.
+    Objects are assigned to the named ones in the way that gets most right; a missing object is
+    wrong in all its attributes, a surplus one in `count`.
     """
-    ground, found = read_picture(picture)
-    wanted = scene.objects
-    padded: list[Found | None] = [*found, *[None] * (len(wanted) - len(found))]
+    said = Said.of(asked) if isinstance(asked, Scene) else asked
+    ground, objects = read_picture(picture)
+    # A relation speaks of two objects, also before it has named the second.
+    wanted = said.mentions + (Mention(),) * (bool(said.relation) and len(said.mentions) == 1)
+    padded: list[Found | None] = [*objects, *[None] * (len(wanted) - len(objects))]
     best: dict[str, bool] = {}
     best_score = -1
     for order in permutations(padded[:5], len(wanted)):
-        pairs = list(zip(wanted, order, strict=True))
-        flags = {
+        flags: dict[str, list[bool]] = {
             name: [
-                item is not None and getattr(want, name) == getattr(item, name)
-                for want, item in pairs
+                item is not None and getattr(item, name) == getattr(mention, name)
+                for mention, item in zip(wanted, order, strict=True)
+                if getattr(mention, name) is not None
             ]
             for name in ("shape", "colour", "size")
         }
-        flags["position"] = _positions_right(scene, order)
+        flags["position"] = _positions_right(said, order)
         score = sum(sum(values) for values in flags.values())
         if score > best_score:
-            best_score, best = score, {name: all(values) for name, values in flags.items()}
-    right = {
-        "background": ground == scene.background,
-        "count": len(found) == len(wanted),
-        **best,
-    }
-    return Verdict({name: right[name] for name in ATTRIBUTES})
+            best_score = score
+            best = {name: all(values) for name, values in flags.items() if values}
+    right = best | ({"background": ground == said.background} if said.background else {})
+    if said.counted:
+        right["count"] = len(objects) == len(wanted)
+    valid = bool(ground) and 1 <= len(objects) <= 3 and all(item.readable for item in objects)
+    return Verdict({name: right[name] for name in ATTRIBUTES if name in right}, valid)
 
 
-def _positions_right(scene: Scene, order: Sequence[Found | None]) -> list[bool]:
-    if scene.relation is not None:
-        first, second = order
+def _positions_right(said: Said, order: Sequence[Found | None]) -> list[bool]:
+    if said.relation is not None:
+        first, second = order[:2]
         if first is None or second is None:
             return [False]
         dx, dy = second.x - first.x, second.y - first.y
         seen = ("left of" if dx > 0 else "right of") if abs(dx) > abs(dy) else None
         seen = seen or ("above" if dy > 0 else "below")
-        return [seen == scene.relation]
+        return [seen == said.relation]
     return [
-        item is not None and (place is None or _near_anchor(item, place))
-        for item, place in zip(order, scene.positions, strict=True)
+        item is not None and _near_anchor(item, mention.place)
+        for item, mention in zip(order, said.mentions, strict=True)
+        if mention.place is not None
     ]
 
 
@@ -194,7 +211,8 @@ def following(pictures: Pictures, scenes: Sequence[Scene]) -> dict[str, float]:
     verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
     shares = {"all": float(np.mean([verdict.all_right for verdict in verdicts]))}
     for name in ATTRIBUTES:
-        shares[name] = float(np.mean([verdict.right[name] for verdict in verdicts]))
+        # A caption may leave the position of its object open: anywhere is right.
+        shares[name] = float(np.mean([verdict.right.get(name, True) for verdict in verdicts]))
     for count in (1, 2, 3):
         subset = [
             verdict.all_right
@@ -204,3 +222,53 @@ def following(pictures: Pictures, scenes: Sequence[Scene]) -> dict[str, float]:
         if subset:
             shares[f"all_{count}"] = float(np.mean(subset))
     return shares
+
+
+def saying(pictures: Pictures, captions: Sequence[Said]) -> dict[str, float]:
+    """Shares of pictures judged by what their captions say.
+
+    `all`: pictures with everything right that is said; `stated`: attributes right, of all that are
+    named; `valid`: pictures that are a scene; and each attribute's share where it is named.
+    """
+    verdicts = [judge(picture, said) for picture, said in zip(pictures, captions, strict=True)]
+    named = [(name, right) for verdict in verdicts for name, right in verdict.right.items()]
+    shares: dict[str, Sequence[bool]] = {
+        "all": [verdict.all_right for verdict in verdicts],
+        "stated": [right for _, right in named],
+        "valid": [verdict.valid for verdict in verdicts],
+        **{name: [right for other, right in named if other == name] for name in ATTRIBUTES},
+    }
+    return {name: float(np.mean(values)) for name, values in shares.items() if values}
+
+
+def same_scene(one: Reading, other: Reading) -> bool:
+    """Whether two pictures show the same: background, and objects of a kind at the same places."""
+
+    def kind(item: Found) -> tuple[str, str, str]:
+        return item.shape, item.colour, item.size
+
+    (ground, first), (other_ground, second) = one, other
+    if ground != other_ground or len(first) != len(second):
+        return False
+    return any(
+        all(
+            kind(a) == kind(b) and np.hypot(a.x - b.x, a.y - b.y) <= MAX_ANCHOR_DISTANCE
+            for a, b in zip(first, order, strict=True)
+        )
+        for order in permutations(second[:5])
+    )
+
+
+def steadiness(typed: Mapping[str, Sequence[Pictures]]) -> float:
+    """How still pictures hold while captions are typed: the mean over captions.
+
+    typed: the pictures of each caption's prefixes, from none to all of its letters, of one seed.
+    Of each caption the share of letters typed within a word that leave the picture the same scene.
+    """
+    shares = []
+    for text, pictures in typed.items():
+        readings = [read_picture(picture) for picture in pictures]
+        shares.append(
+            np.mean([same_scene(readings[k], readings[k + 1]) for k in within_words(text)])
+        )
+    return float(np.mean(shares))

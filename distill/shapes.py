@@ -8,7 +8,8 @@ A scene has one to three objects on a plain background. The grammar:
     three  a large red circle on the left, a small blue star at the top and a small green square
            on the right of a black background
 
-Everything is numpy and seeded; a picture is uint8 [size, size, 3].
+`distill/captions.py` says what else people type, and what is drawn of it. Everything is numpy and
+seeded; a picture is uint8 [size, size, 3].
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
     "gray": (128, 128, 128),
     "cyan": (60, 215, 225),
+    **{name: rgb for name, rgb in COLOURS.items() if name != "white"},
 }
+PLAIN_BACKGROUNDS = ("black", "white", "gray", "cyan")
+"""Those of the captions that published figures of quality were taken on."""
 POSITIONS = {
     "left": "on the left",
     "right": "on the right",
@@ -90,7 +94,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: `positions` for one or three objects, `relation` for two.
+    """What a picture shows: objects with a position each, or two of them with a relation.
 
     One object may have the position None: anywhere.
     """
@@ -144,6 +148,7 @@ _GROUND = rf"a ({'|'.join(BACKGROUNDS)}) background"
 _ANYWHERE = re.compile(rf"{_OBJECT} on {_GROUND}")
 _ONE = re.compile(rf"{_OBJECT} {_PLACE} of {_GROUND}")
 _TWO = re.compile(rf"{_OBJECT} ({'|'.join(RELATIONS)}) {_OBJECT} on {_GROUND}")
+_PAIR = re.compile(rf"{_OBJECT} {_PLACE} and {_OBJECT} {_PLACE} of {_GROUND}")
 _THREE = re.compile(rf"{_OBJECT} {_PLACE}, {_OBJECT} {_PLACE} and {_OBJECT} {_PLACE} of {_GROUND}")
 
 
@@ -160,6 +165,10 @@ def parse_caption(caption: str) -> Scene:
     if match := _TWO.fullmatch(text):
         g = match.groups()
         return Scene((Object(*g[:3]), Object(*g[4:7])), g[7], relation=g[3])
+    if match := _PAIR.fullmatch(text):
+        g = match.groups()
+        pair = (Object(*g[0:3]), Object(*g[4:7]))
+        return Scene(pair, g[8], (place[g[3]], place[g[7]]))
     if match := _THREE.fullmatch(text):
         g = match.groups()
         objects = (Object(*g[0:3]), Object(*g[4:7]), Object(*g[8:11]))
@@ -171,14 +180,18 @@ def parse_caption(caption: str) -> Scene:
     )
 
 
-def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
+def random_scene(
+    rng: np.random.Generator,
+    count: int | None = None,
+    backgrounds: Sequence[str] = PLAIN_BACKGROUNDS,
+) -> Scene:
     """A scene of any split; `count` objects, or one to three (40, 30, 30%)."""
 
     def pick(words: Sequence[str]) -> str:
         return words[int(rng.random() * len(words))]
 
     count = count or (1, 1, 1, 1, 2, 2, 2, 3, 3, 3)[int(rng.random() * 10)]
-    background = pick(tuple(BACKGROUNDS))
+    background = pick(backgrounds)
     colours = [name for name in COLOURS if name != background]
     objects = tuple(Object(pick(SIZES), pick(colours), pick(SHAPES)) for _ in range(count))
     if count == 2:
@@ -189,15 +202,21 @@ def random_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
     return Scene(objects, background, tuple(chosen))
 
 
-def scenes(n: int, seed: int, held_out: bool, count: int | None = None) -> list[Scene]:
+def scenes(
+    n: int,
+    seed: int,
+    held_out: bool,
+    count: int | None = None,
+    backgrounds: Sequence[str] = PLAIN_BACKGROUNDS,
+) -> list[Scene]:
     """`n` scenes of one split, the same for the same seed."""
     rng = np.random.default_rng([seed, held_out, count or 0])
-    found: list[Scene] = []
-    while len(found) < n:
-        scene = random_scene(rng, count)
+    kept: list[Scene] = []
+    while len(kept) < n:
+        scene = random_scene(rng, count, backgrounds)
         if scene.held_out == held_out:
-            found.append(scene)
-    return found
+            kept.append(scene)
+    return kept
 
 
 Layout = tuple[Array, Array]

@@ -146,7 +146,8 @@ def train(
         # would save it with the next stage's: those could then not be resumed alone.
         accelerator.free_memory()
         accelerator = context.accelerator = make_accelerator(device, precision)
-    if export and accelerator.is_main_process and context.finished("student"):
+    whole = all(context.finished(name) for name in config.stages)
+    if export and accelerator.is_main_process and whole:
         from distill.checkpointing import writing
         from distill.folder import export_run
 

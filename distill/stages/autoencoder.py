@@ -16,7 +16,7 @@ from distill.judge import following
 from distill.latents import edge_loss, to_uint8
 from distill.loop import Trainer
 from distill.networks import LATENTS, SCALE, build_vae
-from distill.shapes import draw, scenes
+from distill.shapes import BACKGROUNDS, draw, scenes
 
 TRIES = 4
 """Random pieces of a picture among which the most varied one is kept."""
@@ -66,7 +66,8 @@ class AutoencoderTrainer(Trainer):
     def setup(self) -> None:
         self.learn("vae", _Autoencoder(build_vae(self.config.networks, self.config.data.size)))
         count = min(96, self.config.evaluate_captions)
-        self.checks = scenes(count, self.config.seed + 1, held_out=True)
+        grounds = tuple(BACKGROUNDS)
+        self.checks = scenes(count, self.config.seed + 1, held_out=True, backgrounds=grounds)
 
     def step(self, step: int) -> dict[str, Tensor]:
         context, settings = self.context, self.settings

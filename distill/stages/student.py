@@ -13,14 +13,14 @@ from torch import Tensor
 
 from core.errors import PreconditionError
 from distill import losses
+from distill.captions import CHECKED, captions
 from distill.checkpoint import Embedded, load_unet, open_checkpoint, open_features
 from distill.discriminator import Condition, Discriminator
 from distill.distillation import nfsd_target, rediffuse, teacher_target
-from distill.judge import following
+from distill.judge import saying
 from distill.loop import Trainer
 from distill.networks import LATENTS, SCALE, use_eager_attention
 from distill.pipeline import assemble, generate
-from distill.shapes import scenes
 from distill.sharding import gather, shard
 
 CHECKS = 64
@@ -95,7 +95,7 @@ class StudentTrainer(Trainer):
         self.fixed = {which: self.teacher.embed([text]) for which, text in
                       (("empty", ""), ("negative", settings.negative))}  # fmt: skip
         count = min(CHECKS, config.evaluate_captions)
-        self.checks = scenes(count, config.seed + 1, held_out=True) if shapes else []
+        self.checks = captions(count, config.seed + 1, True, CHECKED) if shapes else []
 
     def _student(self) -> Any:
         folder = self.config.networks.student
@@ -279,8 +279,8 @@ class StudentTrainer(Trainer):
         """Pictures at one step, then at four: of held-out captions, with what the judge reads,
         or of the first captions of a folder."""
         checkpoint = self.checkpoint
-        captions = [scene.caption for scene in self.checks]
-        captions = captions or list(self.context.source.captions[:SHOWN])
+        texts = [caption.text for caption in self.checks]
+        texts = texts or list(self.context.source.captions[:SHOWN])
         pipeline = assemble(
             tokenizers=checkpoint.tokenizers,
             text=checkpoint.text,
@@ -293,17 +293,17 @@ class StudentTrainer(Trainer):
         for steps in (1, 4):
             pictures = generate(
                 pipeline,
-                captions,
+                texts,
                 steps=steps,
                 guidance=0.0,
-                seeds=range(len(captions)),
+                seeds=range(len(texts)),
                 size=self.config.data.size,
                 batch=64 if self.checks else 1,
                 autocast=self.context.accelerator.autocast,
             )
             sheets.append(pictures[:32])
             if self.checks:
-                shares = following(pictures, self.checks)
+                shares = saying(pictures, [caption.said for caption in self.checks])
                 figures |= {f"{name}@{steps}": share for name, share in shares.items()}
         return np.concatenate(sheets), figures
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from distill.judge import following
+from distill.captions import CHECKED, captions
+from distill.judge import saying
 from distill.latents import Latents
 from distill.loop import Trainer
 from distill.networks import (
@@ -29,7 +30,6 @@ from distill.networks import (
 )
 from distill.pipeline import assemble, generate
 from distill.schedule import Schedule
-from distill.shapes import scenes
 
 CHECKS = 64
 """Held-out captions judged at every grid."""
@@ -56,7 +56,7 @@ class TeacherTrainer(Trainer):
         self.empty = tokenize(self.tokenizer, [""])
         self.schedule = Schedule.from_config(dict(self.scheduler().config), context.device)
         count = min(CHECKS, config.evaluate_captions)
-        self.checks = scenes(count, config.seed + 1, held_out=True)
+        self.checks = captions(count, config.seed + 1, held_out=True, shares=CHECKED)
 
     def scheduler(self) -> Any:
         settings = self.settings
@@ -101,14 +101,14 @@ class TeacherTrainer(Trainer):
             return None, {}
         pictures = generate(
             self.pipeline(),
-            [scene.caption for scene in self.checks],
+            [caption.text for caption in self.checks],
             steps=min(CHECK_STEPS, self.settings.steps),
             guidance=self.settings.guidance,
             seeds=range(len(self.checks)),
             size=self.config.data.size,
             autocast=self.context.accelerator.autocast,
         )
-        return pictures, following(pictures, self.checks)
+        return pictures, saying(pictures, [caption.said for caption in self.checks])
 
     def write(self, folder: Path) -> None:
         model = self.plain("teacher")

@@ -56,9 +56,10 @@ def test_unknown_presets_and_files(tmp_path: Path) -> None:
 def test_a_stage_depends_on_itself_and_those_before() -> None:
     base = load_config("shapes")
     for section, changed in (
-        ("student", {"student"}),
-        ("teacher", {"teacher", "student"}),
-        ("features", {"features", "student"}),
+        ("tiny-autoencoder", {"tiny-autoencoder"}),
+        ("student", {"student", "tiny-autoencoder"}),
+        ("teacher", {"teacher", "student", "tiny-autoencoder"}),
+        ("features", {"features", "student", "tiny-autoencoder"}),
         ("autoencoder", {"autoencoder", "tiny-autoencoder", "teacher", "student"}),
     ):
         other = load_config("shapes", [f"{section}.iterations=3"])

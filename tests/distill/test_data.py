@@ -147,14 +147,24 @@ def test_drawn_pictures_and_their_captions() -> None:
     from distill.judge import judge
     from distill.shapes import parse_caption
 
-    source = Shapes(Data(pool=60))
+    data = Data(pool=60, loose=0.0, cut=0.0)
+    source = Shapes(data)
     pictures = source.pictures(range(60))
     assert pictures.shape == (60, 3, 64, 64)
-    assert not any(scene.held_out for scene in source.scenes)
     as_uint8 = ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     right = [
         judge(picture, parse_caption(caption)).all_right
         for picture, caption in zip(as_uint8, source.captions, strict=True)
     ]
     assert np.mean(right) >= 0.98
-    assert torch.equal(Shapes(Data(pool=60)).pictures([5]), source.pictures([5]))
+    assert torch.equal(Shapes(data).pictures([5]), source.pictures([5]))
+
+
+def test_the_pool_has_captions_of_every_wording_and_no_held_out_scene() -> None:
+    source = Shapes(Data(pool=400))
+    assert not any(scene.held_out for scene in source.scenes)
+    plain = sum(
+        text == scene.caption for text, scene in zip(source.captions, source.scenes, strict=True)
+    )
+    assert 120 <= plain <= 200  # 40%
+    assert "" in source.captions
