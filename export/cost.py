@@ -55,6 +55,7 @@ class Cost:
         by_kind: FLOPs of `linear`, `conv`, `attention`; their sum is `flops`.
         operators: how many heavy operators of each kind there are, whatever the batch. In the
             MatMul form an attention is two.
+        scores: of attention: one for each query, key and head, whatever the form.
     """
 
     part: str
@@ -63,6 +64,7 @@ class Cost:
     activation_bytes: int
     by_kind: Mapping[str, float]
     operators: Mapping[str, int] = field(default_factory=dict)
+    scores: int = 0
 
 
 def part_cost(graph: Path, batch: int = 1, form: str = "inline") -> Cost:
@@ -102,6 +104,7 @@ def part_cost(graph: Path, batch: int = 1, form: str = "inline") -> Cost:
         activation_bytes=tally.moved,
         by_kind=tally.flops,
         operators=tally.operators,
+        scores=tally.scores,
     )
 
 
@@ -112,6 +115,7 @@ class _GraphTally:
         self.flops: dict[str, float] = dict.fromkeys(KINDS, 0.0)
         self.operators = dict.fromkeys(KINDS, 0)
         self.moved = 0
+        self.scores = 0
         self._types: dict[str, tuple[tuple[int, ...] | None, int]] = {}
         self._constants = {tensor.name for tensor in proto.graph.initializer}
         for tensor in proto.graph.initializer:
@@ -138,6 +142,8 @@ class _GraphTally:
             self._count("conv", flops, node, node.input[0], node.output[0])
         elif node.op_type == "Attention":
             self._attention(node)
+        elif node.op_type == "Softmax":  # of attention in the MatMul form: there is no other
+            self.scores += math.prod(self._shape(node, node.input[0]))
 
     def _product(self, node: onnx.NodeProto) -> None:
         left, right = node.input[:2]
@@ -158,6 +164,10 @@ class _GraphTally:
         source = self._shape(node, key)[-2]
         width = math.prod(self._shape(node, query)) + math.prod(self._shape(node, node.output[0]))
         self._count("attention", 2.0 * source * width, node, query, key, value, node.output[0])
+        given = self._shape(node, query)
+        heads = next((each.i for each in node.attribute if each.name == "q_num_heads"), 0)
+        rows = math.prod(given[:-1]) * (heads if len(given) == 3 else 1)
+        self.scores += rows * source
 
     def _count(self, kind: str, flops: float, node: onnx.NodeProto, *moving: str) -> None:
         self.flops[kind] += flops
@@ -223,6 +233,7 @@ def part_cost_at(
         activation_bytes=tally.moved,
         by_kind=tally.flops,
         operators=tally.operators,
+        scores=tally.scores,
     )
 
 
@@ -253,4 +264,5 @@ def budget_cost(part: str, size: int) -> Cost | None:
         activation_bytes=round(1e6 * known[f"activation_mb_{size}px"]),
         by_kind=flops,
         operators={kind: int(known[f"{kind}_operators"]) for kind in KINDS},
+        scores=round(1e6 * known[f"scores_m_{size}px"]),
     )

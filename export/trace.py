@@ -18,6 +18,7 @@ class FunctionTally(TorchFunctionMode):
         flops: by kind, 2 per multiply-add.
         operators: calls, by kind.
         moved: bytes of the activations that these calls read and wrote, weights apart.
+        scores: of attention: one for each query, key and head.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,7 @@ class FunctionTally(TorchFunctionMode):
         self.flops = {"linear": 0.0, "conv": 0.0, "attention": 0.0}
         self.operators = dict.fromkeys(self.flops, 0)
         self.moved = 0
+        self.scores = 0
 
     def __torch_function__(
         self,
@@ -44,6 +46,7 @@ class FunctionTally(TorchFunctionMode):
             # [..., L, D] x [..., S, D] -> scores, and scores x [..., S, E] -> [..., L, E]
             flops = 2.0 * key.shape[-2] * (query.numel() + result.numel())
             self._count("attention", flops, query, key, value, result)
+            self.scores += math.prod(query.shape[:-1]) * key.shape[-2]
         return result
 
     def _count(self, kind: str, flops: float, *moving: Tensor) -> None:

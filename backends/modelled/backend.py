@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from export.bundle import Bundle
 
 VENDOR = "Qualcomm"
-SPLITS = ("auto", "pipelines", "batch", "parts")
+SPLITS = ("auto", "pipelines", "batch", "parts", "guidance")
 
 
 def modelled(options: Mapping[str, str] | None) -> ModelledBackend | None:
@@ -47,7 +47,8 @@ class ModelledBackend(Backend):
         "device": Option("ai100-ultra", "the card whose model it is"),
         "split": Option(
             "auto",
-            "batch-1 pipelines side by side on the SoCs, a batch on one, or an SoC for each part",
+            "batch-1 pipelines side by side on the SoCs, a batch on one, an SoC for each part, or"
+            " two for a pipeline with guidance",
             SPLITS,
         ),
     }
@@ -100,7 +101,9 @@ class ModelledBackend(Backend):
         return "fp16"
 
     def fingerprint(self) -> dict[str, str]:
-        return {"model of the card": "1"}
+        from backends.modelled.program import VERSION
+
+        return {"model of the card": str(VERSION)}
 
     def pipeline_class(self) -> type[Pipeline]:
         from backends.modelled.pipeline import ModelledPipeline

@@ -11,6 +11,8 @@ from export.models import find_model
 
 LISTED = "sdxl-turbo"
 """The model of export/budget.csv."""
+SAME_PARTS = {"sdxl-base": LISTED}
+"""Models whose parts are those of another, with other weights."""
 
 
 @cache
@@ -29,7 +31,7 @@ def known_costs(model: str, size: tuple[int, int]) -> Mapping[str, Cost]:
         PreconditionError: there is no model of this name.
     """
     entry, (width, height) = find_model(model), size
-    if model == LISTED and width == height:
+    if SAME_PARTS.get(model, model) == LISTED and width == height:
         listed = {part: budget_cost(part, width) for part in entry.parts}
         found = {part: cost for part, cost in listed.items() if cost is not None}
         if len(found) == len(listed):

@@ -1,37 +1,45 @@
-"""How much of a Cloud AI 100's peak programs reach, fitted to Qualcomm's Standard-card results.
+"""What programs reach on a Cloud AI 100, fitted to what was published of three of its cards.
 
-The time of one inference of one program on some of the card's cores is modelled as
+The formula is in `program`. It is fitted by robust least squares on the logarithm of the time to
 
-    max(compute, stream) + serial x min(compute, stream) + operators x overhead
+- Qualcomm's own FP16 results on a Standard card: transformers and dense convolutional networks;
+- six MLPerf results of SDXL base at 1024 px on Pro and Ultra cards, which are all that there is of
+  this architecture and count `TRUST` times: whole pipelines, with guidance either as a batch of two
+  on one device or as one prompt each on two (`SPLIT_OF_GUIDANCE`).
 
-with compute = FLOPs / (efficiency x peak of its cores) and stream = weights / (share of the DDR's
-bandwidth), every weight read once an inference. `serial` counts only where one program has the card
-for itself: of several, one computes while another waits for memory. Matrix products (transformers)
-and convolutions (dense convolutional networks) are fitted apart, each with its own `efficiency`,
-`serial` and `overhead`, by robust least squares on the logarithm of the time.
+What SDXL's 0.3 s an evaluation on a Pro are, the counted work of its graph narrows down:
 
-What the DDR delivers cannot be told from these rows: no program streams gigabytes. It is assumed,
-and everything else is fitted anew for each assumption. Rows whose weights cannot stay on the chip
-are a check of it, see `streamed`.
+- It is on the chip. An Ultra's SoC takes 1.66 to 1.71 times a Pro, their peaks differ by 1.72 and
+  their DDR not at all. What is left for the DDR is not more than the weights: neither scores nor
+  activations leave the chip in numbers.
+- It is not the operators. 934 of them, and 1200 more where attention is cut into blocks, at the
+  microseconds that the small networks show for one, are less than a twentieth.
+- It is not the multiply-adds, which run at half of the peak or more where rows have enough tokens.
+- Two readings are left, and one size of one network cannot tell them apart: `scores`, of which SDXL
+  at 1024 px has four times as many for a FLOP as BERT, and `exchange`. Each is fitted apart, and
+  the model draws from both. At 512 px there are 14 times fewer scores and 4 times fewer
+  activations: the readings differ there, so that what is said of 512 px is extrapolated. A measured
+  UNet step at 512 px would settle it.
+
+What the DDR delivers cannot be told from these rows: it is assumed, and all is fitted anew for each
+assumption. Rows whose weights cannot stay on the chip are a check of it, see `Sample.streamed`.
 
 Rows count by family (BERT-base in 33 names is one family), and throughput and latency rows of a
-family count the same. Errors are of whole families held out: a fit that never saw a BERT-large says
-how long a BERT-large takes. Not used are
+family count the same. Errors are of whole families held out, each of SDXL's cards a family: a fit
+that never saw a BERT-large says how long a BERT-large takes, and one that never saw an Ultra how
+long SDXL takes on it. Not used are
 
 - the latency column, whose unit is not documented for vision rows: times come from throughput;
 - rows that the host link bounds: scores for a whole vocabulary, and more than 5 GB/s of images;
 - transformers narrower than a Stable Diffusion UNet (hidden size below 640), which reach less;
-- grouped and depthwise convolutions, which Stable Diffusion does not have.
+- grouped and depthwise convolutions, which Stable Diffusion does not have;
+- `achieved_tflops` of vision transformers, which leaves out the projections of their attention:
+  their FLOPs are counted from the architecture.
 
-Where the model is weak: a row that computes much with few tokens a core does not exist. At batch 1
-FLOPs and weights grow together from row to row, so a program that waits for its weights looks like
-one that computes at a tenth of its cores' peak; the model takes the first reading, which hides the
-efficiency that a UNet at 16 x 16 tokens would have there (`unhidden` is the second). ALBERT, whose
-layers share their weights, is as slow as if they did not, and is counted as reading them in every
-layer: an assumption of the first reading. The rows nearest to a UNet, `albert-xlarge` of several
-sequences and the vision transformers, are 1.5 to 1.8 times slower than the model says. No row holds
-activations as large as those of a VAE decoder at full size. The figures are of the Standard card;
-that an Ultra's SoC reaches the same share of its own, lower peak is an assumption.
+Where the model is weak: nothing was published of a UNet at any other size, or of its parts. ALBERT,
+whose layers share their weights, is as slow as if they did not, and is counted as reading them in
+every layer. What the chips may draw is left out: a Standard card has 75 W, a public record of an
+Ultra shows a limit of 31 W an SoC.
 """
 
 from __future__ import annotations
@@ -45,12 +53,27 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import least_squares
 
+from backends.modelled.program import (
+    HOST_S,
+    READINGS,
+    SWITCH_S,
+    Parameters,
+    Place,
+    Reading,
+    Vector,
+    Work,
+    core_peak,
+    seconds,
+)
 from core.devices import devices
+from export.cost import budget_cost
 
 DATA = Path(__file__).with_name("data")
 MEASURED, ARCHITECTURES = DATA / "ai100_standard_measured.csv", DATA / "architectures.csv"
-CARD, CORES = "ai100-standard", 14
+SDXL = DATA / "sdxl_measured.csv"
+CARD = "ai100-standard"
 Kind = Literal["matmul", "conv"]
 KINDS: tuple[Kind, ...] = ("matmul", "conv")
 DDR = (0.60, 0.75, 0.90)
@@ -59,17 +82,20 @@ WIDE = 640
 """Hidden size of the narrowest transformer block of SDXL's UNet."""
 LINK_GB_PER_S = 5.0
 """Of FP16 input: above it the smallest networks all give out the same images/s."""
-
-Vector = NDArray[np.float64]
+TRUST = 5.0
+"""How many times as much a row of SDXL counts as a family of other networks."""
+SDXL_SIZE, SDXL_STEPS = 1024, 20
+SPLIT_OF_GUIDANCE = "guidance"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One published row: `seconds` for one inference of each of its `instances`.
+    """One published row of the Standard card: `seconds` for one inference of each instance.
 
     Attributes:
         cores: of one instance.
-        flops: of one inference of one instance, its whole batch.
+        flops, scores, activation_bytes: of one inference of one instance, its whole batch. Scores
+            and activations of transformers only.
         weight_bytes: FP16, read once an inference by every instance.
     """
 
@@ -81,6 +107,8 @@ class Sample:
     instances: int
     seconds: float
     flops: float
+    scores: float
+    activation_bytes: float
     weight_bytes: float
     operators: int
     hidden: int | None
@@ -96,32 +124,67 @@ class Sample:
         """Whether the weights may fit into the cores' memory (9 MB each)."""
         return self.weight_bytes <= self.cores * 9e6
 
+    @property
+    def work(self) -> Work:
+        conv = self.kind == "conv"
+        return Work(
+            matmul_flops=0.0 if conv else self.flops,
+            conv_flops=self.flops if conv else 0.0,
+            scores=self.scores,
+            activation_bytes=self.activation_bytes,
+            weight_bytes=self.weight_bytes,
+            matmul_operators=0.0 if conv else float(self.operators),
+            conv_operators=float(self.operators) if conv else 0.0,
+        )
+
+    @property
+    def place(self) -> Place:
+        chip, peak = Place.soc(devices()[CARD]), core_peak(CARD) * self.cores
+        alone = float(self.instances == 1)
+        return Place(peak, chip.clock, chip.bandwidth, float(self.instances), alone)
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """One published row of SDXL: `seconds` an image, of the devices that `split` gives it."""
+
+    id: str
+    card: str
+    scenario: str
+    split: str
+    seconds: float
+    source: str
+
+    @property
+    def parts(self) -> list[tuple[Work, int]]:
+        """The work of one device for one image, and how many times it is done."""
+        prompts = 1 if self.split == SPLIT_OF_GUIDANCE else 2
+        calls = {"text_encoder": (1, 1), "text_encoder_2": (1, 1), "vae_decoder": (1, 1)}
+        calls["unet"] = (prompts, SDXL_STEPS)
+        parts = []
+        for name, (batch, times) in calls.items():
+            cost = budget_cost(name, SDXL_SIZE)
+            assert cost is not None, name  # a line of export/budget.csv
+            parts.append((Work.of(cost, batch), times))
+        return parts
+
 
 @dataclass(frozen=True)
 class Fit:
-    """One kind of work under one assumption about the DDR.
+    """All rows under one reading and one assumption about the DDR.
 
     Attributes:
-        efficiency: share of the peak.
-        serial: share of the shorter of compute and stream that does not overlap, for one program.
-        overhead_s: seconds an operator.
         errors: measured / modelled time of the rows, as they were fitted.
         held_out: the same with the row's family left out of the fit.
-        weights: of the rows; they add up to 1.
+        modelled: seconds, with the row's family left out.
     """
 
-    kind: Kind
+    reading: Reading
     ddr: float
-    efficiency: float
-    serial: float
-    overhead_s: float
+    parameters: Parameters
     errors: Vector
     held_out: Vector
-    weights: Vector
-
-    @property
-    def parameters(self) -> tuple[float, float, float]:
-        return self.efficiency, self.serial, self.overhead_s
+    modelled: Vector
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -132,22 +195,26 @@ def table(path: Path) -> list[dict[str, str]]:
 def samples(measured: Path = MEASURED, architectures: Path = ARCHITECTURES) -> list[Sample]:
     """Every row of a known architecture that the host link does not bound, narrow ones included."""
     known = {row["model"]: row for row in table(architectures)}
-    found = []
+    rows = []
     for row in table(measured):
         about = known.get(row["model"])
         if about is None or row["task"] == "fill-mask":
             continue
         batch, instances = int(row["batch"]), int(row["instances"])
         rate, side = float(row["samples_per_s"]), int(row["sequence_or_image"])
-        if row["achieved_tflops"]:
-            if rate * 3 * side * side * 2 > LINK_GB_PER_S * 1e9:
-                continue
-            flops = float(row["achieved_tflops"]) * 1e12 / rate
-            weights = float(about["params_m"]) * 2e6
-        else:
+        vision = bool(row["achieved_tflops"])
+        if vision and rate * 3 * side * side * 2 > LINK_GB_PER_S * 1e9:
+            continue
+        if about["layers"]:
             layers, hidden, inner = (int(about[n]) for n in ("layers", "hidden", "intermediate"))
-            flops, weights = encoder(layers, hidden, inner, side)
-        found.append(
+            patch = int(row["model"].rsplit("_", 1)[1]) if vision else 0
+            tokens = (side // patch) ** 2 + 1 if vision else side
+            flops, weights = encoder(layers, hidden, inner, tokens)
+            scores, moved = traffic(layers, hidden, inner, tokens)
+        else:
+            flops = float(row["achieved_tflops"]) * 1e12 / rate
+            weights, scores, moved = float(about["params_m"]) * 2e6, 0.0, 0.0
+        rows.append(
             Sample(
                 model=row["model"],
                 family=about["family"],
@@ -157,12 +224,31 @@ def samples(measured: Path = MEASURED, architectures: Path = ARCHITECTURES) -> l
                 instances=instances,
                 seconds=batch * instances / rate,
                 flops=batch * flops,
+                scores=batch * scores,
+                activation_bytes=batch * moved,
                 weight_bytes=weights,
                 operators=int(about["operators"]),
                 hidden=int(about["hidden"]) if about["hidden"] else None,
             )
         )
-    return found
+    return rows
+
+
+def diffusion_rows(path: Path = SDXL) -> list[Diffusion]:
+    """What was published of SDXL."""
+    return [
+        Diffusion(
+            id=row["id"],
+            card=row["card"],
+            scenario=row["scenario"],
+            split=row["split"],
+            seconds=int(row["devices"]) / float(row["value"])
+            if row["unit"] == "samples/s"
+            else float(row["value"]),
+            source=row["source"],
+        )
+        for row in table(path)
+    ]
 
 
 def encoder(layers: int, hidden: int, intermediate: int, tokens: int) -> tuple[float, float]:
@@ -172,97 +258,182 @@ def encoder(layers: int, hidden: int, intermediate: int, tokens: int) -> tuple[f
     return 2.0 * tokens * matrices + attention, 2.0 * matrices
 
 
-def fitted_samples(kind: Kind, found: Sequence[Sample] | None = None) -> list[Sample]:
-    """What the fit of `kind` is made of."""
-    every = samples() if found is None else found
-    return [s for s in every if s.kind == kind and (s.hidden is None or s.hidden >= WIDE)]
+def traffic(layers: int, hidden: int, intermediate: int, tokens: int) -> tuple[float, float]:
+    """Scores of one sample, heads of 64, and bytes of FP16 activations, as `export.cost` counts."""
+    scores = layers * (hidden // 64) * tokens**2
+    projections, attention, inner = 8 * hidden, 4 * hidden, 2 * (hidden + intermediate)
+    return float(scores), 2.0 * layers * tokens * (projections + attention + inner)
 
 
-def unhidden(kind: Kind = "matmul") -> float:
-    """The share of their cores' peak that rows of one inference at a time reach, in the median.
+class Rows:
+    """Everything that is fitted, as arrays: what a fit evaluates some hundred times.
 
-    What `efficiency` would be for them if none of them waited for weights.
+    Attributes:
+        names, families, kinds: of the rows; SDXL's last, a family for each card, of kind `matmul`.
+        seconds: as published.
+        weights: of the rows where errors are counted; they add up to 1.
     """
-    of = [s for s in fitted_samples(kind) if s.objective == "best-latency"]
-    bounds = Bounds(of, DDR[-1])
-    return quantile(bounds.at_peak / bounds.seconds, row_weights(of), 0.5)
 
+    def __init__(self, fitted: Sequence[Sample], sdxl: Sequence[Diffusion]) -> None:
+        self.names = [each.model for each in fitted] + [each.id for each in sdxl]
+        self.families = [each.family for each in fitted] + [f"SDXL on {x.card}" for x in sdxl]
+        self.kinds: list[Kind] = [each.kind for each in fitted]
+        self.kinds += ["matmul"] * len(sdxl)
+        self.seconds = np.array([s.seconds for s in fitted] + [x.seconds for x in sdxl])
+        self.is_sdxl = np.array([False] * len(fitted) + [True] * len(sdxl))
+        objectives = [each.objective for each in fitted] + [each.split for each in sdxl]
+        cells = list(zip(self.families, objectives, strict=True))
+        weights = np.array([1 / cells.count(cell) for cell in cells])
+        self.weights = weights / weights.sum()
 
-class Bounds:
-    """Samples as arrays: what a fit evaluates some hundred times."""
+        works, places = [each.work for each in fitted], [each.place for each in fitted]
+        times = np.zeros((len(self.names), len(fitted) + 4 * len(sdxl)))
+        times[: len(fitted), : len(fitted)] = np.eye(len(fitted))
+        for place, each in enumerate(sdxl, start=len(fitted)):
+            for work, count in each.parts:
+                times[place, len(works)] = count
+                works.append(work)
+                places.append(Place.soc(devices()[each.card]))
+        self.work = Work(*np.array([list(vars(work).values()) for work in works]).T)
+        self.place = Place(*np.array([list(vars(place).values()) for place in places]).T)
+        self.times = times
+        beside = (sum(HOST_S) + sum(SWITCH_S)) / 2
+        self.beside = np.where(self.is_sdxl, beside, 0.0)
 
-    def __init__(self, of: Sequence[Sample], ddr: float) -> None:
-        card = devices()[CARD]
-        peak = card.fp16_tflops_dense * 1e12 / CORES
-        self.at_peak = np.array([s.flops / (peak * s.cores) for s in of])
-        self.stream = np.array(
-            [s.instances * s.weight_bytes / (ddr * card.memory_gb_per_s * 1e9) for s in of]
+    def predict(self, parameters: Parameters, ddr: float) -> Vector:
+        """Seconds of every row."""
+        return np.asarray(
+            self.times @ seconds(self.work, self.place, parameters, ddr) + self.beside
         )
-        self.alone = np.array([s.instances == 1 for s in of], float)
-        self.operators = np.array([s.operators for s in of], float)
-        self.seconds = np.array([s.seconds for s in of])
 
-    def predict(self, parameters: Sequence[float] | Vector) -> Vector:
-        """Seconds of every sample."""
-        efficiency, serial, overhead_s = parameters
-        compute = self.at_peak / efficiency
-        overlapped = np.maximum(compute, self.stream)
-        rest = serial * self.alone * np.minimum(compute, self.stream)
-        return np.asarray(overlapped + rest + self.operators * overhead_s)
+    def solve(
+        self,
+        keep: NDArray[np.bool_],
+        ddr: float,
+        reading: Reading | None,
+        start: Sequence[float] | Vector | None = None,
+    ) -> Vector:
+        """The parameters' values, see `Parameters.of`; by soft-L1 loss on the logarithm of time.
 
+        Args:
+            keep: which rows are fitted.
+            reading: None leaves out what only SDXL's rows can show.
+        """
+        weights = np.sqrt(self.weights * np.where(self.is_sdxl, TRUST, 1.0))[keep]
+        free = 7 if reading else 6
 
-def row_weights(of: Sequence[Sample]) -> Vector:
-    """Every family counts the same, and within it throughput as much as latency."""
-    cells = [(s.family, s.objective) for s in of]
-    weights = np.array([1 / cells.count(cell) for cell in cells])
-    return weights / weights.sum()
+        def residuals(values: Vector) -> Vector:
+            found = Parameters.of([*values, *([0.0] * (7 - free))], reading)
+            return weights * np.log(self.predict(found, ddr) / self.seconds)[keep]
 
+        def result(start: Sequence[float] | Vector) -> Vector:
+            fitted = least_squares(
+                residuals,
+                x0=np.clip(start, LOW, HIGH)[:free],
+                bounds=(LOW[:free], HIGH[:free]),
+                x_scale=SCALE[:free],
+                loss="soft_l1",
+                f_scale=0.1 / np.sqrt(len(self.names)),
+            )
+            return np.append(fitted.x, [fitted.cost])
 
-def solve(of: Sequence[Sample], ddr: float) -> Vector:
-    """efficiency, serial, seconds an operator; by soft-L1 loss on the logarithm of the time."""
-    from scipy.optimize import least_squares
-
-    bounds, weights = Bounds(of, ddr), np.sqrt(row_weights(of))
-
-    def residuals(parameters: Vector) -> Vector:
-        return weights * np.log(bounds.predict(parameters) / bounds.seconds)
-
-    # Two starts: `serial` can rest at a bound.
-    tries = [
-        least_squares(
-            residuals,
-            x0=[0.5, serial, 3e-6],
-            bounds=([0.05, 0.0, 0.0], [1.0, 1.0, 1e-3]),
-            x_scale=[0.1, 0.3, 1e-5],
-            loss="soft_l1",
-            f_scale=0.1 / np.sqrt(len(of)),
-        )
-        for serial in (0.1, 0.7)
-    ]
-    return np.asarray(min(tries, key=lambda result: result.cost).x)
+        # Two starts where none is given: `serial` can rest at a bound.
+        starts = [START, [*START[:2], 0.7, 0.7, *START[4:]]] if start is None else [start]
+        best = min((result(each) for each in starts), key=lambda each: float(each[-1]))
+        return np.append(best[:-1], np.zeros(7 - free))
 
 
-def fit(of: Sequence[Sample], kind: Kind, ddr: float) -> Fit:
-    """The fit of `of`, with the errors of every family held out in turn."""
-    bounds = Bounds(of, ddr)
-    found = solve(of, ddr)
-    held_out = np.empty(len(of))
-    for family in {s.family for s in of}:
-        mine = np.array([s.family == family for s in of])
-        others = [s for s in of if s.family != family]
-        held_out[mine] = (bounds.seconds / bounds.predict(solve(others, ddr)))[mine]
-    efficiency, serial, overhead_s = map(float, found)
-    errors = bounds.seconds / bounds.predict(found)
-    return Fit(kind, ddr, efficiency, serial, overhead_s, errors, held_out, row_weights(of))
+START = [0.5, 0.65, 0.1, 0.1, 3.0, 10.0, 30.0]
+LOW = np.array([0.05, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0])
+HIGH = np.array([1.0, 1.0, 1.0, 1.0, 1000.0, 1000.0, 1000.0])
+SCALE = np.array([0.1, 0.1, 0.3, 0.3, 10.0, 10.0, 20.0])
 
 
 @cache
-def fits() -> Mapping[tuple[Kind, float], Fit]:
-    """The fits of both kinds under every assumption about the DDR."""
-    found = samples()
-    return {
-        (kind, ddr): fit(fitted_samples(kind, found), kind, ddr) for kind in KINDS for ddr in DDR
+def rows() -> Rows:
+    """What the model is fitted to."""
+    fitted = [s for s in samples() if s.hidden is None or s.hidden >= WIDE]
+    return Rows(fitted, diffusion_rows())
+
+
+@cache
+def fits() -> Mapping[tuple[Reading, float], Fit]:
+    """The fits under every reading and assumption about the DDR, each family held out in turn."""
+    published = rows()
+    everything = np.ones(len(published.names), bool)
+    found = {}
+    for reading in READINGS:
+        for ddr in DDR:
+            values = published.solve(everything, ddr, reading)
+            modelled = np.empty(len(published.names))
+            for family in dict.fromkeys(published.families):
+                mine = np.array([each == family for each in published.families])
+                others = published.solve(~mine, ddr, reading, start=values)
+                modelled[mine] = published.predict(Parameters.of(others, reading), ddr)[mine]
+            parameters = Parameters.of(values, reading)
+            found[reading, ddr] = Fit(
+                reading,
+                ddr,
+                parameters,
+                errors=published.seconds / published.predict(parameters, ddr),
+                held_out=published.seconds / modelled,
+                modelled=modelled,
+            )
+    return found
+
+
+def of_kind(kind: Kind) -> NDArray[np.bool_]:
+    """Which rows are of a kind."""
+    return np.array([each == kind for each in rows().kinds])
+
+
+def errors_of(fit: Fit, kind: Kind, without: str = "") -> tuple[Vector, Vector]:
+    """Held-out errors of the rows of a kind, and their weights; `without` one family."""
+    published = rows()
+    mine = of_kind(kind) & np.array([family != without for family in published.families])
+    return fit.held_out[mine], published.weights[mine]
+
+
+@dataclass(frozen=True)
+class Covered:
+    """A published row, and between what a model that never saw its family puts it. Seconds."""
+
+    name: str
+    family: str
+    measured: float
+    low: float
+    high: float
+
+    @property
+    def inside(self) -> bool:
+        return self.low <= self.measured <= self.high
+
+
+def coverage(interval: tuple[float, float]) -> list[Covered]:
+    """Every row with its interval: fit, and the errors that widen it, without its family."""
+    published, found = rows(), []
+    spread = {
+        (kind, family): [errors_of(each, kind, family) for each in fits().values()]
+        for kind, family in dict.fromkeys(zip(published.kinds, published.families, strict=True))
     }
+    for place, name in enumerate(published.names):
+        kind, family = published.kinds[place], published.families[place]
+        drawn = [
+            (each.modelled[place] * errors, weights)
+            for each, (errors, weights) in zip(fits().values(), spread[kind, family], strict=True)
+        ]
+        values, weights = (np.concatenate(column) for column in zip(*drawn, strict=True))
+        low, high = (quantile(values, weights, share) for share in interval)
+        found.append(Covered(name, family, float(published.seconds[place]), low, high))
+    return found
+
+
+def without_sdxl(ddr: float = DDR[1]) -> dict[str, float]:
+    """Measured / modelled time of SDXL's rows where no row of SDXL was fitted."""
+    published = rows()
+    parameters = Parameters.of(published.solve(~published.is_sdxl, ddr, None), None)
+    off = published.seconds / published.predict(parameters, ddr)
+    return {published.names[n]: float(off[n]) for n in np.flatnonzero(published.is_sdxl)}
 
 
 def quantile(values: Vector, weights: Vector, share: float) -> float:

@@ -15,7 +15,7 @@ from bench.limits.cardwords import (
     decoder_words,
     fit_words,
     joule_span,
-    other_reading,
+    reading_words,
     span,
 )
 from core.errors import PreconditionError
@@ -47,13 +47,19 @@ class Question:
     decoders: Sequence[str]
     target_ms: float
 
-    def costs(self) -> Mapping[str, Cost]:
-        """What each part of the model costs at the size of the question, or the model's own."""
-        from backends.modelled.costs import known_costs
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """The size of the question, or the model's own."""
         from export.models import find_model
 
         own = find_model(self.model).size
-        return known_costs(self.model, self.size or (own, own))
+        return self.size or (own, own)
+
+    def costs(self) -> Mapping[str, Cost]:
+        """What each part of the model costs at that size."""
+        from backends.modelled.costs import known_costs
+
+        return known_costs(self.model, self.pixels)
 
 
 @dataclass(frozen=True)
@@ -197,11 +203,17 @@ class Section:
 
 def sections(found: Sequence[Option], question: Question) -> list[Section]:
     from backends.modelled.card import ASSUMPTIONS
+    from backends.modelled.fit import SDXL_SIZE
+    from core.devices import find_device
 
     unet = question.costs()["unet"]
     what = f"{question.model}, FP16, a call of {question.batch} image{'s' * (question.batch != 1)}"
     claimed = CLAIMED if CLAIMED in question.devices else question.devices[-1]
     ours = [one for one in found if one.device.name == claimed]
+    width, height = question.pixels
+    readings = reading_words(
+        find_device(claimed), unet, f"{width}x{height}", (width, height) == (SDXL_SIZE,) * 2
+    )
     return [
         Section(
             f"{what}, every {question.target_ms:g} ms on {claimed}: {HEADLINE}",
@@ -216,7 +228,7 @@ def sections(found: Sequence[Option], question: Question) -> list[Section]:
             CARD_COLUMNS,
             best(found),
         ),
-        Section("How far the fit is off", [*fit_words(), *other_reading(ours, unet)]),
+        Section("How far the fit is off", [*fit_words(), *readings]),
         Section("What is assumed", [*ASSUMPTIONS, resident_words(found, question)]),
     ]
 
@@ -243,32 +255,32 @@ def show(found: Sequence[Section]) -> None:
 
 def report(found: Sequence[Option], question: Question) -> dict[str, Any]:
     """As JSON."""
-    from backends.modelled.card import ASSUMPTIONS
-    from backends.modelled.fit import fits, unhidden
+    from backends.modelled.card import ASSUMPTIONS, INTERVAL
+    from backends.modelled.fit import KINDS, coverage, errors_of, factor, fits, without_sdxl
+    from backends.modelled.program import VERSION
 
-    def columns(one: Fit) -> Mapping[str, Any]:
-        from backends.modelled.fit import factor
+    def columns(each: Fit) -> Mapping[str, Any]:
+        errors = {}
+        for kind in KINDS:
+            held_out, weights = errors_of(each, kind)
+            errors[kind] = {
+                "rows": len(weights),
+                "held_out_median": factor(held_out, weights, 0.5),
+                "held_out_p90": factor(held_out, weights, 0.9),
+            }
+        parameters = {"parameters": dict(vars(each.parameters))}
+        return {"reading": each.reading, "ddr": each.ddr, **parameters, **errors}
 
-        return {
-            "kind": one.kind,
-            "ddr": one.ddr,
-            "efficiency": one.efficiency,
-            "serial": one.serial,
-            "overhead_us": 1e6 * one.overhead_s,
-            "rows": len(one.weights),
-            "error_median": factor(one.errors, one.weights, 0.5),
-            "error_p90": factor(one.errors, one.weights, 0.9),
-            "held_out_median": factor(one.held_out, one.weights, 0.5),
-            "held_out_p90": factor(one.held_out, one.weights, 0.9),
-        }
-
+    inside = [each.inside for each in coverage(INTERVAL)]
     return {
         "provenance": "modelled",
+        "version": VERSION,
         "model": question.model,
         "batch": question.batch,
         "target_ms": question.target_ms,
         "options": [one.columns(question.target_ms) for one in found],
         "fits": [columns(one) for one in fits().values()],
-        "matmul_efficiency_if_no_row_waits": unhidden(),
+        "inside_8_of_10": {"rows": len(inside), "inside": sum(inside)},
+        "sdxl_measured_over_modelled_without_its_rows": without_sdxl(),
         "assumptions": list(ASSUMPTIONS),
     }

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from backends.modelled.card import Interval
-    from backends.modelled.fit import Fit
+    from backends.modelled.fit import Kind
     from bench.limits.cards import Option
+    from core.devices import Device
     from export.cost import Cost
 
 FITS, SPARE, BEYOND, IMPOSSIBLE = "fits", "time to spare", "beyond the range", "impossible"
@@ -102,19 +103,30 @@ def decode_span(option: Option) -> str:
 
 def fit_words() -> list[str]:
     """How good the fits are, and what speaks for and against their assumptions."""
-    from backends.modelled.fit import DDR, KINDS, WIDE, Bounds, fits, samples
+    from backends.modelled.card import CENTRAL, INTERVAL
+    from backends.modelled.fit import KINDS, WIDE, coverage, fits, rows, samples, without_sdxl
+    from backends.modelled.fit import Rows as Published
 
-    found, every, middle = fits(), samples(), DDR[len(DDR) // 2]
-    lines = [
-        fit_line(name, [found[kind, ddr] for ddr in (middle, DDR[0], DDR[-1])])
-        for kind, name in zip(KINDS, ("matrix products", "convolutions"), strict=True)
-    ]
-    narrow = [s for s in every if s.hidden is not None and s.hidden < WIDE]
-    bounds = Bounds(narrow, middle)
-    errors = bounds.seconds / bounds.predict(found["matmul", middle].parameters)
+    published, every, central = rows(), samples(), fits()[CENTRAL]
+    sdxl = published.is_sdxl
+    off = max(math.exp(abs(math.log(e))) for fit in fits().values() for e in fit.held_out[sdxl])
+    inside = coverage(INTERVAL)
+    of_sdxl = [each for each, mine in zip(inside, sdxl, strict=True) if mine]
+    alone = without_sdxl().values()
+    narrow = Published([s for s in every if s.hidden is not None and s.hidden < WIDE], [])
+    errors = narrow.seconds / narrow.predict(central.parameters, central.ddr)
     streaming = max(s.streamed for s in every if not s.on_chip)
     return [
-        *lines,
+        *(
+            fit_line(name, kind)
+            for kind, name in zip(KINDS, ("matrix products", "convolutions"), strict=True)
+        ),
+        f"SDXL base at 1024 px on Pro and Ultra cards (MLPerf v4.0, {sdxl.sum()} rows): a card that"
+        f" was left out is predicted from the other within {off - 1:.0%}; with none of these rows"
+        f" the model would be {min(alone):.1f} to {max(alone):.1f} times too fast for them",
+        f"{sum(each.inside for each in inside)} of {len(inside)} published rows are inside 8 of 10"
+        " draws of a model that never saw their family, and"
+        f" {sum(each.inside for each in of_sdxl)} of {len(of_sdxl)} of SDXL",
         f"transformers narrower than {WIDE}, in no fit, take {errors.min():.1f} to"
         f" {errors.max():.1f} times what the model says",
         "a check of what is assumed of the DDR: rows whose weights do not fit on the chip read up"
@@ -122,56 +134,53 @@ def fit_words() -> list[str]:
     ]
 
 
-def other_reading(ours: Sequence[Option], unet: Cost) -> list[str]:
-    """What pipelines would take if the rows of one inference at a time wait for no weights.
+def reading_words(device: Device, unet: Cost, size: str, measured: bool) -> list[str]:
+    """What a UNet step takes by each reading of SDXL's published times, and what that is worth.
 
     Args:
-        ours: of one card.
         unet: one evaluation at batch 1.
+        measured: whether this size is the one that was published.
     """
-    from backends.modelled.fit import DDR, fits, unhidden
+    from backends.modelled.fit import DDR, fits
+    from backends.modelled.program import READINGS, Place, Work, seconds
 
-    pipelines = [one for one in ours if one.split == "pipelines"]
-    if not pipelines:
-        return []
-    device, batch = pipelines[0].device, pipelines[0].batch
-    peak = device.fp16_tflops_dense * 1e12 / device.socs
-    share, conv = unhidden(), fits()["conv", DDR[len(DDR) // 2]].efficiency
-    of_conv = unet.by_kind["conv"]
-    step_s = (unet.flops - of_conv) / (share * peak) + of_conv / (conv * peak)
-    periods = []
-    for one in pipelines:
-        modelled_s = one.found.stages["unet_step"].mid / math.ceil(batch / device.socs)
-        longer_s = one.steps * (step_s - modelled_s) * batch / device.socs
-        period = 1e3 * (one.found.period.mid + longer_s)
-        periods.append(f"{period:.0f} ms ({named(one.steps)} {one.decoder})")
+    names = {"scores": "the scores of attention", "exchange": "activations exchanged among cores"}
+    steps = {}
+    for reading in READINGS:
+        fitted = [fits()[reading, ddr] for ddr in DDR]
+        took = [
+            1e3 * float(seconds(Work.of(unet), Place.soc(device), each.parameters, each.ddr))
+            for each in fitted
+        ]
+        steps[reading] = f"{min(took):.0f} to {max(took):.0f} ms if it is {names[reading]}"
     return [
-        "what these rows cannot settle: at one inference at a time, weights and FLOPs grow together"
-        " from row to row. The model reads them as waiting for weights (and ALBERT, whose layers"
-        f" share theirs, as reading them in every layer). If they compute at {share:.0%} of the"
-        " peak instead, at 128 tokens, and a UNet with its 256 to 1024 tokens did no better, a step"
-        f" would take {1e3 * step_s:.0f} ms on {device.name}, and pipelines would have periods of"
-        f" {', '.join(periods)}: no interval holds this reading"
+        "what SDXL at 1024 px spends most of its time on is not known: neither its multiply-adds"
+        " nor the DDR nor the number of its operators, but one published size of one network does"
+        f" not tell the rest apart. A UNet step at {size} on {device.name} takes"
+        f" {' and '.join(steps.values())}. The middle of the ranges is the second: networks of the"
+        " Standard card show it too, and the first asks for matrix products at 81% to 100% of the"
+        " peak",
+        f"{size} is the size that was published"
+        if measured
+        else f"{size} is extrapolated: published are 1024 px on Pro and Ultra cards. Inferred is"
+        " what both readings share, the range of a step; which end of it is not. A UNet step"
+        f" measured at {size} would settle it",
     ]
 
 
-def fit_line(name: str, found: Sequence[Fit]) -> str:
-    """`found`: the central assumption first, then the ends."""
-    from backends.modelled.fit import factor
+def fit_line(name: str, kind: Kind) -> str:
+    from backends.modelled.card import CENTRAL
+    from backends.modelled.fit import errors_of, factor, fits, of_kind, rows
 
-    one, *ends = found
-    inside, outside = (
-        [factor(errors, one.weights, share) for share in (0.5, 0.9)]
-        for errors in (one.errors, one.held_out)
-    )
-    others = " and ".join(
-        f"{end.efficiency:.0%} and {factor(end.held_out, end.weights, 0.5):.2f} at {end.ddr:.0%}"
-        for end in ends
-    )
+    central, mine = fits()[CENTRAL], of_kind(kind)
+    outside, weights = errors_of(central, kind)
+    inside = central.errors[mine]
+    off = [[factor(each, weights, share) for share in (0.5, 0.9)] for each in (inside, outside)]
+    shares = sorted(getattr(fit.parameters, kind) for fit in fits().values())
     return (
-        f"{name}: {one.efficiency:.0%} of the peak, from {len(one.weights)} published rows, with"
-        f" {one.ddr:.0%} of the DDR's bandwidth; off by a factor of {inside[0]:.2f} (median) and"
-        f" {inside[1]:.2f} (90th percentile) on these rows, of {outside[0]:.2f} and"
-        f" {outside[1]:.2f} on families held out (efficiency and held-out median with the DDR"
-        f" elsewhere: {others})"
+        f"{name}: {getattr(central.parameters, kind):.0%} of the peak"
+        f" ({shares[0]:.0%} to {shares[-1]:.0%} over the assumptions), from {mine.sum()} of"
+        f" {len(rows().names)} published rows, with {central.ddr:.0%} of the DDR's bandwidth; off"
+        f" by a factor of {off[0][0]:.2f} (median) and {off[0][1]:.2f} (90th percentile) on these"
+        f" rows, of {off[1][0]:.2f} and {off[1][1]:.2f} on families held out"
     )

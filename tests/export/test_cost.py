@@ -50,6 +50,7 @@ def test_the_full_size_parts_cost_what_is_known(full: Checkpoint, part: str, siz
         assert cost.operators[kind] == int(known[f"{kind}_operators"])
     moved = float(known[f"activation_mb_{size}px"])
     assert cost.activation_bytes / 1e6 == pytest.approx(moved, rel=0.01)
+    assert cost.scores / 1e6 == pytest.approx(float(known[f"scores_m_{size}px"]), rel=0.01)
     listed = budget_cost(part, size)
     assert listed is not None
     assert listed.flops == pytest.approx(cost.flops, rel=0.01)
@@ -101,6 +102,7 @@ def test_a_graph_costs_what_its_module_does(tiny_bundle: Bundle, part: str, batc
     assert dict(counted.by_kind) == dict(traced.by_kind)
     assert counted.flops == traced.flops > 0
     assert counted.activation_bytes == traced.activation_bytes
+    assert counted.scores == traced.scores
     # The exporter merges equal weights and adds a few constants.
     assert counted.weight_bytes == pytest.approx(traced.weight_bytes, rel=0.1)
 
@@ -124,6 +126,7 @@ def test_a_lowered_graph_costs_the_same_flops(
         lower(source, profile, scratch / name / part / "model.onnx")
         costs[name] = part_cost(scratch / name / part / "model.onnx", 2)
         assert dict(costs[name].by_kind) == dict(canonical.by_kind)
+        assert costs[name].scores == canonical.scores
         # Constants of the older form come on top, the causal mask the largest: 77 x 77 in FP16.
         assert 0 <= costs[name].weight_bytes - canonical.weight_bytes < 16_000
     assert costs["cpu"].activation_bytes == 2 * canonical.activation_bytes
