@@ -153,13 +153,14 @@ def reading_words(device: Device, unet: Cost, size: str, measured: bool) -> list
             for each in fitted
         ]
         steps[reading] = f"{min(took):.0f} to {max(took):.0f} ms if it is {names[reading]}"
+    asked = [fits()["scores", ddr].parameters.matmul for ddr in DDR]
     return [
         "what SDXL at 1024 px spends most of its time on is not known: neither its multiply-adds"
         " nor the DDR nor the number of its operators, but one published size of one network does"
         f" not tell the rest apart. A UNet step at {size} on {device.name} takes"
         f" {' and '.join(steps.values())}. The middle of the ranges is the second: networks of the"
-        " Standard card show it too, and the first asks for matrix products at 81% to 100% of the"
-        " peak",
+        f" Standard card show it too, and the first asks for matrix products at {min(asked):.0%}"
+        f" to {max(asked):.0%} of the peak",
         f"{size} is the size that was published"
         if measured
         else f"{size} is extrapolated: published are 1024 px on Pro and Ultra cards. Inferred is"
