@@ -260,7 +260,7 @@ def report(found: Sequence[Option], question: Question) -> dict[str, Any]:
     from backends.modelled.program import VERSION
 
     def columns(each: Fit) -> Mapping[str, Any]:
-        errors = {}
+        errors: dict[str, Any] = {}
         for kind in KINDS:
             held_out, weights = errors_of(each, kind)
             errors[kind] = {
