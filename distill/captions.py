@@ -1,9 +1,10 @@
 """What people type: captions that are cut off, loose or half said, and the scene each one draws.
 
 A caption is a row of pieces, and a piece may claim something of the scene. Cutting a caption drops
-the claims whose piece has not begun. What is not said is drawn as plainly as can be (`complete`):
-a large red circle in the middle, on black. So a caption always means one scene, and the picture
-does not jump while the caption is being typed.
+the claims whose piece has not begun. What is not said is drawn plainly most of the time
+(`complete`): a large red circle in the middle, on black. So a picture does not jump while its
+caption is typed. Now and then it is drawn as it comes, or a picture that is handed to the model
+would lose what its caption leaves open.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from typing import Literal, Self
 
 import numpy as np
 
-from distill.shapes import BACKGROUNDS, POSITIONS, Object, Scene, random_scene
+from distill.shapes import (
+    BACKGROUNDS,
+    POSITIONS,
+    RELATIONS,
+    SHAPES,
+    Object,
+    Scene,
+    random_scene,
+)
 
 Rng = np.random.Generator
 Wording = Literal["full", "loose", "cut"]
@@ -22,10 +31,12 @@ Wording = Literal["full", "loose", "cut"]
 CHECKED: dict[Wording, float] = {"full": 0.4, "loose": 0.3, "cut": 0.3}
 """What sample grids are drawn of while a stage trains."""
 
-DEFAULT_SIZE, DEFAULT_SHAPE, DEFAULT_BACKGROUND = "large", "circle", "black"
-DEFAULT_COLOURS = ("red", "blue", "yellow", "green")
+PLAIN_COLOURS = ("red", "blue", "yellow", "green", "purple", "white")
 """Of the first, second and third object where nothing is said; each passes over the background."""
-DEFAULT_PLACES = ("left", "right", "top", "bottom")
+PLAIN_PLACES = ("left", "right", "top", "bottom")
+"""Of one of several objects where nothing is said; a single one is in the middle."""
+PLAIN_SHARE = 0.7
+"""Share of captions of which what is not said is drawn plainly."""
 ACROSS = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 NUMBERS = {2: "two", 3: "three"}
 ALIKE_SHARE = 0.08
@@ -64,28 +75,38 @@ class Said:
         return cls(mentions, scene.background, scene.relation)
 
 
-def complete(said: Said) -> Scene:
-    """The scene that is drawn of what a caption says."""
+def complete(said: Said, rng: Rng | None = None) -> Scene:
+    """The scene that is drawn of what a caption says: plainly, or with `rng` as it comes."""
+
+    def pick(options: Sequence[str]) -> str:
+        return options[int(rng.random() * len(options)) if rng is not None else 0]
+
     mentions = list(said.mentions) or [Mention()]
     if said.relation and len(mentions) == 1:
         mentions.append(Mention())
-    background = said.background or DEFAULT_BACKGROUND
-    items = []
-    for index, mention in enumerate(mentions):
-        colours = [name for name in DEFAULT_COLOURS if name != background]
-        colour = mention.colour or colours[index]
-        items.append(Object(mention.size or DEFAULT_SIZE, colour, mention.shape or DEFAULT_SHAPE))
-    objects, said_places = tuple(items), [mention.place for mention in mentions]
+    taken = {mention.colour for mention in mentions}
+    background = said.background or pick([name for name in BACKGROUNDS if name not in taken])
+    colours = [name for name in PLAIN_COLOURS if name != background]
+    objects = tuple(
+        Object(
+            mention.size or pick(("large", "small")),
+            mention.colour or pick(colours[index:] + colours[:index]),
+            mention.shape or pick(SHAPES),
+        )
+        for index, mention in enumerate(mentions)
+    )
+    said_places = [mention.place for mention in mentions]
     if len(objects) == 1:
-        return Scene(objects, background, (said_places[0] or "middle",))
+        return Scene(objects, background, (said_places[0] or pick(("middle", *PLAIN_PLACES)),))
     if len(objects) == 2 and (said.relation or not any(said_places)):
-        return Scene(objects, background, relation=said.relation or "left of")
+        return Scene(objects, background, relation=said.relation or pick(RELATIONS))
     places: list[str] = []
     for place in said_places:
-        taken = {*places, *filter(None, said_places)}
-        order = [ACROSS.get(other, "") for other in taken] if len(objects) == 2 else []
-        free = [name for name in (*order, *DEFAULT_PLACES) if name and name not in taken]
-        places.append(place or free[0])
+        used = {*places, *filter(None, said_places)}
+        # Of two objects the one stands across from the other.
+        across = [ACROSS[other] for other in used if other in ACROSS and len(objects) == 2]
+        free = [name for name in (*across, *PLAIN_PLACES) if name not in used]
+        places.append(place or pick(free))
     return Scene(objects, background, tuple(places))
 
 
@@ -113,8 +134,13 @@ class Caption:
 
     @property
     def scene(self) -> Scene:
-        """What is drawn of it: a word that has begun counts."""
-        return complete(self._said(whole_words=False))
+        """What is plainly drawn of it: a word that has begun counts."""
+        return complete(self.begun)
+
+    @property
+    def begun(self) -> Said:
+        """What it says, with the word that has only begun as it goes on."""
+        return self._said(whole_words=False)
 
     def cut(self, shown: int) -> Caption:
         return replace(self, shown=shown)
@@ -278,8 +304,18 @@ def random_caption(rng: Rng, wording: Wording, count: int | None = None) -> Capt
     return caption.cut(int(rng.random() * len(caption.text)))
 
 
+def drawn_scene(caption: Caption, rng: Rng) -> Scene:
+    """The scene that a caption's training picture shows, of the caption's own split."""
+    plain = caption.scene
+    if rng.random() < PLAIN_SHARE:
+        return plain
+    # A caption that leaves little open may allow no other scene of its split.
+    others = (complete(caption.begun, rng) for _ in range(8))
+    return next((scene for scene in others if scene.held_out == plain.held_out), plain)
+
+
 def captions(n: int, seed: int, held_out: bool, shares: dict[Wording, float]) -> list[Caption]:
-    """`n` captions whose scene is of one split, in each wording a share; the same for a seed."""
+    """`n` captions whose plain scene is of one split, in each wording a share; by seed."""
     rng = np.random.default_rng([seed, held_out, 2])
     wordings, weights = list(shares), np.cumsum(list(shares.values()))
     kept: list[Caption] = []

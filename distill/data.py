@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from core.errors import AddbenchError, PreconditionError, no_text
-from distill.captions import Wording, captions
+from distill.captions import Wording, captions, drawn_scene
 from distill.config import Data
 from distill.shapes import Scene, layout, render
 
@@ -47,7 +47,7 @@ class Shapes:
         }  # fmt: skip
         typed = captions(data.pool, data.seed, False, shares)
         self.captions = [caption.text for caption in typed]
-        self.scenes: list[Scene] = [caption.scene for caption in typed]
+        self.scenes: list[Scene] = [drawn_scene(caption, rng) for caption in typed]
         self.layouts = [layout(scene, rng) for scene in self.scenes]
         self._pixels = torch.empty(data.pool, 3, data.size, data.size, dtype=torch.uint8)
         for start in range(0, data.pool, 512):

@@ -19,6 +19,7 @@ from distill.captions import (
     caption_of,
     captions,
     complete,
+    drawn_scene,
     loosened,
     random_caption,
     within_words,
@@ -26,6 +27,8 @@ from distill.captions import (
 from distill.judge import judge
 from distill.shapes import (
     BACKGROUNDS,
+    POSITIONS,
+    SHAPES,
     Object,
     Scene,
     draw,
@@ -63,6 +66,29 @@ def test_the_grammar_s_own_caption_says_it_all(seed: int) -> None:
 def test_a_caption_says_nothing_but_what_is_drawn_of_it(seed: int, wording: Wording) -> None:
     caption = random_caption(np.random.default_rng(seed), wording)
     assert judge(draw([caption.scene], 0)[0], caption.said).all_right
+
+
+@settings(deadline=None)
+@given(seeds, wordings)
+def test_whatever_a_caption_is_drawn_as_is_what_it_says(seed: int, wording: Wording) -> None:
+    rng = np.random.default_rng(seed)
+    caption = random_caption(rng, wording)
+    scene = drawn_scene(caption, rng)
+    assert scene.held_out == caption.scene.held_out
+    assert len(scene.objects) == len(caption.scene.objects)
+    assert judge(draw([scene], 0)[0], caption.said).all_right
+    if wording == "full":
+        assert scene == caption.scene
+
+
+def test_what_is_not_said_is_mostly_plain_and_may_be_anything() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [drawn_scene(caption_of(ONE).cut(1), rng) for _ in range(400)]
+    plain = caption_of(ONE).cut(1).scene
+    assert 0.65 <= np.mean([scene == plain for scene in drawn]) <= 0.8
+    assert {scene.background for scene in drawn} == set(BACKGROUNDS)
+    assert {scene.positions[0] for scene in drawn} == set(POSITIONS)
+    assert {scene.objects[0].shape for scene in drawn} == set(SHAPES)
 
 
 @settings(deadline=None)
