@@ -18,6 +18,12 @@ REPORTED = {
     "RTX 4090": "rtx-4090",
     "H100 80GB HBM3": "h100-sxm",
     "H200": "h200-sxm",
+    "L40S": "l40s",
+    "H100 PCIe": "h100-pcie",
+    "H100 NVL": "h100-nvl",
+    "RTX 2080 Ti": "rtx-2080-ti",
+    "RTX 3090": "rtx-3090",
+    "Tesla T4": "t4",
 }
 
 

@@ -10,6 +10,7 @@ measured, what a model of that hardware allows, and a verdict:
     not testable here   none of these can be said; the reason is given
 
 Models are no measurements: a floor says what cannot be, a range what would be no surprise.
+--coverage says how often the ranges hold what others published, by hardware and by software.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from core.cli import Parser, add_format_argument, add_published_argument, add_runs_argument, run
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
@@ -49,6 +51,14 @@ def parser() -> Parser:
     top.add_argument(
         "--run", action="append", default=[], metavar="RUN|latest", help="count this run too"
     )
+    top.add_argument(
+        "--coverage",
+        action="store_true",
+        help="how often the modelled ranges hold what is published",
+    )
+    top.add_argument(
+        "--out", type=Path, metavar="STEM", help="with --coverage: draw it as STEM.svg and STEM.png"
+    )
     add_published_argument(top)
     add_runs_argument(top)
     return top
@@ -56,6 +66,19 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.out and not args.coverage:
+        raise PreconditionError(
+            "--out draws what --coverage says", "there is no picture of the verdicts",
+            "add --coverage, or drop --out",
+        )  # fmt: skip
+    if args.coverage:
+        if args.require or args.run:
+            raise PreconditionError(
+                "--coverage is about published figures alone",
+                "--require and --run are about verdicts",
+                "drop --coverage, or drop the other two",
+            )
+        return coverage(args.format, args.out)
     from bench.limits.claims import findings, markdown, show
     from bench.limits.ledger import measured, read_claims
     from bench.rows.store import open_run, run_names
@@ -83,6 +106,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     for wanted, name in missed:
         print(f"required {wanted}: {name}, but it is {verdicts[name]}", file=sys.stderr)
     return EXIT_FAILED if missed else EXIT_OK
+
+
+def coverage(form: str, out: Path | None) -> int:
+    """How often the modelled ranges hold what is published; exit code 4 if a floor does not."""
+    from bench.limits import coverage as library
+
+    claims = library.published()
+    lines = library.held(claims)
+    if form == "json":
+        json.dump(library.as_json(claims, lines), sys.stdout, indent=2)
+        print()
+    elif form == "markdown":
+        print(library.markdown(claims, lines), end="")
+    else:
+        library.show(claims, lines)
+    if out is not None:
+        from bench.show.coverage import figure
+        from bench.show.latency import save
+
+        for file in save(figure(lines), out):
+            print(file, file=sys.stderr)
+    below = any(line.state == library.BELOW for line in lines)
+    return EXIT_FAILED if below else EXIT_OK
 
 
 if __name__ == "__main__":

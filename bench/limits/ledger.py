@@ -17,7 +17,16 @@ from core.devices import devices, identify
 
 DATA = Path(__file__).with_name("data")
 FIGURES, METHODS = DATA / "published_figures.csv", DATA / "methods.csv"
-MODELS = {"SDXL-Turbo": "sdxl-turbo", "SD-1.5": "sd15", "SD-Turbo": "sd-turbo"}
+ELSEWHERE, LEFT_OUT = DATA / "published_elsewhere.csv", DATA / "left_out.csv"
+"""What others published of few-step and other models, to hold the ranges against; and what of it
+is not used, with the reason."""
+MODELS = {
+    "SDXL-Turbo": "sdxl-turbo",
+    "SD-1.5": "sd15",
+    "SD-Turbo": "sd-turbo",
+    "SDXL-base": "sdxl-base",
+    "LCM-SDXL": "lcm-sdxl",
+}
 """Published names of models -> ours."""
 STATED = {"a10g-sd15-20step": 40}
 """UNet evaluations where a source states them (40 to 42) and `methods.csv` does not."""
@@ -59,6 +68,12 @@ class Claim:
     source: str
     fid_5k: float | None = None
     clip_score: float | None = None
+    software: str = ""
+    """What it ran on, where many systems share it; as `system` says it elsewhere."""
+    accelerators: int = 1
+    """SoCs or cards that share a call out among them."""
+    counted: int | None = None
+    """UNet evaluations of an image where the file of the figure says them."""
 
     @property
     def call_ms(self) -> float | None:
@@ -74,7 +89,7 @@ class Claim:
     @property
     def evaluations(self) -> int | None:
         """UNet evaluations of an image; those of a network of two UNets count twice."""
-        return evaluations().get(self.id, self.steps)
+        return self.counted or evaluations().get(self.id, self.steps)
 
     @property
     def conditions(self) -> str:
@@ -124,8 +139,11 @@ def read_claims(path: Path = FIGURES) -> list[Claim]:
                 unit=row["unit"],
                 qualifier=row["qualifier"],
                 source=row["source"],
-                fid_5k=real(row["fid_5k"]),
-                clip_score=real(row["clip_score"]),
+                fid_5k=real(row.get("fid_5k", "")),
+                clip_score=real(row.get("clip_score", "")),
+                software=row.get("software", ""),
+                accelerators=number(row.get("accelerators", "")) or 1,
+                counted=number(row.get("evaluations", "")),
             )
             for row in csv.DictReader(file)
         ]

@@ -1,0 +1,201 @@
+"""How often the modelled ranges hold what others published: `addbench claims --coverage`.
+
+Every published figure whose conditions are all stated, and whose hardware has a range, against that
+range and against its floor. A range holds what would be no surprise; nothing real is below a floor,
+so a figure that is makes the floor wrong, or the figure.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.limits.ledger import ELSEWHERE, LEFT_OUT, PROGRAMS, Claim, read_claims
+from bench.limits.ranges import Modelled, models_of
+from core.table import Column, console, markdown_lines, terminal_table
+
+INSIDE, FASTER, SLOWER, BELOW = "inside", "faster", "slower", "below the floor"
+STATES = (INSIDE, FASTER, SLOWER, BELOW)
+SOFTWARE = {
+    "trt": "TensorRT",
+    "cuda": "ONNX Runtime CUDA",
+    "torch": "PyTorch",
+    "torch:mode=eager": "PyTorch",
+    "torch:mode=compile": "PyTorch, compiled",
+    "openvino": "OpenVINO",
+    "qaic": "Cloud AI SDK",
+}
+"""What `ledger.PROGRAMS` runs on, as the figures elsewhere call it."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A published figure beside its range. Milliseconds of a call, or between two."""
+
+    claim: Claim
+    model: Modelled
+    call_ms: float
+
+    @property
+    def slow_ms(self) -> float:
+        """The slow end; with switching between programs where a card does that, as users do."""
+        return self.model.switched or self.model.slow
+
+    @property
+    def state(self) -> str:
+        if self.call_ms < self.model.floor:
+            return BELOW
+        if self.call_ms < self.model.fast:
+            return FASTER
+        return SLOWER if self.call_ms > self.slow_ms else INSIDE
+
+    @property
+    def share(self) -> float:
+        """The floor over the figure: what of the peak, or of the bandwidth, it is."""
+        return self.model.floor / self.call_ms
+
+    @property
+    def software(self) -> str:
+        program = PROGRAMS.get(self.claim.system, "")
+        return self.claim.software or SOFTWARE.get(program, "not stated")
+
+
+def published() -> list[Claim]:
+    """All figures of the project: those of the ledger, and what others published elsewhere."""
+    return read_claims() + read_claims(ELSEWHERE)
+
+
+def held(claims: Sequence[Claim]) -> list[Held]:
+    """The figures of which one range is known, and only one: nothing of theirs is left open."""
+    lines = []
+    for claim in claims:
+        models = models_of(claim)
+        if len(models) == 1 and claim.call_ms is not None:
+            lines.append(Held(claim, models[0], claim.call_ms))
+    return lines
+
+
+def left_out() -> list[dict[str, str]]:
+    """Published figures that are in no claim: `id`, `figure`, `reason`, `source`."""
+    with LEFT_OUT.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The figures of one hardware or one software."""
+
+    name: str
+    lines: Sequence[Held]
+
+    def count(self, state: str) -> int:
+        return sum(line.state == state for line in self.lines)
+
+    @property
+    def shares(self) -> str:
+        """The least and the largest share of the peak that its figures are."""
+        shares = [line.share for line in self.lines]
+        return f"{min(shares):.0%} to {max(shares):.0%}"
+
+
+def groups(lines: Sequence[Held], name: Callable[[Held], str]) -> list[Group]:
+    """By name, the most figures first."""
+    names = Counter(name(line) for line in lines)
+    return [
+        Group(each, [line for line in lines if name(line) == each])
+        for each, _ in names.most_common()
+    ]
+
+
+def counts(title: str) -> tuple[Column, ...]:
+    return (
+        Column(title, lambda group: group.name),
+        Column("figures", lambda group: len(group.lines), 0),
+        *(Column(state, lambda group, state=state: group.count(state), 0) for state in STATES),  # type: ignore[misc]
+        Column("of the floor", lambda group: group.shares),
+    )
+
+
+OUTSIDE = (
+    Column("figure", lambda line: line.claim.id),
+    Column("hardware", lambda line: line.claim.hardware),
+    Column("software", lambda line: line.software),
+    Column("conditions", lambda line: f"{line.claim.model}, {line.claim.conditions}"),
+    Column("published (ms)", lambda line: line.call_ms, 0),
+    Column("floor (ms)", lambda line: line.model.floor, 1),
+    Column("range (ms)", lambda line: f"{line.model.fast:.0f} to {line.slow_ms:.0f}"),
+    Column("it is", lambda line: line.state),
+    Column("source", lambda line: line.claim.source),
+)
+
+
+def summary(claims: Sequence[Claim], lines: Sequence[Held]) -> list[str]:
+    """What there is, in sentences."""
+    inside = sum(line.state == INSIDE for line in lines)
+    below = [line.claim.id for line in lines if line.state == BELOW]
+    fitted = sum("in the fit" in line.claim.qualifier for line in lines)
+    out = left_out()
+    return [
+        f"of {len(lines)} published figures with a range, {inside} are inside"
+        f" ({inside / len(lines):.0%}); {fitted} of them are what their card's model was fitted to",
+        f"below their floor: {', '.join(below)}: the floor is wrong, or the figure"
+        if below
+        else "none is below its floor",
+        f"{len(claims) - len(lines)} of {len(claims)} figures have no range, or more than one: no"
+        " peak is known of their hardware, or conditions are left open",
+        f"{len(out)} published figures are in no claim (bench/limits/data/left_out.csv has each"
+        f" with its reason); most often: {'; '.join(most_frequent(out))}",
+    ]
+
+
+def most_frequent(out: Sequence[dict[str, str]], most: int = 4) -> list[str]:
+    counted = Counter(each["reason"] for each in out)
+    return [f"{reason} ({count})" for reason, count in counted.most_common(most)]
+
+
+def tables(lines: Sequence[Held]) -> list[tuple[Sequence[Column], Sequence[Any]]]:
+    found: list[tuple[Sequence[Column], Sequence[Any]]] = [
+        (counts("hardware"), groups(lines, lambda line: line.claim.hardware)),
+        (counts("software"), groups(lines, lambda line: line.software)),
+    ]
+    outside = [line for line in lines if line.state != INSIDE]
+    return [*found, (OUTSIDE, outside)] if outside else found
+
+
+def markdown(claims: Sequence[Claim], lines: Sequence[Held]) -> str:
+    text = [*(f"- {line}" for line in summary(claims, lines)), ""]
+    for columns, rows in tables(lines):
+        text += [*markdown_lines(columns, rows), ""]
+    return "\n".join(text)
+
+
+def show(claims: Sequence[Claim], lines: Sequence[Held]) -> None:
+    drawn_on = console()
+    for line in summary(claims, lines):
+        drawn_on.print(line)
+    for columns, rows in tables(lines):
+        drawn_on.print(terminal_table(columns, rows))
+
+
+def as_json(claims: Sequence[Claim], lines: Sequence[Held]) -> dict[str, Any]:
+    return {
+        "figures": len(claims),
+        "states": {state: sum(line.state == state for line in lines) for state in STATES},
+        "held": [
+            {
+                "id": line.claim.id,
+                "hardware": line.claim.hardware,
+                "software": line.software,
+                "published_ms": line.call_ms,
+                "floor_ms": line.model.floor,
+                "fast_ms": line.model.fast,
+                "slow_ms": line.slow_ms,
+                "state": line.state,
+            }
+            for line in lines
+        ],
+        "left_out": left_out(),
+    }
