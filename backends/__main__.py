@@ -62,7 +62,8 @@ def parser() -> Parser:
 
 
 def list_backends() -> int:
-    from backends.base import each_backend
+    from backends.base import Lacks
+    from backends.registry import each_backend
 
     for name, backend, found in each_backend():
         state = "usable" if found.usable else "not usable"
@@ -72,25 +73,41 @@ def list_backends() -> int:
         for key, option in backend.option_types.items() if backend else ():
             values = f" ({', '.join(option.choices)})" if option.choices else ""
             print(f"{'':<10} :{key}={option.default}  {option.help}{values}")
-        for line in backend.lacks() if backend else ():
-            print(f"{'':<10} {line}")
+        if backend and isinstance(backend, Lacks):
+            for line in backend.lacks():
+                print(f"{'':<10} {line}")
     return EXIT_OK
 
 
 def compile_parts(args: argparse.Namespace) -> int:
-    from backends.base import Shapes, check_decoder, parse_backend, stage_parts
-    from backends.quantised.precision import with_precision
+    from backends.base import (
+        DryRuns,
+        DryRunsModels,
+        Remarks,
+        Shapes,
+        UnsupportedError,
+        check_decoder,
+        probe_compiler,
+        stage_parts,
+    )
+    from backends.registry import parse_backend, with_precision
 
     texts = [with_precision(text, args.precision) for text in args.backend or ["ort"]]
     chosen, done = [parse_backend(text) for text in texts], []
     for backend in chosen:
         if not args.dry_run:
-            backend.probe_compiler().require(backend.name)
+            probe_compiler(backend).require(backend.name)
             continue
-        said = backend.dry_run_model(args.model, args.weights, args.dtype, args.decoder, args.batch)
-        if said is not None:
-            print("\n".join(said))
+        if isinstance(backend, DryRunsModels):
+            what = (args.model, args.weights, args.dtype, args.decoder, args.batch)
+            print("\n".join(backend.dry_run_model(*what)))
             done.append(backend)
+        elif not isinstance(backend, DryRuns):
+            raise UnsupportedError(
+                f"backend {backend.name} has no dry run",
+                "what it compiles with is not a command-line tool",
+                "leave --dry-run out",
+            )
     chosen = [backend for backend in chosen if backend not in done]
     if not chosen:
         return EXIT_OK
@@ -108,7 +125,7 @@ def compile_parts(args: argparse.Namespace) -> int:
         for batch in args.batch:
             for part in (part for part in every if part in wanted):
                 shapes = recipe.shapes(part, Shapes(batch, width, height))
-                if args.dry_run:
+                if args.dry_run and isinstance(backend, DryRuns):
                     print(f"# {backend.name} {bundle.path.name} {part} batch {batch}")
                     for words in backend.dry_run(bundle, part, shapes):
                         print(shlex.join(words))
@@ -119,17 +136,18 @@ def compile_parts(args: argparse.Namespace) -> int:
                     f"{backend.name} {bundle.path.name} {part} batch {batch}: {how} in"
                     f" {artifact.compile_s:.1f} s, {artifact.path or 'nothing to keep'}"
                 )
-                if remark := backend.remark(artifact):
+                if isinstance(backend, Remarks) and (remark := backend.remark(artifact)):
                     print(f"  {remark}")
     return EXIT_OK
 
 
 def list_parts(args: argparse.Namespace) -> int:
     """Compile every part for one image; say which are taken, and what refuses the others."""
-    from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
+    from backends.base import BackendError, Shapes, UnsupportedError, probe_compiler
+    from backends.registry import parse_backend
 
     backend = parse_backend(args.backend)
-    backend.probe_compiler().require(backend.name)
+    probe_compiler(backend).require(backend.name)
     from export.bundle import find_bundle
 
     bundle = find_bundle(args.model, args.weights, args.dtype)
@@ -181,8 +199,7 @@ def cache(args: argparse.Namespace) -> int:
 
 
 def parity(args: argparse.Namespace) -> int:
-    from backends.base import parse_backend
-    from backends.quantised.precision import with_precision
+    from backends.registry import parse_backend, with_precision
 
     text = with_precision(args.backend, args.precision)
     backend = parse_backend(text)

@@ -33,10 +33,10 @@ from backends.base import (
     Session,
     Shapes,
     UnsupportedError,
+    installed,
 )
-from backends.nvidia.gpu import gpu_name, installed, missing_gpu, torch_cuda, torch_on_gpu
-from backends.onnxrt.session import TYPES, translate
-from backends.ort import MODEL
+from backends.nvidia.gpu import gpu_name, missing_gpu, torch_cuda, torch_on_gpu
+from backends.onnxrt.session import MODEL, TYPES, translate
 from core.files import require_disk
 from export.lower import Profile, lower
 
@@ -157,23 +157,22 @@ class CudaBackend(Backend):
     name = "cuda"
     summary = "ONNX Runtime's CUDA provider, in the dtypes of the graph, a CUDA graph for each part"
     device = "cuda"
-    asynchronous = True
     resident = IN_ONE_GO
     option_types: ClassVar[Mapping[str, Option]] = {
-        "graph": Option("1", "replay a CUDA graph for each part", ("0", "1")),
-        "nhwc": Option("1", "convolutions in channels-last layout", ("0", "1")),
+        "graph": Option(True, "replay a CUDA graph for each part"),
+        "nhwc": Option(True, "convolutions in channels-last layout"),
         "conv": Option(
             "exhaustive",
             "how cuDNN's convolution algorithms are chosen: all timed at load, by its heuristic, or"
             " the same for all",
-            ("exhaustive", "heuristic", "default"),
+            choices=("exhaustive", "heuristic", "default"),
         ),
-        "tf32": Option("0", "TF32 in FP32 graphs: faster, 10 bits of 23", ("0", "1")),
+        "tf32": Option(False, "TF32 in FP32 graphs: faster, 10 bits of 23"),
         "attention": Option(
             "multihead",
             "onnxruntime's own operator, ONNX's (opset 23: other operators may lack CUDA kernels"
             " there), or spelled out",
-            ("multihead", "op", "matmul"),
+            choices=("multihead", "op", "matmul"),
         ),
     }
 
@@ -221,7 +220,7 @@ class CudaBackend(Backend):
     def fingerprint(self) -> dict[str, str]:
         return {"onnxruntime-gpu": version("onnxruntime-gpu")}
 
-    def compile_options(self) -> Mapping[str, str]:
+    def depends_on(self, bundle: Bundle, part: str, shapes: Shapes) -> Mapping[str, str]:
         return {"attention": self.options["attention"]}
 
     def pipeline(self, bundle: Bundle, decoder: str, shapes: Shapes, **rest: Any) -> Pipeline:
@@ -247,16 +246,14 @@ class CudaBackend(Backend):
         lower(info.graph, replace(self.profile(part), batch=shapes.batch), folder / MODEL)
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
-        if artifact.path is None:
-            raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
         stream = self.stream()
-        model = artifact.path / MODEL
+        model = artifact.folder / MODEL
         providers = [(PROVIDER, provider_options(self.options, stream.cuda_stream))]
         try:
             session = open_session(model, providers)
         except Exception as error:
             # The provider itself refuses to capture a graph with nodes on the CPU, unnamed.
-            plain = [(PROVIDER, provider_options({**self.options, "graph": "0"}, 0))]
+            plain = [(PROVIDER, provider_options({**self.options, "graph": False}, 0))]
             if "CUDA Graph" in str(error):
                 require_on_device(open_session(model, plain), PROVIDER, artifact.part)
             raise translate(error, f"loading {artifact.part}") from error
@@ -312,18 +309,18 @@ def cuda_of(package: str) -> int:
     return 13 if release >= FIRST_FOR_CUDA_13 else 12
 
 
-def provider_options(options: Mapping[str, str], stream: int) -> dict[str, str]:
+def provider_options(options: Mapping[str, Any], stream: int) -> dict[str, str]:
     """The CUDA provider's options; `stream` is a CUDA stream's handle, 0 for the provider's own.
 
     Names and values: the CUDA provider's page of onnxruntime's documentation.
     """
     chosen = {
         "device_id": "0",
-        "enable_cuda_graph": options["graph"],
-        "prefer_nhwc": options["nhwc"],
+        "enable_cuda_graph": str(int(options["graph"])),
+        "prefer_nhwc": str(int(options["nhwc"])),
         "cudnn_conv_algo_search": options["conv"].upper(),
         "cudnn_conv_use_max_workspace": "1",
-        "use_tf32": options["tf32"],
+        "use_tf32": str(int(options["tf32"])),
         "arena_extend_strategy": "kSameAsRequested",
     }
     return chosen | ({"user_compute_stream": str(stream)} if stream else {})

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -22,6 +22,7 @@ from backends.base import (
     Option,
     OutOfMemoryError,
     Session,
+    Shapes,
 )
 from backends.pipeline.conditioning import Conditioning, Denoised
 from backends.pipeline.output import Output
@@ -71,7 +72,7 @@ class NullPipeline(Pipeline):
 
     def denoise(self, conditioning: Conditioning, steps: int, seeds: Sequence[int]) -> Denoised:
         options = self.backend.options
-        if options["only_steps"] in ("0", str(steps)) and self.calls == int(options["at"]):
+        if options["only_steps"] in (0, steps) and self.calls == options["at"]:
             fail(options["fail"])
         return super().denoise(conditioning, steps, seeds)
 
@@ -81,7 +82,7 @@ class NullPipeline(Pipeline):
         if references is not None and (self.decoder, self.steps) in references.images:
             image = torch.from_numpy(references.images[self.decoder, self.steps].copy())
             sample = (image.permute(2, 0, 1).float() / 127.5 - 1).expand_as(sample).clone()
-        failing = self.backend.options["only_steps"] in ("0", str(self.steps))
+        failing = self.backend.options["only_steps"] in (0, self.steps)
         if failing and self.backend.options["fail"] == "nan":
             sample[..., 0] = float("nan")
         if failing and self.backend.options["fail"] == "wrong":
@@ -105,18 +106,18 @@ class NullBackend(Backend):
     summary = "a scripted device for tests: sleeps, returns reference images, fails on demand"
     keeps_artifacts = False
     option_types: ClassVar[Mapping[str, Option]] = {
-        "text_ms": Option("1", "what each text encoder takes"),
-        "unet_ms": Option("2", "what a UNet step takes"),
-        "decode_ms": Option("1", "what the decoder takes"),
-        "load_ms": Option("0", "what loading a part takes"),
-        "fail": Option("none", "what goes wrong (nan and wrong: in every call)", FAILURES),
-        "at": Option("0", "the pipeline call, from 0, in which it goes wrong"),
-        "only_steps": Option("0", "fail only in calls of this many steps (0: any)"),
-        "usable": Option("1", "0: the probe says no", ("0", "1")),
+        "text_ms": Option(1.0, "what each text encoder takes", float),
+        "unet_ms": Option(2.0, "what a UNet step takes", float),
+        "decode_ms": Option(1.0, "what the decoder takes", float),
+        "load_ms": Option(0.0, "what loading a part takes", float),
+        "fail": Option("none", "what goes wrong (nan and wrong: in every call)", choices=FAILURES),
+        "at": Option(0, "the pipeline call, from 0, in which it goes wrong", int),
+        "only_steps": Option(0, "fail only in calls of this many steps (0: any)", int),
+        "usable": Option(True, "0: the probe says no"),
     }
 
     def probe(self) -> Capability:
-        if self.options["usable"] == "0":
+        if not self.options["usable"]:
             return Capability(False, "it was told so", "null:usable=0", "drop usable=0")
         return Capability(True, self.summary, version="1", devices=("cpu",))
 
@@ -129,16 +130,16 @@ class NullBackend(Backend):
     def fingerprint(self) -> dict[str, str]:
         return {"null": "1"}
 
-    def pipeline_class(self) -> type[Pipeline]:
-        return NullPipeline
+    def pipeline(self, bundle: Bundle, decoder: str, shapes: Shapes, **rest: Any) -> Pipeline:
+        return NullPipeline(self, bundle, decoder, shapes, **rest)
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
-        time.sleep(float(self.options["load_ms"]) / 1e3)
+        time.sleep(self.options["load_ms"] / 1e3)
         stage = artifact.part.removesuffix("_2").removesuffix("_encoder")
         stage = "decode" if stage.endswith("_decoder") else stage
         info = bundle.parts[artifact.part]
         return NullSession(
             {spec.name: spec for spec in info.inputs},
             {spec.name: spec for spec in info.outputs},
-            float(self.options[f"{stage}_ms"]) / 1e3,
+            self.options[f"{stage}_ms"] / 1e3,
         )

@@ -22,15 +22,14 @@ from backends.artifacts.child import run_child, serve
 from backends.base import (
     Artifact,
     Backend,
-    BackendError,
     Capability,
     Option,
     Session,
     Shapes,
+    installed,
     thread_count,
 )
-from backends.onnxrt.session import translate
-from backends.ort import MODEL, SMALL, installed
+from backends.onnxrt.session import MODEL, translate
 from core.files import require_disk
 from core.isa import cpu_flags, isa
 from core.memory import require_memory
@@ -51,6 +50,8 @@ PRECISIONS = {"fp32": ("f32", ""), "bf16": ("bf16", "avx512_bf16"), "fp16": ("f1
 COPIES = 2.0
 """Peak memory of a compile in FP32 weights: the folded constants and the kernels' layout of them.
 Measured: 20 GB for SDXL's UNet (10.3 GB), 1.6 for a text encoder whose embedding is in one copy."""
+SMALL = 64 * 2**20
+"""Fixed memory of a compile or load beside the weights (bytes)."""
 WORTH_SAYING = 100e6
 """What the compile of smaller parts takes is nothing to be told of."""
 SECONDS_PER_GB = 7.0
@@ -60,7 +61,7 @@ SECONDS_PER_GB = 7.0
 class OpenVinoSession(Session):
     """A compiled model with static shapes, on host tensors; its file is mapped, inputs shared."""
 
-    def __init__(self, blob: Path, options: Mapping[str, str], bundle: Bundle, part: str) -> None:
+    def __init__(self, blob: Path, options: Mapping[str, Any], bundle: Bundle, part: str) -> None:
         import numpy as np
         import openvino
 
@@ -101,13 +102,9 @@ class OpenVinoBackend(Backend):
     name = "openvino"
     summary = "OpenVINO on the CPU, FP32 arithmetic unless told otherwise"
     option_types: ClassVar[Mapping[str, Option]] = {
-        "threads": Option("auto", "inference threads (auto: physical cores)"),
-        "precision": Option("fp32", "of the arithmetic", tuple(PRECISIONS)),
+        "threads": Option("auto", "inference threads (auto: physical cores)", thread_count),
+        "precision": Option("fp32", "of the arithmetic", choices=tuple(PRECISIONS)),
     }
-
-    def __init__(self, options: Mapping[str, str] | None = None) -> None:
-        super().__init__(options)
-        thread_count(self.options["threads"])  # refused before work starts
 
     def probe(self) -> Capability:
         if importlib.util.find_spec("openvino") is None:
@@ -130,12 +127,12 @@ class OpenVinoBackend(Backend):
         return STATIC
 
     def precision(self, bundle: Bundle) -> str:
-        return self.options["precision"]
+        return str(self.options["precision"])
 
     def fingerprint(self) -> dict[str, str]:
         return {"openvino": installed("openvino") or "none", "isa": isa()}
 
-    def compile_options(self) -> Mapping[str, str]:
+    def depends_on(self, bundle: Bundle, part: str, shapes: Shapes) -> Mapping[str, str]:
         return {"precision": self.options["precision"]}
 
     def _compile(self, bundle: Bundle, part: str, shapes: Shapes, folder: Path) -> None:
@@ -172,21 +169,19 @@ class OpenVinoBackend(Backend):
         return int(COPIES * self._fp32_bytes(bundle, part)) + 4 * SMALL
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
-        if artifact.path is None:
-            raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
         doing = f"loading {bundle.name} {artifact.part}"
         require_memory(self._fp32_bytes(bundle, artifact.part), doing)
         try:
-            return OpenVinoSession(artifact.path / BLOB, self.options, bundle, artifact.part)
+            return OpenVinoSession(artifact.folder / BLOB, self.options, bundle, artifact.part)
         except Exception as error:
             raise translate(error, doing, "OpenVINO") from error
 
 
-def settings(options: Mapping[str, str]) -> dict[str, Any]:
+def settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """What both compiling and importing are told."""
     return {
         "INFERENCE_PRECISION_HINT": PRECISIONS[options["precision"]][0],
-        "INFERENCE_NUM_THREADS": thread_count(options["threads"]),
+        "INFERENCE_NUM_THREADS": options["threads"],
         "NUM_STREAMS": 1,
     }
 

@@ -31,10 +31,11 @@ from backends.base import (
     Session,
     Shapes,
     UnsupportedError,
+    artifact_key,
+    installed,
     thread_count,
 )
 from backends.onnxrt.session import plain_options, translate
-from backends.ort import installed
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.pipeline import Pipeline
 from backends.pipeline.prompts import check_prompts, check_seeds
@@ -102,7 +103,7 @@ class OptimumPipeline(Pipeline):
             export=False,
             local_files_only=True,
             provider="CPUExecutionProvider",
-            session_options=plain_options(self.backend.options["threads"]),
+            session_options=plain_options(self.backend),
             scheduler=self.bundle.scheduler(self.recipe.scheduler),
         )
         pipe.set_progress_bar_config(disable=True)
@@ -182,12 +183,13 @@ class OptimumBackend(Backend):
     summary = "optimum's ORTStableDiffusionXLPipeline on the CPU, FP32, in its own environment"
     resident = "optimum's pipeline loads all parts at once"
     option_types: ClassVar[Mapping[str, Option]] = {
-        "threads": Option("auto", "intra-op threads of each part (auto: onnxruntime's default)"),
+        "threads": Option(
+            "auto", "intra-op threads of each part (auto: onnxruntime's default)", thread_count
+        ),
     }
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        thread_count(self.options["threads"])  # refused before work starts
         self.interpreter = environment() / "bin" / "python"
 
     def probe(self) -> Capability:
@@ -215,7 +217,7 @@ class OptimumBackend(Backend):
         known = packages(environment())
         return {name: known[name] for name in PACKAGES if name in known} | {"isa": isa()}
 
-    def compile_options(self) -> Mapping[str, str]:
+    def depends_on(self, bundle: Bundle, part: str, shapes: Shapes) -> Mapping[str, str]:
         return {}
 
     def compile(self, bundle: Bundle, part: str, shapes: Shapes) -> Artifact:
@@ -223,9 +225,8 @@ class OptimumBackend(Backend):
         self.probe().require(self.name)
         require_sdxl(bundle)
         started = time.perf_counter()
-        store = ArtifactCache()
-        key = sha256_json([store.key(self, bundle, "unet", shapes), bundle.hash])[:24]
-        path, cached = store.get_or_make(
+        key = sha256_json([artifact_key(self, bundle, "unet", shapes), bundle.hash])[:24]
+        path, cached = ArtifactCache().get_or_make(
             key, f"{bundle.name} optimum pipeline", lambda folder: self._export(bundle, folder)
         )
         return Artifact(self.name, part, key, path, time.perf_counter() - started, cached)

@@ -16,33 +16,33 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from backends import quantised
-from backends.artifacts import halves
+from backends.artifacts import split_unet
 from backends.artifacts.child import run_child, serve
 from backends.base import (
     Artifact,
     Backend,
-    BackendError,
     Capability,
     Option,
     Session,
     Shapes,
     UnsupportedError,
+    installed,
     thread_count,
 )
 from backends.onnxrt import operators
 from backends.onnxrt.session import (
     LEVELS,
+    MODEL,
     OrtSession,
     open_session,
     plain_options,
     session_options,
     translate,
 )
+from backends.quantised import schemes
 from core.files import require_disk
 from core.isa import isa
 from core.memory import drop_cached, reading_ahead, require_memory
@@ -54,7 +54,6 @@ if TYPE_CHECKING:
     from export.lower import Attention, Convolutions, Norms, Products
     from export.lower.convolutions import Sizes
 
-MODEL = "model.onnx"
 FUSED = replace(CPU, name="ort", attention="multihead", norms="layer")
 """With kernels that onnxruntime has: attention that reads heads where they lie, in place of three
 transposes before it and one after; LayerNormalization, in place of nine operators a group norm."""
@@ -64,74 +63,64 @@ COPIES = 700 * 10**6
 """Of the largest weights while they are laid out for operators of our own, and of libraries."""
 
 
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 class OrtBackend(Backend):
     name = "ort"
     package = "backends.onnxrt"
     summary = "ONNX Runtime on the CPU, FP32 arithmetic unless told otherwise: the embedded default"
     option_types: ClassVar[Mapping[str, Option]] = {
-        "threads": Option("auto", "intra-op threads (auto: physical cores)"),
-        "level": Option("all", "graph optimisation level", tuple(LEVELS)),
+        "threads": Option("auto", "intra-op threads (auto: physical cores)", thread_count),
+        "level": Option("all", "graph optimisation level", choices=tuple(LEVELS)),
         "prepack": Option(
-            "0",
-            "keep weights in the kernels' layout: mapped and shared, twice the disk",
-            ("0", "1"),
+            False, "keep weights in the kernels' layout: mapped and shared, twice the disk"
         ),
-        "arena": Option("1", "keep freed memory for the next call", ("0", "1")),
+        "arena": Option(True, "keep freed memory for the next call"),
         "spin": Option(
             "in-call",
             "threads spin while they wait for work: in a part's call, always, never",
-            ("in-call", "always", "never"),
+            choices=("in-call", "always", "never"),
         ),
-        "context": halves.OPTION,
+        "context": split_unet.OPTION,
         "convolutions": Option(
             "auto",
             "by operators that your C++ compiler builds: winograd, those of 3x3 in 16 products for"
             " 36 (F(2x2, 3x3)); tiles, those with FP16 weights on AMX; op, onnxruntime's own",
-            ("auto", "op", "winograd", "tiles"),
+            choices=("auto", "op", "winograd", "tiles"),
         ),
         "products": Option(
             "auto",
             "linear: those with FP16 weights, which stay so in memory, by an operator that your C++"
             " compiler builds; op, onnxruntime's own, whose weights are FP32",
-            ("auto", "op", "linear"),
+            choices=("auto", "op", "linear"),
         ),
         "attention": Option(
             "auto",
             "operator: by one that your C++ compiler builds; multihead, onnxruntime's",
-            ("auto", "multihead", "operator"),
+            choices=("auto", "multihead", "operator"),
         ),
         "norms": Option(
             "auto",
             "operator: group norms and the SiLU behind them, by an operator that your C++ compiler"
             " builds; layer, onnxruntime's LayerNormalization and what it takes around it",
-            ("auto", "layer", "operator"),
+            choices=("auto", "layer", "operator"),
         ),
         "graph": Option(
             "optimised",
             "optimised: compiled once, as above; canonical: the bundle's own file in a session with"
             " onnxruntime's defaults, as most people run it",
-            ("optimised", "canonical"),
+            choices=("optimised", "canonical"),
         ),
-        **quantised.OPTIONS,
+        **schemes.OPTIONS,
         "precision": Option(
             "fp32",
             "of products with large weights; int8: activations quantised as they come; bf16: both"
             " sides rounded, with sums in FP32, on AMX or AVX-512-BF16, where weights are stored in"
             " FP16",
-            ("fp32", "bf16", "int8"),
+            choices=("fp32", "bf16", "int8"),
         ),
     }
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        thread_count(self.options["threads"])  # refused before work starts
         self.plain = self.options["graph"] == "canonical"
         if self.plain:
             self.keeps_artifacts = False
@@ -143,7 +132,7 @@ class OrtBackend(Backend):
                     "it is a session with onnxruntime's defaults, to be measured against",
                     f"drop {', '.join(others)}, or drop graph=canonical",
                 )
-        self.scheme = quantised.scheme_of(self.given, self.options, isa())
+        self.scheme = schemes.scheme_of(self.given, self.options, isa())
         self._choose_operators()
 
     def _choose_operators(self) -> None:
@@ -237,7 +226,7 @@ class OrtBackend(Backend):
         return Capability(True, words, version=cpu or gpu or "unknown", devices=("cpu",))
 
     def parts(self, bundle: Bundle) -> tuple[str, ...]:
-        return halves.with_context(super().parts(bundle), self.options["context"])
+        return split_unet.with_context(super().parts(bundle), self.options["context"])
 
     def profile(self, part: str) -> Profile:
         # The integer kernels want a weight whole: one that is cut is not theirs any more.
@@ -250,10 +239,10 @@ class OrtBackend(Backend):
             norms=cast("Norms", self.options["norms"]),
             arithmetic="bf16" if self.options["precision"] == "bf16" else "fp32",
         )
-        return replace(form, context=halves.form_of(part, self.options["context"]))
+        return replace(form, context=split_unet.form_of(part, self.options["context"]))
 
     def precision(self, bundle: Bundle) -> str:
-        precision = self.options["precision"]
+        precision = str(self.options["precision"])
         if precision == "bf16" and bundle.dtype != "fp16":
             raise UnsupportedError(
                 f"ort:precision=bf16 does not go with {bundle.name}",
@@ -266,18 +255,22 @@ class OrtBackend(Backend):
         return bundle.dtype if self.scheme is None else self.scheme.storage
 
     def remark(self, artifact: Artifact) -> str:
-        return quantised.remark(artifact)
-
-    def depends_on(self, bundle: Bundle, part: str) -> Mapping[str, str]:
-        return {} if self.scheme is None else quantised.depends_on(bundle)
+        return schemes.remark(artifact)
 
     def fingerprint(self) -> dict[str, str]:
         found = {"onnxruntime": self.probe().version, "isa": isa()}
         return found | ({"operators": operators.digest()} if self.own_operators else {})
 
-    def compile_options(self) -> Mapping[str, str]:
-        made = {key: self.options[key] for key in ("level", "prepack")}
-        return made if self.scheme is None else made | {"scheme": str(self.scheme)}
+    def depends_on(self, bundle: Bundle, part: str, shapes: Shapes) -> Mapping[str, str]:
+        options = {key: self.texts[key] for key in ("level", "prepack")}
+        if self.scheme is None:
+            return options
+        # Layers are measured on an image of the whole bundle.
+        return options | {"scheme": str(self.scheme), "bundle": bundle.hash}
+
+    def effective_options(self) -> dict[str, str]:
+        chosen = (*operators.PLAIN, "spin")
+        return super().effective_options() | {key: self.options[key] for key in chosen}
 
     def _compile(self, bundle: Bundle, part: str, shapes: Shapes, folder: Path) -> None:
         require_disk(folder, self.disk_need(bundle, part), f"compiling {bundle.name} {part}")
@@ -316,8 +309,8 @@ class OrtBackend(Backend):
 
         added = self._laid_out(bundle, part).added
         if self.scheme is not None:
-            return added + quantised.weight_bytes(bundle, part, self.scheme)
-        stored = halves.stored_bytes(bundle, part, self.options["context"])
+            return added + schemes.weight_bytes(bundle, part, self.scheme)
+        stored = split_unet.stored_bytes(bundle, part, self.options["context"])
         widened = stored * (2 if bundle.dtype == "fp16" else 1)
         if self.options["products"] == "op":
             return added + widened
@@ -327,7 +320,7 @@ class OrtBackend(Backend):
     def disk_need(self, bundle: Bundle, part: str) -> int:
         """Bytes a compile writes: the weights, integers and convolutions' twice; then the kernels'
         layout too."""
-        copies = 3 if self.options["prepack"] == "1" else 1
+        copies = 3 if self.options["prepack"] else 1
         weights = (copies + (self.scheme is not None)) * self._weight_bytes(bundle, part)
         return weights + self._laid_out(bundle, part).laid_out + SMALL
 
@@ -346,15 +339,13 @@ class OrtBackend(Backend):
         need = int(1.4 * folded) + COPIES + SMALL
         if self.scheme is None:
             return need
-        return max(need, quantised.recording_bytes(bundle, part, self.scheme))
+        return max(need, schemes.recording_bytes(bundle, part, self.scheme))
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
-        path = artifact.path
         if self.plain:
             return self._load_plain(bundle, artifact.part)
-        if path is None:
-            raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
-        weights, mapped = path / f"{MODEL}.data", self.options["prepack"] == "1"
+        path = artifact.folder
+        weights, mapped = path / f"{MODEL}.data", self.options["prepack"]
         if not mapped:  # mapped weights are the system's to drop
             need = sum(file.stat().st_size for file in path.glob(f"{MODEL}*"))
             require_memory(need, f"loading {bundle.name} {artifact.part}")
@@ -381,7 +372,7 @@ class OrtBackend(Backend):
         need = self._weight_bytes(bundle, part)
         instead = f"drop graph=canonical, to load compiled graphs in {need / 1e9:.1f} GB"
         require_memory(int(1.3 * need) + SMALL, doing, instead)
-        made = plain_options(self.options["threads"])
+        made = plain_options(self)
         graph = str(bundle.parts[part].graph)
         try:
             session = onnxruntime.InferenceSession(graph, made, ["CPUExecutionProvider"])
@@ -399,11 +390,11 @@ def optimise(job: Mapping[str, Any]) -> None:
     folder, options = Path(job["folder"]), job["options"]
     with tempfile.TemporaryDirectory(dir=folder, prefix=".lower-") as scratch:
         lowered, plain = Path(scratch) / "lowered", Path(scratch) / "plain"
-        prepack = options["prepack"] == "1"
+        prepack = options["prepack"]
         lower(Path(job["graph"]), Profile(**job["profile"]), lowered / MODEL)
         if job["scheme"]:
             small = Path(scratch) / "quantised"
-            quantised.quantise(job, lowered / MODEL, small / MODEL)
+            schemes.quantise(job, lowered / MODEL, small / MODEL)
             shutil.rmtree(lowered)
             lowered = small
         write_optimised(lowered, plain if prepack else folder, options, prepacked=False)
@@ -413,12 +404,12 @@ def optimise(job: Mapping[str, Any]) -> None:
 
 
 def write_optimised(
-    source: Path, target: Path, options: Mapping[str, str], *, prepacked: bool
+    source: Path, target: Path, options: Mapping[str, Any], *, prepacked: bool
 ) -> None:
     import onnxruntime
 
     target.mkdir(exist_ok=True)
-    made = session_options({**options, "arena": "0"}, optimise=not prepacked)
+    made = session_options({**options, "arena": False}, optimise=not prepacked)
     made.optimized_model_filepath = str(target / MODEL)
     # onnxruntime cannot load a Split whose sizes lie outside of the graph; SDXL's context has 140.
     for key, value in {

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from backends.base import (
     Artifact,
     Backend,
-    BackendError,
     Capability,
     Session,
     Shapes,
@@ -26,11 +25,10 @@ from backends.base import (
 )
 from backends.cloud_ai import qpc
 from backends.cloud_ai.compiler import QPC, RECORD, compile_graph, half_buffers, io_list
-from backends.cloud_ai.options import OPTIONS, parse_devices, parse_number
+from backends.cloud_ai.options import OPTIONS
 from backends.cloud_ai.presets import CORES, SKUS, VAE_DIVISOR, Preset, preset, preset_for
 from backends.cloud_ai.probe import Findings, capability, compiler_capability, look
 from backends.cloud_ai.spec import DIALECTS, CompileSpec
-from backends.modelled.backend import modelled
 from core.errors import PreconditionError
 from core.files import read_json, require_disk, sha256_file
 from export.lower import Profile, lower
@@ -59,17 +57,13 @@ SMALL = 64 * 2**20
 class QaicBackend(Backend):
     name = "qaic"
     summary = "Qualcomm Cloud AI 100, FP16, compiled by the vendor's SDK"
-    package = "backends.cloud_ai"
-    static = True
     resident = "its programs lie in the card's memory, and take none of the host's"
     option_types = OPTIONS
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        self.devices = parse_devices(self.options["device"])  # refused before work starts
-        self.device = f"qaic:{self.options['device']}"
-        for key, lowest in (("cores", 1), ("block", 0)):
-            parse_number(key, self.options[key], lowest)
+        self.devices: tuple[int, ...] = self.options["device"]
+        self.device = f"qaic:{self.texts['device']}"
         self._held: dict[int, int] = {}
         """Sessions of ours by device: they hold cores that are not another process's."""
 
@@ -90,7 +84,7 @@ class QaicBackend(Backend):
     def card(self) -> str:
         """Whose presets: as asked for, or by the first device's SKU, else the Ultra's."""
         if self.options["card"] != "auto":
-            return self.options["card"]
+            return str(self.options["card"])
         there = self.found.card(self.devices[0])
         if there is None:
             return "ultra"
@@ -106,7 +100,7 @@ class QaicBackend(Backend):
     @property
     def runtime(self) -> str:
         if self.options["runtime"] != "auto":
-            return self.options["runtime"]
+            return str(self.options["runtime"])
         return next(iter(self.found.runtimes), "qaic")
 
     def half(self) -> bool:
@@ -131,11 +125,11 @@ class QaicBackend(Backend):
     def preset(self, part: str, batch: int) -> Preset:
         """The preset, with the options that replace its values."""
         found = preset(self.card, part, batch)
-        if self.options["cores"] != "auto":
-            found = replace(found, cores=int(self.options["cores"]), follows="derived",
+        if self.options["cores"] is not None:
+            found = replace(found, cores=self.options["cores"], follows="derived",
                             note=f"{found.note}; cores as asked for")  # fmt: skip
-        if self.options["block"] != "auto" and found.block:
-            found = replace(found, block=int(self.options["block"]), follows="derived",
+        if self.options["block"] is not None and found.block:
+            found = replace(found, block=self.options["block"], follows="derived",
                             note=f"{found.note}; block as asked for")  # fmt: skip
         return found
 
@@ -167,10 +161,13 @@ class QaicBackend(Backend):
             io_list=scratch / IO_LIST if self.half() else None,
         )
 
-    def compile_options(self) -> Mapping[str, str]:
-        """What the arguments follow from, beside part and batch."""
-        found = self.effective_options()
-        return {key: found[key] for key in sorted({*found} - {"device", "split", "runtime"})}
+    def depends_on(self, bundle: Bundle, part: str, shapes: Shapes) -> Mapping[str, str]:
+        """What the arguments follow from: the compiler is told a batch, though the graph names
+        the axis."""
+        options = self.effective_options() | {"batch": str(shapes.batch)}
+        return {
+            key: options[key] for key in sorted(options.keys() - {"device", "split", "runtime"})
+        }
 
     @cached_property
     def compiler_version(self) -> str:
@@ -189,7 +186,7 @@ class QaicBackend(Backend):
 
         self._require_half_range(bundle, part)
         artifact = super().compile(bundle, part, shapes)
-        path = folder_of(artifact)
+        path = artifact.folder
         inode = path.stat().st_ino
         try:
             qpc.read_header(path / QPC)
@@ -242,7 +239,7 @@ class QaicBackend(Backend):
 
     def remark(self, artifact: Artifact) -> str:
         """What the compiler estimates of an artifact, and where its settings are from."""
-        record = read_json(folder_of(artifact) / RECORD)
+        record = read_json(artifact.folder / RECORD)
         estimate, chosen = record["estimate"], record["preset"]
         macs, constants = estimate["macs"], estimate["constants_mb"]
         words = [
@@ -273,7 +270,7 @@ class QaicBackend(Backend):
         from backends.cloud_ai.session import QaicSession
 
         self.probe().require(self.name)
-        path, sdk = folder_of(artifact), self.found.sdk
+        path, sdk = artifact.folder, self.found.sdk
         qpc.read_header(path / QPC)
         record: dict[str, Any] = read_json(path / RECORD)
         spec = self.spec(artifact.part, record["batch"], path, path)
@@ -360,17 +357,3 @@ class QaicBackend(Backend):
         from backends.cloud_ai.dryrun import write
 
         return write(self, model, weights, dtype, decoders, batches)
-
-
-def qaic(options: Mapping[str, str] | None = None) -> Backend:
-    """The modelled card where `device` is a name out of devices.csv; a real one for anything else.
-
-    What the registry calls; neither ever stands in for the other.
-    """
-    return modelled(options) or QaicBackend(options)
-
-
-def folder_of(artifact: Artifact) -> Path:
-    if artifact.path is None:
-        raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
-    return artifact.path

@@ -26,9 +26,9 @@ from backends.base import (
     Session,
     Shapes,
     UnsupportedError,
+    installed,
 )
-from backends.onnxrt.session import OrtSession, translate
-from backends.ort import MODEL, installed
+from backends.onnxrt.session import MODEL, OrtSession, translate
 from export.lower import Profile, lower
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class QnnBackend(Backend):
         "arch": Option(
             "68",
             "version of the Hexagon NPU that is emulated",
-            ("68", "69", "73", "75", "79", "81"),
+            choices=("68", "69", "73", "75", "79", "81"),
         ),
     }
 
@@ -176,11 +176,9 @@ class QnnBackend(Backend):
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         import onnxruntime
 
-        if artifact.path is None:
-            raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
         try:
             session = onnxruntime.InferenceSession(
-                str(artifact.path / MODEL), session_options(self.options["arch"])
+                str(artifact.folder / MODEL), session_options(self.options["arch"])
             )
         except Exception as error:
             raise translate(error, f"loading {artifact.part}") from error

@@ -34,6 +34,7 @@ from backends.base import (
     Shapes,
     UnsupportedError,
     thread_count,
+    yes_or_auto,
 )
 from backends.nvidia.gpu import architecture, gpu_name, memory_errors, torch_on_gpu
 from core.memory import require_memory
@@ -110,28 +111,29 @@ class TorchBackend(Backend):
     summary = "diffusers' modules: eager FP32 on the CPU (the reference), FP16 on an NVIDIA GPU"
     keeps_artifacts = False
     option_types: ClassVar[Mapping[str, Option]] = {
-        "threads": Option("auto", "intra-op threads (auto: physical cores)"),
-        "device": Option("cpu", "what it runs on", ("cpu", "cuda")),
+        "threads": Option("auto", "intra-op threads (auto: physical cores)", thread_count),
+        "device": Option("cpu", "what it runs on", choices=("cpu", "cuda")),
         "mode": Option(
             "eager",
             "op by op, torch.compile, one CUDA graph for the whole image (on the CPU: the same code"
             " uncaptured), or both",
-            MODES,
+            choices=MODES,
         ),
-        "dtype": Option("auto", "of weights and arithmetic (auto: fp16 on a GPU, else fp32)",
-                        ("auto", *DTYPES)),
-        "channels_last": Option("auto", "layout of convolutions (auto: on a GPU)",
-                                ("auto", "0", "1")),
-        "autotune": Option("0", "torch.compile tries kernels out: minutes, once", ("0", "1")),
-        "streams": Option("1", "text encoders beside each other, on a GPU's two streams",
-                          ("0", "1")),
-    }  # fmt: skip
+        "dtype": Option(
+            "auto",
+            "of weights and arithmetic (auto: fp16 on a GPU, else fp32)",
+            choices=("auto", *DTYPES),
+        ),
+        "channels_last": Option(
+            "auto", "layout of convolutions (auto: on a GPU)", yes_or_auto, ("auto", "0", "1")
+        ),
+        "autotune": Option(False, "torch.compile tries kernels out: minutes, once"),
+        "streams": Option(True, "text encoders beside each other, on a GPU's two streams"),
+    }
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        thread_count(self.options["threads"])  # refused before work starts
         self.device = self.options["device"]
-        self.asynchronous = self.device == "cuda"
         if self.in_one_go:
             self.resident = IN_ONE_GO
         elif self.compiles:
@@ -142,22 +144,27 @@ class TorchBackend(Backend):
     @property
     def dtype(self) -> str:
         """fp32 or fp16."""
-        asked = self.options["dtype"]
+        asked: str = self.options["dtype"]
         return asked if asked != "auto" else ("fp16" if self.device == "cuda" else "fp32")
 
     @property
     def channels_last(self) -> bool:
-        asked = self.options["channels_last"]
-        return self.device == "cuda" if asked == "auto" else asked == "1"
+        asked: bool | None = self.options["channels_last"]
+        return self.device == "cuda" if asked is None else asked
+
+    @property
+    def mode(self) -> str:
+        """How the modules are run: one of MODES."""
+        return str(self.options["mode"])
 
     @property
     def compiles(self) -> bool:
-        return self.options["mode"].startswith("compile")
+        return "compile" in self.mode
 
     @property
     def in_one_go(self) -> bool:
         """Whether a call does not wait between its stages."""
-        return self.device == "cuda" or self.options["mode"].endswith("graph")
+        return self.device == "cuda" or "graph" in self.mode
 
     def effective_options(self) -> dict[str, str]:
         return super().effective_options() | {
@@ -205,8 +212,8 @@ class TorchBackend(Backend):
             bundle,
             decoder,
             shapes,
-            capture=self.options["mode"].endswith("graph"),
-            parallel_text=self.options["streams"] == "1",
+            capture="graph" in self.mode,
+            parallel_text=self.options["streams"],
             **rest,
         )
 
@@ -223,7 +230,7 @@ class TorchBackend(Backend):
             factor = (4 if self.dtype == "fp32" else 2) / (4 if bundle.dtype == "fp32" else 2)
             need = int(bundle.parts[part].weight_bytes * factor)
             require_memory(need, f"loading {bundle.name} {part}")
-        torch.set_num_threads(thread_count(self.options["threads"]))
+        torch.set_num_threads(self.options["threads"])
         set_cuda_math(self.dtype)
         doing = f"loading {bundle.name} {part}"
         with torch.inference_mode(False), memory_errors(doing):  # a stage may load inside of it
@@ -235,12 +242,12 @@ class TorchBackend(Backend):
                 from backends.pytorch.crossattention import PromptProjections
 
                 session.projections = PromptProjections(session.module)
-                if self.options["mode"] != "eager":
+                if self.mode != "eager":
                     from backends.pytorch.selfattention import fuse_projections
 
                     fuse_projections(session.module)
         if self.compiles:
-            mode = "max-autotune-no-cudagraphs" if self.options["autotune"] == "1" else None
+            mode = "max-autotune-no-cudagraphs" if self.options["autotune"] else None
             session.runs = torch.compile(session.module, dynamic=False, mode=mode)
         return session
 

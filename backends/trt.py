@@ -30,8 +30,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from backends.artifacts import halves
-from backends.artifacts.halves import HALVES
+from backends.artifacts import split_unet
+from backends.artifacts.split_unet import HALVES
 from backends.base import (
     IN_ONE_GO,
     Artifact,
@@ -96,35 +96,39 @@ class TrtBackend(Backend):
     name = "trt"
     summary = "TensorRT on an NVIDIA GPU, in the graph's dtypes, the image as one CUDA graph"
     device = "cuda"
-    asynchronous = True
     resident = IN_ONE_GO
-    package = "backends.tensorrt"
     option_types: ClassVar[Mapping[str, Option]] = {
-        "batch": Option("static", "static: a plan for each batch size; 1-4: one plan for a range"),
-        "level": Option("3", "builder optimisation level", ("0", "1", "2", "3", "4", "5")),
-        "workspace": Option("auto", "scratch memory of one layer, in GiB (auto: the GPU's memory)"),
+        "batch": Option(
+            "static", "static: a plan for each batch size; 1-4: one plan for a range", parse_batch
+        ),
+        "level": Option(3, "builder optimisation level", int, ("0", "1", "2", "3", "4", "5")),
+        "workspace": Option(
+            "auto", "scratch memory of one layer, in GiB (auto: the GPU's memory)", parse_gigabytes
+        ),
         "graph": Option(
             "image",
             "one CUDA graph for the whole image, one for each part, or none",
-            ("image", "part", "none"),
+            choices=("image", "part", "none"),
         ),
-        "streams": Option("1", "text encoders beside each other, on two streams", ("0", "1")),
+        "streams": Option(True, "text encoders beside each other, on two streams"),
         "attention": Option(
             "auto",
             "form in the graph (auto: the operator from TensorRT 10.14 on)",
-            ("auto", "op", "matmul"),
+            choices=("auto", "op", "matmul"),
         ),
-        "refit": Option("0", "plans without weights, put in from the bundle at load", ("0", "1")),
-        "hardware": Option("none", "plans for other GPUs too, not as fast", ("none", "ampere+")),
+        "refit": Option(False, "plans without weights, put in from the bundle at load"),
+        "hardware": Option(
+            "none", "plans for other GPUs too, not as fast", choices=("none", "ampere+")
+        ),
         "version_compatible": Option(
-            "0", "plans for other versions of TensorRT too, not as fast", ("0", "1")
+            False, "plans for other versions of TensorRT too, not as fast"
         ),
-        "context": replace(halves.OPTION, default="split"),
+        "context": replace(split_unet.OPTION, default="split"),
         "precision": Option(
             "auto",
             "of the UNet's large layers (auto: the graph's dtype); fp8 and int8 by nvidia-modelopt"
             " from a calibration file, not run on hardware",
-            ("auto", "fp16", "fp8", "int8"),
+            choices=("auto", "fp16", "fp8", "int8"),
         ),
         "calibration": Option(
             "auto",
@@ -134,8 +138,6 @@ class TrtBackend(Backend):
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         super().__init__(options)
-        parse_batch(self.options["batch"])  # refused before work starts
-        parse_gigabytes(self.options["workspace"])
         check_precision(self.options)
         self._cuda: CudaDevice | None = None
         self._scratch: dict[str, Scratch] = {}
@@ -160,10 +162,10 @@ class TrtBackend(Backend):
         return profile_for(part, self.release(), self.options)
 
     def parts(self, bundle: Bundle) -> tuple[str, ...]:
-        return halves.with_context(super().parts(bundle), self.options["context"])
+        return split_unet.with_context(super().parts(bundle), self.options["context"])
 
     def precision(self, bundle: Bundle) -> str:
-        asked = self.options["precision"]
+        asked = str(self.options["precision"])
         return bundle.dtype if asked == "auto" else asked
 
     def storage(self, bundle: Bundle) -> str:
@@ -178,15 +180,13 @@ class TrtBackend(Backend):
             "compute_capability": gpu.architecture,
         }
 
-    def compile_options(self) -> Mapping[str, str]:
-        """Precision is in `depends_on`, the context in the profile: parts that they do not touch
+    def depends_on(self, bundle: Bundle, part: str, shapes: Shapes) -> Mapping[str, str]:
+        """Precision is in the scales, the context in the profile: parts that they do not touch
         share their plans."""
         elsewhere = ("graph", "streams", "precision", "calibration", "context")
-        return {key: value for key, value in self.options.items() if key not in elsewhere}
-
-    def depends_on(self, bundle: Bundle, part: str) -> Mapping[str, str]:
+        options = {key: text for key, text in self.texts.items() if key not in elsewhere}
         asked = self.quantisation(bundle)
-        return asked.key if asked and part in HALVES else {}
+        return options | asked.key if asked and part in HALVES else options
 
     def quantisation(self, bundle: Bundle) -> Quantisation | None:
         """Scheme and calibration file that the options ask for; None for the graph as it is.
@@ -215,7 +215,7 @@ class TrtBackend(Backend):
         """
         source, version = bundle.source(part).graph, self.release()
         request = make_request(bundle, part, shapes, self.options, version)
-        where = self.options["batch"] if request.shapes else f"batch{shapes.batch}"
+        where = self.texts["batch"] if request.shapes else f"batch{shapes.batch}"
         precision = self.options["precision"]
         quantised = part in HALVES and precision in OLDEST_FOR
         where = f"{precision}-{where}" if quantised else where
@@ -245,10 +245,10 @@ class TrtBackend(Backend):
     def compile(self, bundle: Bundle, part: str, shapes: Shapes) -> Artifact:
         """As every backend; a comparison that a plan was built without is made once it can be."""
         artifact = super().compile(bundle, part, shapes)
-        record = artifact_folder(artifact) / PARITY
+        record = artifact.folder / PARITY
         if artifact.cached and record.exists() and "skipped" in read_json(record):
             key = read_json(record.with_name(RECORD))["scales"]
-            made, asked = artifact_folder(artifact).with_name(key), self.quantisation(bundle)
+            made, asked = artifact.folder.with_name(key), self.quantisation(bundle)
             if asked and made.exists() and known_comparison(key) is None:
                 comparison(bundle, asked, made)
         return artifact
@@ -263,7 +263,7 @@ class TrtBackend(Backend):
         from backends.tensorrt.log import Log
 
         doing = f"building {bundle.name} {part} with TensorRT"
-        weights = halves.stored_bytes(bundle, part, self.options["context"])
+        weights = split_unet.stored_bytes(bundle, part, self.options["context"])
         require_disk(folder, weights + SMALL, doing)
         # The parser's copy and the builder's; not measured.
         require_memory(2 * weights + SMALL, doing)
@@ -300,7 +300,7 @@ class TrtBackend(Backend):
 
     def remark(self, artifact: Artifact) -> str:
         """What the CPU made of the quantised UNet, where that is what the plan is of."""
-        folder = artifact_folder(artifact)
+        folder = artifact.folder
         if not (folder / PARITY).exists():
             return ""
         later = known_comparison(read_json(folder / RECORD)["scales"])  # it may have been left out
@@ -314,7 +314,7 @@ class TrtBackend(Backend):
         from backends.artifacts.cache import ArtifactCache
         from backends.tensorrt.session import StalePlanError
 
-        path = artifact_folder(artifact)
+        path = artifact.folder
         inode, (batch, width, height) = path.stat().st_ino, read_json(path / RECORD)["shapes"]
         try:
             return super().load(bundle, artifact)
@@ -335,7 +335,7 @@ class TrtBackend(Backend):
             decoder,
             shapes,
             capture=self.options["graph"] == "image",
-            parallel_text=self.options["streams"] == "1",
+            parallel_text=self.options["streams"],
             **rest,
         )
 
@@ -344,11 +344,9 @@ class TrtBackend(Backend):
         from backends.tensorrt.log import Log
         from backends.tensorrt.session import TrtSession, load_engine, refit
 
-        path, part, log = artifact_folder(artifact), artifact.part, Log()
-        engine = load_engine(
-            path / PLAN, log, foreign_code=self.options["version_compatible"] == "1"
-        )
-        if self.options["refit"] == "1":
+        path, part, log = artifact.folder, artifact.part, Log()
+        engine = load_engine(path / PLAN, log, foreign_code=self.options["version_compatible"])
+        if self.options["refit"]:
             profile = Profile(**read_json(path / RECORD)["request"]["profile"])
             with lowered(bundle, part, profile) as graph:
                 refit(engine, graph, log)
@@ -389,12 +387,12 @@ def lowered(
         yield graph
 
 
-def check_precision(options: Mapping[str, str]) -> None:
+def check_precision(options: Mapping[str, Any]) -> None:
     """Refuse what goes with no quantised plan, before work starts."""
     precision = options["precision"]
     if precision not in OLDEST_FOR:
         return
-    if options["refit"] == "1":
+    if options["refit"]:
         raise UnsupportedError(
             f"trt:refit=1 does not go with precision={precision}",
             "TensorRT folds the quantised weights into its plan, and not one for one from the file",
@@ -406,9 +404,3 @@ def check_precision(options: Mapping[str, str]) -> None:
             "Ampere has no FP8 arithmetic (compute capability 8.9 has it)",
             "drop hardware, or use trt:hardware=ampere+,precision=int8",
         )
-
-
-def artifact_folder(artifact: Artifact) -> Path:
-    if artifact.path is None:
-        raise BackendError("the artifact has no folder", "it was not compiled", "compile it")
-    return artifact.path

@@ -51,7 +51,7 @@ def interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def plan_new(args: argparse.Namespace, arguments: Sequence[str]) -> Sweep:
-    from backends.quantised.precision import with_precision
+    from backends.registry import with_precision
     from bench.run.cardrows import bundle_for, with_devices
     from bench.run.plan import default_steps, make_cells, probe
 

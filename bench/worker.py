@@ -285,7 +285,7 @@ def rounded(value: Any, digits: int = 4) -> Any:
 
 def serve(job: Mapping[str, Any], report: Reporter) -> None:
     try:
-        from backends.base import parse_backend
+        from backends.registry import parse_backend
         from export.bundle import Bundle
 
         cells = [Cell.of(columns) for columns in job["cells"]]

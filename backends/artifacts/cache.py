@@ -15,27 +15,14 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from core.errors import AddbenchError, PreconditionError
-from core.files import (
-    ROOT,
-    build_root,
-    read_json,
-    sha256_file,
-    sha256_json,
-    staged_folder,
-    write_json,
-)
-
-if TYPE_CHECKING:
-    from backends.base import Backend, Shapes
-    from export.bundle import Bundle
+from core.files import build_root, read_json, sha256_file, staged_folder, write_json
 
 ENTRY = "entry.json"
 SCHEMA = 1
@@ -85,43 +72,10 @@ def disk_bytes(entries: Iterable[Entry]) -> int:
     return sum(files.values())
 
 
-@cache
-def compiler_code(module: str, *packages: str) -> str:
-    """Hash of our own code that decides what a compile gives: the passes, the backend, and packages
-    with more of it."""
-    files = [
-        *sorted((ROOT / "export" / "lower").glob("*.py")),
-        ROOT / f"{module.replace('.', '/')}.py",
-        *(f for p in packages for f in sorted((ROOT / p.replace(".", "/")).glob("*.py"))),
-    ]
-    return sha256_json([sha256_file(file) for file in files])
-
-
 class ArtifactCache:
     def __init__(self, root: Path | None = None, cap_gb: float | None = None) -> None:
         self.root = root or build_root() / "cache"
         self.cap_gb = default_cap_gb() if cap_gb is None else cap_gb
-
-    @staticmethod
-    def key(backend: Backend, bundle: Bundle, part: str, shapes: Shapes) -> str:
-        """Hash of everything the compiled result depends on."""
-        profile = backend.profile(part)
-        parts = {
-            "schema": SCHEMA,
-            "backend": backend.name,
-            "graph": bundle.source(part).hash,
-            "profile": asdict(profile),
-            "options": dict(backend.compile_options()),
-            "fingerprint": dict(backend.fingerprint()),
-            "depends_on": dict(backend.depends_on(bundle, part)),
-            "code": compiler_code(
-                type(backend).__module__, *([backend.package] if backend.package else [])
-            ),
-            # A profile that keeps the batch axis named gives one artifact for all batches.
-            "batch": None if profile.batch is None and not backend.static else shapes.batch,
-            "size": [shapes.width, shapes.height],
-        }
-        return sha256_json(parts)[:24]
 
     def get_or_make(self, key: str, label: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
         """The folder of `key` and whether it was there. One process makes it, others wait."""

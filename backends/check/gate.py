@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from backends.quantised.precision import QUANTISED
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+QUANTISED = ("fp8", "int8", "int4")
+"""Dtypes of stored weights that are quantised."""
+RANDOM_WORDS = (
+    "8 or 4 bits in place of random weights: that the image is the reference's shows that the"
+    " kernels compute what they should. It says little of the precision: random numbers have none"
+    " of the outliers of trained weights, and the prompt hardly changes their image"
+)
 
 
 @dataclass(frozen=True)

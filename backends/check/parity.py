@@ -20,8 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.check.gate import gate_for, image_distance
-from backends.quantised.precision import QUANTISED, RANDOM_WORDS
+from backends.check.gate import QUANTISED, RANDOM_WORDS, gate_for, image_distance
 from core.errors import AddbenchError
 from core.files import ROOT, read_json, sha256_json, write_json
 from core.memory import give_memory_back
@@ -68,8 +67,9 @@ def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dic
     import torch
     from safetensors.torch import load_file, save_file
 
-    from backends.base import Shapes, parse_backend
+    from backends.base import Shapes
     from backends.check.watch import Watch
+    from backends.registry import parse_backend
 
     width, height = bundle.size
     decoder = part.removesuffix("_decoder") if part.endswith("_decoder") else "taesd"
@@ -189,17 +189,17 @@ def compiled(bundle: Bundle, backend: str) -> str:
 
     A record says nothing of what another of these makes.
     """
-    from backends.artifacts.cache import ArtifactCache
-    from backends.base import Shapes, parse_backend
+    from backends.base import Shapes, artifact_key
+    from backends.registry import parse_backend
 
     chosen, shapes = parse_backend(backend), Shapes(1, *bundle.size)
-    keys = [ArtifactCache.key(chosen, bundle, part, shapes) for part in bundle.parts]
+    keys = [artifact_key(chosen, bundle, part, shapes) for part in bundle.parts]
     return sha256_json([bundle.hash, *keys])
 
 
 def record_name(bundle: Bundle, backend: str) -> str:
     """Of integer weights apart: the bundle's own record vouches for its export."""
-    from backends.base import parse_backend
+    from backends.registry import parse_backend
     from export.bundle import PARITY
 
     storage = parse_backend(backend).storage(bundle)
@@ -293,7 +293,7 @@ def compare(
     """The record: relative error per part output, image distances, the largest values per op."""
     from safetensors.torch import load_file
 
-    from backends.base import parse_backend
+    from backends.registry import parse_backend
 
     chosen = parse_backend(backend)
     storage, precision = chosen.storage(bundle), chosen.precision(bundle)

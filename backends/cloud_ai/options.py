@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from backends.base import Option
 from backends.cloud_ai.presets import CORES, SPLITS
@@ -11,40 +11,6 @@ from backends.cloud_ai.probe import RUNTIMES
 from backends.cloud_ai.spec import DIALECTS
 from core.devices import devices as known_devices
 from core.errors import PreconditionError
-
-OPTIONS: Mapping[str, Option] = {
-    "device": Option(
-        "0", "ids of real devices: 0, or 0-3 for an Ultra's SoCs; a card's name is modelled"
-    ),
-    "split": Option(
-        "pipelines",
-        "over several devices: a batch-1 pipeline on each, a whole batch on each, or the parts"
-        " spread out",
-        SPLITS,
-    ),
-    "card": Option(
-        "auto", "which card's presets (auto: the device's own, else ultra)", ("auto", *CORES)
-    ),
-    "runtime": Option(
-        "auto",
-        "what runs it: the first of these that is here",
-        ("auto", *RUNTIMES),
-    ),
-    "compiler": Option("auto", "by the SDK's version, or insist", ("auto", *DIALECTS)),
-    "cores": Option("auto", "AI cores of each program (auto: the preset's)"),
-    "block": Option("auto", "queries of self-attention at a time (auto: the preset's; 0: all)"),
-    "vae": Option(
-        "as-is",
-        "scaled: for a VAE that does not fit FP16, its last block divided by 128",
-        ("as-is", "scaled"),
-    ),
-    "norms": Option(
-        "instance",
-        "as torch's old exporter wrote them, or in elementary operators",
-        ("instance", "decomposed"),
-    ),
-    "buffers": Option("fp16", "type of the programs' float buffers", ("fp16", "fp32")),
-}
 
 
 def parse_devices(text: str) -> tuple[int, ...]:
@@ -76,10 +42,61 @@ def parse_devices(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def parse_number(key: str, text: str, lowest: int) -> None:
-    if text != "auto" and not (text.isdigit() and int(text) >= lowest):
+def number(key: str, lowest: int) -> Callable[[str], int | None]:
+    """What reads the option `key`: `auto` -> None, or a whole number of at least `lowest`."""
+
+    def parse(text: str) -> int | None:
+        if text == "auto":
+            return None
+        if text.isdigit() and int(text) >= lowest:
+            return int(text)
         raise PreconditionError(
             f"qaic:{key}={text} is not a number",
             f"it is auto, or a whole number of at least {lowest}",
             f"use {key}=auto",
         )
+
+    return parse
+
+
+OPTIONS: Mapping[str, Option] = {
+    "device": Option(
+        "0",
+        "ids of real devices: 0, or 0-3 for an Ultra's SoCs; a card's name is modelled",
+        parse_devices,
+    ),
+    "split": Option(
+        "pipelines",
+        "over several devices: a batch-1 pipeline on each, a whole batch on each, or the parts"
+        " spread out",
+        choices=SPLITS,
+    ),
+    "card": Option(
+        "auto",
+        "which card's presets (auto: the device's own, else ultra)",
+        choices=("auto", *CORES),
+    ),
+    "runtime": Option(
+        "auto",
+        "what runs it: the first of these that is here",
+        choices=("auto", *RUNTIMES),
+    ),
+    "compiler": Option("auto", "by the SDK's version, or insist", choices=("auto", *DIALECTS)),
+    "cores": Option("auto", "AI cores of each program (auto: the preset's)", number("cores", 1)),
+    "block": Option(
+        "auto",
+        "queries of self-attention at a time (auto: the preset's; 0: all)",
+        number("block", 0),
+    ),
+    "vae": Option(
+        "as-is",
+        "scaled: for a VAE that does not fit FP16, its last block divided by 128",
+        choices=("as-is", "scaled"),
+    ),
+    "norms": Option(
+        "instance",
+        "as torch's old exporter wrote them, or in elementary operators",
+        choices=("instance", "decomposed"),
+    ),
+    "buffers": Option("fp16", "type of the programs' float buffers", choices=("fp16", "fp32")),
+}

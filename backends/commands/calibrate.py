@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backends.base import Session, UnsupportedError
-from backends.quantised.precision import QUANTISED
+from backends.check.gate import QUANTISED
 from core.cli import Parser, add_model_arguments, run
 from core.errors import EXIT_OK, PreconditionError
 from export.models import DEFAULT_MODEL, SCHEDULERS
@@ -203,7 +203,7 @@ def rows(
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from backends.base import parse_backend
+    from backends.registry import parse_backend
 
     backend = parse_backend(args.backend)
     backend.probe().require(backend.name)

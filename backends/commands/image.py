@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.steps is not None and args.steps < 1:
         raise PreconditionError("--steps is less than 1", "an image needs a step", "use --steps 1")
 
-    from backends.base import parse_backend
-    from backends.quantised.precision import with_precision
+    from backends.registry import parse_backend, with_precision
 
     args.backend = with_precision(args.backend, args.precision)
     backend = parse_backend(args.backend)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from backends.base import (
     Artifact,
@@ -12,6 +12,7 @@ from backends.base import (
     Capability,
     Option,
     Session,
+    Shapes,
     UnsupportedError,
 )
 from core.devices import Device, devices
@@ -27,16 +28,6 @@ VENDOR = "Qualcomm"
 SPLITS = ("auto", "pipelines", "batch", "parts", "guidance")
 
 
-def modelled(options: Mapping[str, str] | None) -> ModelledBackend | None:
-    """The modelled backend if `device` is the name of a card, and None for anything else: ids.
-
-    One never stands in for the other: a name is not looked for among the cards of this machine,
-    and an id without a card is an error of the real backend.
-    """
-    named = (options or {}).get("device", "") in devices()
-    return ModelledBackend(options) if named else None
-
-
 class ModelledBackend(Backend):
     name = "qaic"
     summary = "a Cloud AI 100 by name: images from this CPU, times and energy from a model of it"
@@ -49,7 +40,7 @@ class ModelledBackend(Backend):
             "auto",
             "batch-1 pipelines side by side on the SoCs, a batch on one, an SoC for each part, or"
             " two for a pipeline with guidance",
-            SPLITS,
+            choices=SPLITS,
         ),
     }
 
@@ -69,7 +60,7 @@ class ModelledBackend(Backend):
     def split(self) -> str:
         from backends.modelled.card import default_split
 
-        chosen = self.options["split"]
+        chosen: str = self.options["split"]
         return default_split(self.card) if chosen == "auto" else chosen
 
     def call(self, decoder: str, batch: int, steps: int, recipe: Recipe) -> Call:
@@ -105,10 +96,10 @@ class ModelledBackend(Backend):
 
         return {"model of the card": str(VERSION)}
 
-    def pipeline_class(self) -> type[Pipeline]:
+    def pipeline(self, bundle: Bundle, decoder: str, shapes: Shapes, **rest: Any) -> Pipeline:
         from backends.modelled.pipeline import ModelledPipeline
 
-        return ModelledPipeline
+        return ModelledPipeline(self, bundle, decoder, shapes, **rest)
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         raise BackendError(

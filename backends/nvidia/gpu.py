@@ -9,10 +9,9 @@ import contextlib
 import importlib.util
 import re
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from backends.base import Capability, OutOfMemoryError
+from backends.base import Capability, OutOfMemoryError, installed
 from backends.nvidia.driver import NoGpu, driver_problem, find_gpu
 
 ALLOCATION_FAILED = (
@@ -24,14 +23,6 @@ ALLOCATION_FAILED = (
     "Failed to allocate",
 )
 """How torch, cuBLAS, cuDNN, the CUDA runtime and onnxruntime say that device memory ran out."""
-
-
-def installed(package: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def missing_gpu(built_for: int | None = None) -> Capability | None:

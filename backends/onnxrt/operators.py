@@ -51,7 +51,7 @@ def digest() -> str:
     return sha256_json([sha256_file(source) for source in SOURCES])[:8]
 
 
-def are_in(options: Mapping[str, str]) -> bool:
+def are_in(options: Mapping[str, Any]) -> bool:
     """Whether graphs compiled with these options of `ort` hold operators of our own."""
     return any(options.get(key, plain) != plain for key, plain in PLAIN.items())
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.base import BackendError, OutOfMemoryError, Session, thread_count
+from backends.base import Backend, BackendError, OutOfMemoryError, Session
 from backends.onnxrt import operators
 from export.bundle import Spec
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from export.bundle import Bundle
 
+MODEL = "model.onnx"
 LEVELS = {
     "off": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -56,32 +57,32 @@ class OrtSession(Session):
         del self.session
 
 
-def plain_options(threads: str) -> Any:
+def plain_options(backend: Backend) -> Any:
     """onnxruntime's defaults, but for a number of threads that was asked for."""
     import onnxruntime
 
     made = onnxruntime.SessionOptions()
     made.log_severity_level = 3
-    if threads != "auto":
-        made.intra_op_num_threads = thread_count(threads)
+    if backend.texts["threads"] != "auto":
+        made.intra_op_num_threads = backend.options["threads"]
     return made
 
 
-def open_session(model: Path, options: Mapping[str, str]) -> Any:
+def open_session(model: Path, options: Mapping[str, Any]) -> Any:
     import onnxruntime
 
     made = session_options(options, optimise=False)
     return onnxruntime.InferenceSession(str(model), made, ["CPUExecutionProvider"])
 
 
-def session_options(options: Mapping[str, str], *, optimise: bool) -> Any:
+def session_options(options: Mapping[str, Any], *, optimise: bool) -> Any:
     import onnxruntime
 
     made = onnxruntime.SessionOptions()
     made.log_severity_level = 3
-    made.intra_op_num_threads = thread_count(options["threads"])
+    made.intra_op_num_threads = options["threads"]
     made.inter_op_num_threads = 1
-    made.enable_cpu_mem_arena = options["arena"] == "1"
+    made.enable_cpu_mem_arena = options["arena"]
     spin = options["spin"]
     # Each part has a pool of its own: one that goes on spinning takes the cores from the next part
     # (tiny-sdxl on 2 cores, processes in turn: in-call 4.6 ms an image, never 5.6, always 13).

@@ -25,7 +25,6 @@ from backends.base import (
     Shapes,
     UnsupportedError,
     check_decoder,
-    parse_backend,
     stage_parts,
 )
 from backends.pipeline.conditioning import (
@@ -38,6 +37,7 @@ from backends.pipeline.conditioning import (
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.prompts import check_prompts, check_seeds, token_ids
 from backends.pipeline.recipe import Recipe, check_steps, make_recipe
+from backends.registry import parse_backend
 from core.memory import give_memory_back
 from export.bundle import Bundle, find_bundle
 from export.models import CONTEXT_PART

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from backends.base import Artifact, Session, Shapes
 from backends.check.parity import SEED
-from backends.onnxrt.session import session_options, translate
-from backends.ort import MODEL, OrtBackend
+from backends.onnxrt.session import MODEL, session_options, translate
+from backends.ort import OrtBackend
 from core.memory import give_memory_back
 from export.lower import CPU, lower, storage
 from export.quantize import Scheme
@@ -104,11 +104,11 @@ class RecordingBackend(OrtBackend):
         return RecordingSession(session, bundle, artifact.part, self if recorded else None)
 
 
-def open_recording(graph: Path, options: Mapping[str, str]) -> Any:
+def open_recording(graph: Path, options: Mapping[str, Any]) -> Any:
     """A session that runs `graph` as it is, its weights mapped."""
     import onnxruntime
 
-    made = session_options({**options, "arena": "0"}, optimise=False)
+    made = session_options({**options, "arena": False}, optimise=False)
     made.add_session_config_entry("session.disable_prepacking", "1")
     return onnxruntime.InferenceSession(str(graph), made, ["CPUExecutionProvider"])
 

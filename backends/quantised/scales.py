@@ -11,7 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backends.artifacts.cache import ArtifactCache
 from backends.artifacts.child import run_child, serve
+from backends.artifacts.code import code_hash
 from backends.base import BackendError, UnsupportedError
 from core.errors import PreconditionError
 from core.files import read_json, require_disk, sha256_json
@@ -42,19 +44,16 @@ class Quantisation:
     @cached_property
     def key(self) -> dict[str, str]:
         """What scales depend on beside the graph and its weights."""
-        from backends.artifacts.cache import compiler_code
-
-        modules = (
-            "export.quantize.modelopt",
-            "export.quantize.calibration",
-            "export.quantize.qdq",
-            "backends.check.scales_parity",
-        )
         return {
             "scheme": self.scheme.name,
             "calibration": self.calibration.hash,
             "modelopt": self.modelopt,
-            "scales_code": sha256_json([compiler_code(module) for module in modules]),
+            "scales_code": code_hash(
+                "export.quantize.modelopt",
+                "export.quantize.calibration",
+                "export.quantize.qdq",
+                "backends.check.scales_parity",
+            ),
         }
 
 
@@ -96,7 +95,6 @@ def quantisation(bundle: Bundle, precision: str, file: str) -> Quantisation:
 
 def scales(bundle: Bundle, asked: Quantisation) -> Path:
     """The folder with the scales of `bundle`'s UNet, cached."""
-    from backends.artifacts.cache import ArtifactCache
 
     key = sha256_json({"graph": bundle.parts["unet"].hash} | asked.key)[:24]
     label = f"{bundle.name} unet {asked.scheme.name} scales"
@@ -107,7 +105,6 @@ def scales(bundle: Bundle, asked: Quantisation) -> Path:
 def comparison(bundle: Bundle, asked: Quantisation, made: Path) -> dict[str, Any]:
     """What the CPU makes of the scales in `made`, cached; where memory does not suffice, a record
     that says so, which is not: whoever asks next has it made."""
-    from backends.artifacts.cache import ArtifactCache
     from backends.check.scales_parity import PARITY, report
 
     name = asked.scheme.name
@@ -149,7 +146,6 @@ def comparison_key(scales: str) -> str:
 
 def known_comparison(scales: str) -> dict[str, Any] | None:
     """The comparison of the scales under key `scales`, if it has been made."""
-    from backends.artifacts.cache import ArtifactCache
     from backends.check.scales_parity import PARITY
 
     file = ArtifactCache().root / comparison_key(scales) / PARITY

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 
-from backends.base import Capability, UnavailableError
+from backends.base import Capability, UnavailableError, installed
 from backends.nvidia.driver import Gpu, NoGpu, driver_problem, find_gpu
-from backends.nvidia.gpu import installed, torch_cuda
+from backends.nvidia.gpu import torch_cuda
 from core.errors import PreconditionError
 from export.quantize.modelopt import modelopt_version
 

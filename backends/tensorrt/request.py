@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.artifacts.halves import form_of
+from backends.artifacts.split_unet import form_of
 from backends.base import Shapes
 from backends.tensorrt.probe import ATTENTION, GROUP_NORM
 from core.errors import PreconditionError
@@ -65,7 +65,7 @@ def parse_gigabytes(text: str) -> float | None:
     return value
 
 
-def profile_for(part: str, release: tuple[int, int], options: Mapping[str, str]) -> Profile:
+def profile_for(part: str, release: tuple[int, int], options: Mapping[str, Any]) -> Profile:
     """The newest form of a graph that the ONNX parser of this TensorRT takes. FP16 stays FP16.
 
     Args:
@@ -73,7 +73,7 @@ def profile_for(part: str, release: tuple[int, int], options: Mapping[str, str])
         options: the backend's; `attention`: `op`, `matmul`, or `auto`, the operator where the
             parser has it.
     """
-    attention, batch = options["attention"], parse_batch(options["batch"])
+    attention, batch = options["attention"], options["batch"]
     if attention == "auto":
         attention = "op" if release >= ATTENTION else "matmul"
     if attention == "op" and release < ATTENTION:
@@ -121,20 +121,20 @@ class Request:
 
 
 def make_request(
-    bundle: Bundle, part: str, shapes: Shapes, options: Mapping[str, str], release: tuple[int, int]
+    bundle: Bundle, part: str, shapes: Shapes, options: Mapping[str, Any], release: tuple[int, int]
 ) -> Request:
-    batch = parse_batch(options["batch"])
+    batch = options["batch"]
     profile = profile_for(part, release, options)
-    workspace = parse_gigabytes(options["workspace"])
+    workspace = options["workspace"]
     return Request(
         part=part,
         profile=profile if batch else replace(profile, batch=shapes.batch),
         shapes=ranges(inputs(bundle.source(part), profile), batch) if batch else {},
-        level=int(options["level"]),
+        level=options["level"],
         workspace_bytes=None if workspace is None else int(workspace * 2**30),
-        refit=options["refit"] == "1",
+        refit=options["refit"],
         hardware=options["hardware"],
-        version_compatible=options["version_compatible"] == "1",
+        version_compatible=options["version_compatible"],
     )
 
 

@@ -136,7 +136,8 @@ def usable_backends(args: argparse.Namespace, skipped: dict[str, str]) -> list[s
         PreconditionError: none of those that were asked for can be used: minutes of checks would
             come before the sweep said so.
     """
-    from backends.base import UnavailableError, parse_backend
+    from backends.base import UnavailableError
+    from backends.registry import parse_backend
     from bench.run.plan import probe
 
     if args.backend:

@@ -71,7 +71,8 @@ def check(job: Job, _: Mapping[str, Result]) -> Result:
 
 
 def opened(job: Job, bundle: Any, decoder: str, mode: str, dtype: str) -> Pipeline:
-    from backends.base import Shapes, parse_backend
+    from backends.base import Shapes
+    from backends.registry import parse_backend
 
     backend = parse_backend(job.backend(mode, dtype=dtype))
     return backend.pipeline(bundle, decoder, Shapes(1, *bundle.size)).prepare()

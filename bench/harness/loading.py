@@ -48,8 +48,8 @@ def uncached(bundle: Bundle, part: str) -> float:
 
     import onnxruntime
 
-    from backends.onnxrt.session import session_options
-    from backends.ort import MODEL, OrtBackend
+    from backends.onnxrt.session import MODEL, session_options
+    from backends.ort import OrtBackend
     from export.lower import lower
 
     drop(bundle.path)
@@ -110,7 +110,8 @@ def compare_ways(
     Raises:
         PreconditionError: ONNX Runtime is missing, or the bundle has no such part.
     """
-    from backends.base import Shapes, parse_backend
+    from backends.base import Shapes
+    from backends.registry import parse_backend
     from bench.machine.environment import subject
 
     backend = parse_backend("ort")

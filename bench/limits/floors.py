@@ -76,7 +76,7 @@ def survey(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:
     """
     import torch
 
-    from backends.base import parse_backend
+    from backends.registry import parse_backend
     from bench.machine.ceilings import measure, measure_gpu
     from export.bundle import Bundle
     from export.cost import part_cost

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backends.base import NamesHardware
 from bench.machine.power import accelerators
 from core.git import git
 
@@ -119,7 +120,10 @@ def with_hardware(environment: dict[str, Any], candidates: Iterable[Candidate]) 
     named = {
         each.backend.device: name
         for each in candidates
-        if each.backend is not None and each.found.usable and (name := each.backend.hardware())
+        if each.backend
+        and isinstance(each.backend, NamesHardware)
+        and each.found.usable
+        and (name := each.backend.hardware())
     }
     return {**environment, "accelerators": {**environment["accelerators"], **named}}
 

@@ -30,7 +30,7 @@ def with_devices(texts: Sequence[str], devices: Sequence[str]) -> list[str]:
     Raises:
         PreconditionError: none of them does.
     """
-    from backends.base import parse_backend
+    from backends.registry import parse_backend
 
     if not devices:
         return list(texts)
@@ -84,11 +84,11 @@ def figures(cells: Sequence[Cell], bundle: Path | None) -> dict[Cell, Result]:
     Args:
         bundle: counted for what its parts cost; None for the model's architecture.
     """
-    from backends.base import parse_backend
     from backends.modelled.backend import ModelledBackend
     from backends.modelled.card import estimate
     from backends.modelled.costs import bundle_costs, known_costs
     from backends.pipeline.recipe import Recipe
+    from backends.registry import parse_backend
     from core.cli import image_size
     from export.bundle import Bundle
 

@@ -70,7 +70,8 @@ def probe(texts: Sequence[str]) -> list[Candidate]:
     Raises:
         PreconditionError: an unknown backend or option, one asked for twice, or none usable.
     """
-    from backends.base import Capability, UnavailableError, parse_backend
+    from backends.base import Capability, UnavailableError
+    from backends.registry import parse_backend
 
     candidates = []
     for text in texts:

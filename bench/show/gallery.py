@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise PreconditionError(
             f"--prompts {args.prompts} draws nothing", "it counts columns", "use 1 or more"
         )
-    from backends.base import parse_backend
+    from backends.registry import parse_backend
     from export.bundle import find_bundle
 
     chosen = parse_backend(args.backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from backends.quantised.precision import QUANTISED, RANDOM_WORDS
+from backends.check.gate import QUANTISED, RANDOM_WORDS
 from bench.rows.cell import Cell
 from bench.rows.store import EMULATED, LATEST, MODELLED, OK, RUNS, Row, Run, open_run
 from bench.rows.summary import CellRounds, by_cell

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from backends.base import Shapes, parse_backend
+from backends.base import Shapes
 from backends.check.parity import check
+from backends.registry import parse_backend
 from bench.rows.header import SCHEMA
 from bench.rows.store import COLUMNS, FLAGS, STATUSES
 from export.bundle import Bundle

@@ -14,7 +14,8 @@ import pytest
 
 from backends.artifacts import cache as module
 from backends.artifacts.cache import ENTRY, ArtifactCache, disk_bytes
-from backends.base import Shapes, parse_backend
+from backends.base import Shapes, artifact_key
+from backends.registry import parse_backend
 from core.files import ROOT
 from export.bundle import Bundle
 
@@ -253,9 +254,7 @@ def test_the_key_holds_what_the_result_depends_on(
     width, height = tiny_bundle.size
 
     def key(backend: str, batch: int = 1, part: str = "unet") -> str:
-        return ArtifactCache.key(
-            parse_backend(backend), tiny_bundle, part, Shapes(batch, width, height)
-        )
+        return artifact_key(parse_backend(backend), tiny_bundle, part, Shapes(batch, width, height))
 
     base = key("ort")
     assert base == key("ort", batch=4), "onnxruntime's graphs keep the batch axis named"

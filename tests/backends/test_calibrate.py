@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from backends.base import Backend, Session, UnsupportedError, parse_backend
+from backends.base import Backend, Session, UnsupportedError
 from backends.commands.calibrate import CallRecorder, main, record, rows
 from backends.ort import OrtBackend
+from backends.registry import parse_backend
 from core.cli import run as shell
 from core.errors import PreconditionError
 from export.bundle import Bundle, Spec

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from backends.base import BackendError, OutOfMemoryError, Shapes, UnsupportedError, parse_backend
+from backends.base import BackendError, OutOfMemoryError, Shapes, UnsupportedError
 from backends.check.gate import image_distance
 from backends.pipeline.captured import DevicePipeline
 from backends.pipeline.pipeline import Pipeline
 from backends.pipeline.recipe import Recipe
+from backends.registry import parse_backend
 from core.errors import AddbenchError
 from core.files import ROOT
 from export.bundle import Bundle

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from backends.__main__ import main
-from backends.artifacts.cache import ArtifactCache
-from backends.base import Shapes, UnsupportedError, parse_backend
+from backends.base import Shapes, UnsupportedError, artifact_key
 from backends.check.gate import image_distance
 from backends.pipeline.captured import DevicePipeline
 from backends.pipeline.pipeline import Pipeline, load_pipeline
 from backends.pipeline.recipe import Recipe
+from backends.registry import parse_backend
 from core.cli import run as shell
 from core.errors import PreconditionError
 from export.bundle import Bundle
@@ -140,11 +140,11 @@ def test_only_the_unet_has_another_artifact(tiny_bundle: Bundle) -> None:
     assert plain.parts(tiny_bundle) == tuple(tiny_bundle.parts)
     assert set(halves.parts(tiny_bundle)) == {*tiny_bundle.parts, CONTEXT_PART}
     for part in tiny_bundle.parts:
-        same = ArtifactCache.key(plain, tiny_bundle, part, shapes) == ArtifactCache.key(
+        same = artifact_key(plain, tiny_bundle, part, shapes) == artifact_key(
             halves, tiny_bundle, part, shapes
         )
         assert same == (part != "unet")
-    keys = {ArtifactCache.key(halves, tiny_bundle, p, shapes) for p in ("unet", CONTEXT_PART)}
+    keys = {artifact_key(halves, tiny_bundle, p, shapes) for p in ("unet", CONTEXT_PART)}
     assert len(keys) == 2
 
 

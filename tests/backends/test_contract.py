@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from backends import BACKENDS
-from backends.artifacts.halves import HALVES
-from backends.base import BackendError, Shapes, UnavailableError, each_backend, parse_backend
+from backends.artifacts.split_unet import HALVES
+from backends.base import BackendError, Shapes, UnavailableError
 from backends.check.gate import gate_for, image_distance
 from backends.pipeline.pipeline import Pipeline, load_pipeline
+from backends.registry import BACKENDS, each_backend, parse_backend
 from core.errors import PreconditionError
 from export.bundle import Bundle
 from export.lower.context import PROMPT

@@ -17,17 +17,12 @@ import pytest
 import torch
 
 from backends import cuda
-from backends.base import (
-    BackendError,
-    OutOfMemoryError,
-    Shapes,
-    UnsupportedError,
-    parse_backend,
-)
+from backends.base import BackendError, OutOfMemoryError, Shapes, UnsupportedError
 from backends.check.parity import seeded_inputs
 from backends.cuda import BoundSession, open_session, provider_options, require_on_device
 from backends.nvidia import gpu as nvidia
 from backends.nvidia.driver import Gpu, NoGpu
+from backends.registry import parse_backend
 from core.errors import PreconditionError
 from export.bundle import Bundle
 from export.lower import lower

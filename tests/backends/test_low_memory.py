@@ -10,17 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.base import (
-    Artifact,
-    BackendError,
-    Session,
-    Shapes,
-    UnsupportedError,
-    parse_backend,
-)
+from backends.base import Artifact, BackendError, Session, Shapes, UnsupportedError
 from backends.commands.image import main as generate
 from backends.pipeline.pipeline import Pipeline, load_pipeline
 from backends.pipeline.recipe import Recipe
+from backends.registry import parse_backend
 from core.cli import run as shell
 from export.bundle import Bundle
 from export.models import SCHEDULERS

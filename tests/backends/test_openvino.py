@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from backends import openvino
-from backends.artifacts.cache import ArtifactCache
 from backends.artifacts.child import compile_peak_mb
 from backends.base import (
     Artifact,
@@ -18,10 +17,11 @@ from backends.base import (
     Shapes,
     UnavailableError,
     UnsupportedError,
-    parse_backend,
+    artifact_key,
 )
 from backends.check.gate import GATES, gate_for, image_distance
 from backends.pipeline.pipeline import load_pipeline
+from backends.registry import parse_backend
 from core.errors import PreconditionError
 from export.bundle import Bundle
 
@@ -78,7 +78,7 @@ def test_a_file_that_is_no_compiled_model_is_an_error(
 def test_the_key_holds_precision_and_batch_but_not_threads(tiny_bundle: Bundle) -> None:
     def key(text: str, batch: int = 1) -> str:
         shapes = Shapes(batch, *tiny_bundle.size)
-        return ArtifactCache.key(parse_backend(text), tiny_bundle, "unet", shapes)
+        return artifact_key(parse_backend(text), tiny_bundle, "unet", shapes)
 
     base = key("openvino")
     assert base == key("openvino:threads=1")

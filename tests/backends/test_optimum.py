@@ -13,8 +13,9 @@ import torch
 
 from backends import optimum
 from backends.artifacts.child import HOME_PYTHON
-from backends.base import Artifact, Shapes, UnavailableError, UnsupportedError, parse_backend
+from backends.base import Artifact, Shapes, UnavailableError, UnsupportedError
 from backends.pipeline.recipe import Recipe
+from backends.registry import parse_backend
 from bench.rows.store import open_run
 from bench.sweep import main as sweep
 from core.errors import PreconditionError

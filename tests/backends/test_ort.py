@@ -10,11 +10,12 @@ import numpy as np
 import onnx
 import pytest
 
-from backends import ort
-from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
+from backends import base, ort
+from backends.base import BackendError, Shapes, UnsupportedError
 from backends.check.gate import gate_for, image_distance
 from backends.onnxrt import operators, session
 from backends.pipeline.pipeline import load_pipeline
+from backends.registry import parse_backend
 from core.errors import PreconditionError
 from export.bundle import Bundle
 
@@ -53,7 +54,7 @@ def test_the_clash_of_the_two_packages_is_named(
         except KeyError:
             raise PackageNotFoundError(package) from None
 
-    monkeypatch.setattr(ort, "version", version)
+    monkeypatch.setattr(base, "version", version)
     found = ort.OrtBackend().probe()
     assert found.usable == usable
     assert words in found.why

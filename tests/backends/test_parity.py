@@ -121,10 +121,10 @@ def test_parity_on_record_is_not_run_again(tiny_bundle: Bundle, tmp_path: Path) 
 def test_parity_of_other_compiler_code_is_run_again(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from backends.artifacts import cache
+    from backends import base
     from backends.check import parity
 
-    monkeypatch.setattr(cache, "compiler_code", lambda *modules: "another")
+    monkeypatch.setattr(base, "code_hash", lambda *modules: "another")
     monkeypatch.setattr(parity, "walk", lambda *job: pytest.fail("walks", pytrace=False))
     with pytest.raises(pytest.fail.Exception, match="walks"):
         parity.check(tiny_bundle, "ort", say=lambda line: None)

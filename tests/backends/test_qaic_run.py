@@ -27,7 +27,6 @@ from backends.base import (
     Shapes,
     UnavailableError,
     UnsupportedError,
-    parse_backend,
 )
 from backends.check.gate import gate_for, image_distance
 from backends.cloud_ai import probe, runtimes
@@ -35,6 +34,7 @@ from backends.cloud_ai.compiler import FlagError
 from backends.cloud_ai.session import DeviceLostError
 from backends.pipeline.pipeline import load_pipeline
 from backends.qaic import QaicBackend
+from backends.registry import parse_backend
 from bench.rows.cell import Cell
 from bench.run.measure import StopRule, inputs_of_call
 from bench.worker import Reporter, Worker

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from backends.base import PreconditionError, UnsupportedError, parse_backend
+from backends.base import PreconditionError, UnsupportedError
 from backends.cloud_ai import figures, probe, qpc
 from backends.cloud_ai.compiler import FlagError, failure, unknown_flag
 from backends.cloud_ai.options import parse_devices
 from backends.cloud_ai.presets import BATCHES, CORES, PARTS, preset, preset_for
 from backends.cloud_ai.spec import DIALECTS, CompileSpec
 from backends.qaic import QaicBackend
+from backends.registry import parse_backend
 from core.files import ROOT
 from tests.doubles.cloud_ai_sdk_standin import NEW, OLD, ULTRA, make_sdk, set_state
 
@@ -190,7 +191,7 @@ def test_no_runtime_is_the_last_thing_asked_for(
 def test_the_backend_imports_no_sdk_and_asks_nothing_until_it_is_asked() -> None:
     code = (
         "import subprocess, sys; subprocess.run = subprocess.Popen = None\n"
-        "from backends.base import parse_backend; parse_backend('qaic:device=0-3')\n"
+        "from backends.registry import parse_backend; parse_backend('qaic:device=0-3')\n"
         "sys.exit(bool({'qaic', 'qaicrt', 'onnx', 'torch'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -17,9 +17,10 @@ import torch
 
 from backends import qnn
 from backends.__main__ import main as backends_main
-from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
+from backends.base import BackendError, Shapes, UnsupportedError
 from backends.check.parity import seeded_inputs
 from backends.pipeline.pipeline import Pipeline
+from backends.registry import parse_backend
 from bench.rows.store import FIGURES, NUMERICS, Run, check_row, open_run
 from bench.show.export import smaller_is_better
 from bench.show.table import EMULATED_WORDS, markdown

@@ -16,13 +16,13 @@ from filelock import FileLock
 from backends import ort
 from backends.__main__ import main as backends_main
 from backends.artifacts.cache import ArtifactCache
-from backends.base import Artifact, BackendError, Shapes, UnsupportedError, parse_backend
-from backends.check.gate import GATES, gate_for, image_distance
+from backends.base import Artifact, BackendError, Shapes, UnsupportedError, artifact_key
+from backends.check.gate import GATES, RANDOM_WORDS, gate_for, image_distance
 from backends.check.parity import record_name, report
 from backends.commands.image import main as generate_main
 from backends.pipeline.pipeline import load_pipeline
-from backends.quantised import RECORD
-from backends.quantised.precision import RANDOM_WORDS, with_precision
+from backends.quantised.schemes import RECORD
+from backends.registry import parse_backend, with_precision
 from bench.sweep import main as sweep_main
 from core.errors import PreconditionError
 from core.files import ROOT
@@ -50,7 +50,7 @@ def record(artifact: Artifact) -> dict[str, Any]:
 
 
 def key(text: str, bundle: Bundle, part: str = "unet") -> str:
-    return ArtifactCache.key(parse_backend(text), bundle, part, Shapes(1, *bundle.size))
+    return artifact_key(parse_backend(text), bundle, part, Shapes(1, *bundle.size))
 
 
 def test_every_large_product_is_int8_and_shared_inputs_are_quantised_once(

@@ -19,11 +19,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.base import Shapes, UnsupportedError, parse_backend
+from backends.base import Shapes, UnsupportedError
 from backends.check.gate import image_distance
 from backends.pipeline.conditioning import guidance_embedding
 from backends.pipeline.pipeline import Pipeline
 from backends.pipeline.recipe import Recipe, check_steps, make_recipe
+from backends.registry import parse_backend
 from core.errors import PreconditionError
 from export.bundle import Bundle
 from export.graphless import write_graphless

@@ -19,15 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from backends.base import (
-    BackendError,
-    OutOfMemoryError,
-    Shapes,
-    UnsupportedError,
-    parse_backend,
-)
+from backends.base import BackendError, OutOfMemoryError, Shapes, UnsupportedError, artifact_key
 from backends.check.gate import gate_for, image_distance
 from backends.pipeline.pipeline import Pipeline, load_pipeline
+from backends.registry import parse_backend
 from core.errors import PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
@@ -250,9 +245,8 @@ def test_a_plan_lies_beside_its_log_and_its_record(
 
 def test_what_a_plan_depends_on_is_in_its_key(world: gpu_double.World, tiny_bundle: Bundle) -> None:
     def key(text: str = "trt", batch: int = 1) -> str:
-        from backends.artifacts.cache import ArtifactCache
 
-        return ArtifactCache.key(
+        return artifact_key(
             parse_backend(text), tiny_bundle, SMALL_PART, shapes(tiny_bundle, batch)
         )
 

@@ -17,9 +17,10 @@ import onnx
 import pytest
 
 from backends.__main__ import main
-from backends.base import Shapes, parse_backend
+from backends.base import Shapes
 from backends.nvidia import driver as gpu
 from backends.nvidia.driver import Gpu, NoGpu
+from backends.registry import parse_backend
 from backends.tensorrt import probe
 from core.files import ROOT
 from export.bundle import Bundle

@@ -21,12 +21,12 @@ import test_contract as contract
 import torch
 
 from backends.__main__ import main
-from backends.artifacts.cache import ArtifactCache
-from backends.base import Shapes, parse_backend
+from backends.base import Shapes, artifact_key
 from backends.check.gate import image_distance
 from backends.pipeline.captured import DevicePipeline
 from backends.pipeline.pipeline import load_pipeline
 from backends.pipeline.recipe import Recipe
+from backends.registry import parse_backend
 from core.files import ROOT
 from export.bundle import Bundle
 from export.models import CONTEXT_PART, SCHEDULERS
@@ -193,7 +193,7 @@ def test_no_weight_is_in_both_plans(world: gpu_double.World, tiny_bundle: Bundle
 def test_only_the_unet_has_another_plan(world: gpu_double.World, tiny_bundle: Bundle) -> None:
     def key(text: str, part: str) -> str:
         shapes = Shapes(1, *tiny_bundle.size)
-        return ArtifactCache.key(parse_backend(text), tiny_bundle, part, shapes)
+        return artifact_key(parse_backend(text), tiny_bundle, part, shapes)
 
     inline = "trt:context=inline"
     assert parse_backend(inline).parts(tiny_bundle) == tuple(tiny_bundle.parts)

@@ -23,14 +23,14 @@ import pytest
 import torch
 
 from backends.__main__ import main
-from backends.artifacts.cache import ArtifactCache
-from backends.base import BackendError, Shapes, UnsupportedError, parse_backend
+from backends.base import BackendError, Shapes, UnsupportedError, artifact_key
 from backends.check import scales_parity
 from backends.check.gate import GATES, gate_for, image_distance
 from backends.commands.calibrate import record
 from backends.ort import OrtBackend
 from backends.pipeline.pipeline import load_pipeline
 from backends.quantised import scales
+from backends.registry import parse_backend
 from backends.tensorrt import probe
 from core.cli import run as shell
 from core.errors import PreconditionError
@@ -176,7 +176,7 @@ def test_only_the_unet_depends_on_the_precision(
     world: gpu_double.World, tiny_bundle: Bundle, build: Path, tmp_path: Path
 ) -> None:
     def key(text: str, part: str = "unet") -> str:
-        return ArtifactCache.key(parse_backend(text), tiny_bundle, part, shapes(tiny_bundle))
+        return artifact_key(parse_backend(text), tiny_bundle, part, shapes(tiny_bundle))
 
     assert key("trt:precision=fp16") == key("trt")
     assert key("trt:precision=fp8", "vae_decoder") == key("trt", "vae_decoder")

@@ -192,12 +192,12 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(Path(__file__).with_name("scripted_worker.py"), worker)
     project = repo / "pyproject.toml"
     null = repo / "backends" / "null.py"
-    text = null.read_text().replace('"unet_ms": Option("2"', '"unet_ms": Option("20"')
+    text = null.read_text().replace('"unet_ms": Option(2.0', '"unet_ms": Option(20.0')
     null.write_text(text)
     git(repo, "init", "--quiet")
     for tag, file, was, now in (
         ("base", null, "", ""),
-        ("slow", null, '"unet_ms": Option("20"', '"unet_ms": Option("60"'),
+        ("slow", null, '"unet_ms": Option(20.0', '"unet_ms": Option(60.0'),
         ("new", worker, "PROTOCOL = 1", "PROTOCOL = 2"),
         ("broken", null, '"""A scripted', '"""SCRIPTED_FAILURE'),
         ("noted", repo / "constraints.txt", "torch==", "# tried and kept\ntorch=="),
@@ -421,7 +421,7 @@ def test_with_the_real_worker(scratch: Path, ab: Any) -> None:
     shutil.copy(ROOT / "bench" / "worker.py", worker)
     git(scratch, "commit", "--quiet", "--all", "--message", "real")
     null = scratch / "backends" / "null.py"
-    null.write_text(null.read_text().replace('Option("20"', 'Option("200"'))
+    null.write_text(null.read_text().replace("Option(20.0", "Option(200.0"))
     git(scratch, "commit", "--quiet", "--all", "--message", "slower")
     found = ab("--base", "real~1", "--head", "real", "--steps", "1", "--min-time", "0.1")
     assert found.code == 3, found.err

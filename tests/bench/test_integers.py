@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
-from backends.quantised.precision import RANDOM_WORDS
+from backends.check.gate import RANDOM_WORDS
 from bench.machine import ceilings
 from bench.show import table
 

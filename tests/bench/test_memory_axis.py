@@ -124,7 +124,7 @@ def test_what_cannot_be_done_starts_nothing(
 
 
 def test_a_worker_of_a_split_unet_names_both_artifacts(tiny_bundle: Bundle) -> None:
-    from backends.base import parse_backend
+    from backends.registry import parse_backend
     from bench.run.measure import StopRule
 
     backend = parse_backend("ort:context=split,threads=1")

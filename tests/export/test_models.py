@@ -14,7 +14,8 @@ import torch
 from folders import edit_json, lay_out
 from safetensors.torch import save_file
 
-from backends.base import Shapes, parse_backend
+from backends.base import Shapes
+from backends.registry import parse_backend
 from core.cli import run
 from core.errors import EXIT_USAGE, PreconditionError
 from core.files import ROOT, read_json, write_json

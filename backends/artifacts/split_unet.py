@@ -20,7 +20,7 @@ OPTION = Option(
     "inline",
     "cross-attention's keys and values, which depend on the prompt alone: inline, in every"
     " UNet evaluation; split, once a prompt, in a graph of their own",
-    ("inline", "split"),
+    choices=("inline", "split"),
 )
 
 
