@@ -150,4 +150,4 @@ def test_a_damaged_graph_is_an_error_that_says_what_to_do(
     graph.write_bytes(b"\xff" * graph.stat().st_size)
     with pytest.raises(BackendError, match="for OpenVINO failed") as failed:
         parse_backend("openvino").compile(bundle, "taesd_decoder", Shapes(1, *bundle.size))
-    assert "export verify" in failed.value.next
+    assert "addbench verify" in failed.value.next

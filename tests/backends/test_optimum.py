@@ -63,7 +63,7 @@ def test_in_the_projects_environment_it_is_refused_with_the_way(
     monkeypatch.setattr(optimum, "installed", lambda _: None)
     with pytest.raises(UnsupportedError, match="not run in this environment") as error:
         parse_backend("optimum").pipeline(tiny_bundle, "vae", Shapes(1, 64, 64))
-    assert "bench.sweep --backend optimum" in error.value.next
+    assert "addbench sweep --backend optimum" in error.value.next
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_an_export_from_its_own_environment_names_the_one_that_can(
     monkeypatch.delenv(HOME_PYTHON, raising=False)
     with pytest.raises(PreconditionError, match="not exported by optimum yet") as error:
         parse_backend("optimum").compile(tiny_bundle, "unet", Shapes(1, 64, 64))
-    assert "backends compile --backend optimum" in error.value.next
+    assert "addbench compile --backend optimum" in error.value.next
 
 
 def test_the_checkpoint_holds_the_weights_under_the_names_that_older_packages_know(
