@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import warm
 from hypothesis import settings
 
 from core.files import ROOT
@@ -23,6 +24,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     allowed = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {allowed[int(worker.removeprefix("gw")) % len(allowed)]})
+
+warm.install()
 
 # A deadline would judge the machine, not the code: first calls import libraries.
 settings.register_profile("addbench", deadline=None)
@@ -64,3 +67,11 @@ def tiny_bundle() -> Bundle:
 def shapes_bundle() -> Bundle:
     """shapes-turbo as it ships."""
     return _kept("shapes-turbo", "folder", ROOT / "models" / "shapes-turbo")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _bundles_side_by_side(request: pytest.FixtureRequest) -> None:
+    """Export the two in two of the parallel workers, before both wait for the same one."""
+    names = {"gw0": "tiny_bundle", "gw1": "shapes_bundle"}
+    if name := names.get(os.environ.get("PYTEST_XDIST_WORKER", "")):
+        request.getfixturevalue(name)
