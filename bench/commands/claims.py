@@ -122,8 +122,8 @@ def coverage(form: str, out: Path | None) -> int:
     else:
         library.show(claims, lines)
     if out is not None:
+        from bench.show.canvas import save
         from bench.show.coverage import figure
-        from bench.show.latency import save
 
         for file in save(figure(lines), out):
             print(file, file=sys.stderr)

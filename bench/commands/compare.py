@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from core.cli import Parser, add_format_argument, add_runs_argument, run, share
 from core.errors import PreconditionError
@@ -48,13 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             "addbench compare BASE HEAD",
         )
     from bench.rows.store import LATEST, open_run
+    from bench.show.history import draw
     from bench.verdict.compare import compare
     from bench.verdict.history import against_history
     from bench.verdict.outcome import show
     from bench.verdict.rules import RUN_SLOWDOWN
 
     if args.history:
-        outcome = against_history(open_run([*args.run, LATEST][0], args.runs), args.runs)
+        target = open_run([*args.run, LATEST][0], args.runs)
+        outcome, bands = against_history(target, args.runs)
+        plots = [f"plot: {target.name}/{file.name}" for file in draw(target, outcome, bands)[:1]]
+        outcome = replace(outcome, notes=[*outcome.notes, *plots])
     else:
         base, head = (open_run(name, args.runs) for name in args.run)
         limit = args.max_slowdown or RUN_SLOWDOWN

@@ -47,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "a chart shows one hardware",
             "drop --device, or drop the runs and --backend",
         )
-    from bench.limits.frontier import from_device, from_runs, markdown, nothing_to_draw, write
+    from bench.limits.frontier import from_device, from_runs, markdown, nothing_to_draw
     from bench.rows.store import open_run, run_names
+    from bench.show.frontier import write
 
     if args.device:
         chart = from_device(args.device)

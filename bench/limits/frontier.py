@@ -14,7 +14,6 @@ from bench.limits.ledger import METHODS, Claim, hardware_of, read_claims
 from bench.rows.store import Run
 from bench.rows.summary import CellRounds, by_cell
 from core.errors import PreconditionError
-from core.files import write_atomic
 from core.table import Column, csv_text, markdown_lines
 
 if TYPE_CHECKING:
@@ -297,17 +296,6 @@ def table_csv(chart: Chart) -> str:
     """Every column, unrounded, with the hardware."""
     hardware = Column("hardware", lambda _: chart.hardware)
     return csv_text([hardware, *columns_for(chart)], chart.points)
-
-
-def write(chart: Chart, table: Path, plot: Path) -> list[Path]:
-    """`table.md`, `table.csv`, `plot.svg` and `plot.png`."""
-    from bench.show.frontier import figure
-    from bench.show.latency import save
-
-    files = [table.with_name(f"{table.name}.{kind}") for kind in ("md", "csv")]
-    write_atomic(files[0], f"# Quality against latency\n\n{markdown(chart)}")
-    write_atomic(files[1], table_csv(chart))
-    return [*files, *save(figure(chart), plot)]
 
 
 def nothing_to_draw(which: str) -> PreconditionError:

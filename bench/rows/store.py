@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Self
 
 from bench.rows.cell import KEY_COLUMNS, LATER, Cell
 from bench.rows.header import HEADER, SCHEMA, Header
+from bench.rows.names import label_of, names_in
 from bench.rows.types import Types
 from core.errors import AddbenchError, PreconditionError, no_text
 from core.files import ROOT, build_root, fsync_folder, write_json
@@ -26,6 +27,7 @@ from core.files import ROOT, build_root, fsync_folder, write_json
 ROWS = "rows.jsonl"
 LATEST = "latest"
 RUNS = ROOT / "results" / "runs"
+PUBLISHED = ROOT / "results" / "published"
 
 OK = "ok"
 STATUSES = (
@@ -296,6 +298,11 @@ class Run:
         return self.header.run
 
     @property
+    def label(self) -> str:
+        """What people call it: its name in the index of the published runs, or else its own."""
+        return label_of(self.path)
+
+    @property
     def plan(self) -> list[Cell]:
         return list(self.header.plan)
 
@@ -350,7 +357,9 @@ def run_names(out: Path) -> list[str]:
 
 
 def open_run(text: str, out: Path = RUNS) -> Run:
-    """`latest`, the name of a run below `out`, or the path of a run folder.
+    """`latest`, a run below `out`, a published run, or the path of a run folder.
+
+    A published run is called by its name in the index (`cpu-zen4-peers`) or its folder's.
 
     Raises:
         PreconditionError: there is no such run, it was written by another schema, or its header is
@@ -362,13 +371,25 @@ def open_run(text: str, out: Path = RUNS) -> Run:
             raise PreconditionError(
                 "there is no run yet", f"{out} holds none", "make one with `addbench sweep`"
             )
-        path = out / names[-1]
-    else:
-        path = out / text if (out / text / HEADER).exists() else Path(text)
-    if not (path / HEADER).exists():
-        raise PreconditionError(
-            f"{text} is not a run",
-            f"there is no {HEADER} in {path}",
-            f"pass a run folder, `{LATEST}`, or one of: {', '.join(run_names(out)[-5:]) or '-'}",
-        )
+        return open_folder(out / names[-1])
+    places = [folder / names_in(folder).get(text, text) for folder in (out, PUBLISHED)]
+    for path in (*places, Path(text)):
+        if (path / HEADER).exists():
+            return open_folder(path)
+    published = ", ".join(names_in(PUBLISHED)) or "-"
+    raise PreconditionError(
+        f"{text} is not a run",
+        f"there is no {HEADER} in {out / text}; published runs: {published}",
+        f"pass a run folder, `{LATEST}`, a published run's name, or one of:"
+        f" {', '.join(run_names(out)[-5:]) or '-'}",
+    )
+
+
+def open_folder(path: Path) -> Run:
+    """The run in a folder that has a header."""
     return Run(path, Header.read(path / HEADER))
+
+
+def published_runs(folder: Path = PUBLISHED) -> list[Run]:
+    """Every run of a folder of published ones, oldest first."""
+    return [open_folder(folder / name) for name in run_names(folder)]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bench.limits.coverage import BELOW, INSIDE, Held, groups
-from bench.show.latency import STYLE
-from bench.show.series import COLOURS
+from bench.show.canvas import COLOURS, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,30 +1,27 @@
-"""`addbench show RUN --format FORMAT --out FILE`: a run's rows as other programs read them.
+"""A run's rows as other programs read them.
 
 parquet: a line per cell and round, every column of results/README.md with its type; the run's
 header lies in the file's metadata as `header`. Needs pyarrow.
-github-action-benchmark: the JSON of its `customSmallerIsBetter` tool, a latency per cell.
+github: the JSON of github-action-benchmark's `customSmallerIsBetter` tool, a latency per cell.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.rows.cell import LATER
 from bench.rows.header import HEADER, Header
-from bench.rows.store import COLUMNS, LATEST, ROWS, RUNS, Row, Run, open_run
+from bench.rows.store import COLUMNS, ROWS, Row, Run
 from bench.rows.summary import CellRounds, by_cell
 from bench.rows.types import TEXT, TRUTH, WHOLE
 from bench.verdict.compare import gather
-from core.cli import Parser, run
-from core.errors import EXIT_OK, AddbenchError, PreconditionError
-from core.files import write_atomic
+from core.errors import AddbenchError, PreconditionError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -198,46 +195,15 @@ def spread_ms(line: CellRounds) -> float | None:
     return statistics.stdev(medians) if len(medians) > 1 else line.median("sd_ms")
 
 
-FORMATS: dict[str, Callable[[Run], bytes]] = {
-    "parquet": parquet,
-    "github-action-benchmark": smaller_is_better,
-}
-
-
-def output_file(path: Path, target: Run) -> Path:
+def output_file(path: Path, targets: Sequence[Run]) -> Path:
     """`path`, if a derived file may be written there: never over a run's own header and rows."""
     if path.is_dir():
         raise PreconditionError(
             f"{path} is a folder", "one file is written", f"--out {path / 'FILE'}"
         )
-    if path.resolve() in {(target.path / name).resolve() for name in (HEADER, ROWS)}:
+    measured = {(run.path / name).resolve() for run in targets for name in (HEADER, ROWS)}
+    if path.resolve() in measured:
         raise PreconditionError(
             f"{path} is what was measured", "it would be overwritten", "pass another --out"
         )
     return path
-
-
-def parser() -> Parser:
-    top = Parser(
-        prog="addbench show",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("run", nargs="?", default=LATEST, metavar="RUN|latest")
-    top.add_argument("--format", choices=tuple(FORMATS), required=True)
-    top.add_argument("--out", type=Path, required=True, metavar="FILE")
-    top.add_argument("--runs", type=Path, default=RUNS, help="where runs lie (results/runs)")
-    return top
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    target = open_run(args.run, args.runs)
-    file = output_file(args.out, target)
-    write_atomic(file, FORMATS[args.format](target))
-    print(file)
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

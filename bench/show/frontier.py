@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.limits.frontier import MEASURED, MODELLED, SIZE, Chart, Point
-from bench.show.latency import STYLE, plain_log, scale_of
-from bench.show.series import COLOURS
+from matplotlib import style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from bench.limits.frontier import MEASURED, MODELLED, SIZE, Chart, Point, markdown, table_csv
+from bench.show.canvas import COLOURS, STYLE, plain_log, save, scale_of
+from core.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox
 
 LOOK: dict[str, dict[str, Any]] = {
     MEASURED: {"color": COLOURS[0], "markerfacecolor": COLOURS[0]},
@@ -27,9 +33,6 @@ NEAR = 10.0
 
 
 def figure(chart: Chart) -> Figure:
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
     unit_ms, unit = scale_of(max(point.latency_ms for point in chart.points))
     with style.context(STYLE):
         drawn = Figure(figsize=(9.6, 6.0))
@@ -59,6 +62,14 @@ def figure(chart: Chart) -> Figure:
     return drawn
 
 
+def write(chart: Chart, table: Path, plot: Path) -> list[Path]:
+    """Write `table.md`, `table.csv`, `plot.svg` and `plot.png`."""
+    files = [table.with_name(f"{table.name}.{kind}") for kind in ("md", "csv")]
+    write_atomic(files[0], f"# Quality against latency\n\n{markdown(chart)}")
+    write_atomic(files[1], table_csv(chart))
+    return [*files, *save(figure(chart), plot)]
+
+
 def mark(axes: Axes, point: Point, unit_ms: float) -> None:
     axes.plot([point.latency_ms / unit_ms], [point.method.fid], "o", markersize=8,
               markeredgewidth=1.8, zorder=3, **LOOK[point.provenance])  # fmt: skip
@@ -66,8 +77,6 @@ def mark(axes: Axes, point: Point, unit_ms: float) -> None:
 
 def key(drawn: Figure, chart: Chart) -> None:
     """What the marks mean, above the axes: among the points it would look like one."""
-    from matplotlib.lines import Line2D
-
     kinds = [kind for kind in LOOK if any(p.provenance == kind for p in chart.points)]
     handles = [
         Line2D([], [], marker="o", linestyle="none", markersize=8, markeredgewidth=1.8,
@@ -95,9 +104,6 @@ def offsets() -> Iterator[tuple[float, float, str, str]]:
 
 def label_all(drawn: Figure, axes: Axes, points: Sequence[Point], unit_ms: float) -> None:
     """A label beside each point, at the nearest place that is free."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.transforms import Bbox
-
     renderer = FigureCanvasAgg(drawn).get_renderer()
     dot = drawn.dpi / 72
     taken: list[Bbox] = []
@@ -114,8 +120,6 @@ def label(
     renderer: Any, dot: float,
 ) -> Bbox:  # fmt: skip
     """Write one label; its box on the canvas. Where no place is free it takes the farthest."""
-    from matplotlib.text import Text
-
     where = (point.latency_ms / unit_ms, point.method.fid)
     mark_x, mark_y = axes.transData.transform(where)
     others = [box for box in taken if not box.contains(mark_x, mark_y)]

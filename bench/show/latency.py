@@ -1,9 +1,9 @@
-"""`addbench show RUN`: latency and images/s against steps, as SVG and PNG.
+"""Latency and images/s against steps, as SVG and PNG.
 
 A column per batch. Colour says the backend (and recipe), hollow once the colours are used up,
 marker and dash the decoder; with one step count, series lie beside each other. The line through
 the points is the fit `fixed cost + steps x cost per step`, drawn to zero steps, where it meets the
-fixed cost. With `--x nfe` UNet evaluations take the place of steps: guidance takes two a step, and
+fixed cost. Against NFE UNet evaluations take the place of steps: guidance takes two a step, and
 some schedulers run a timestep more.
 """
 
@@ -11,47 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bench.rows.store import LATEST, MODELLED, RUNS, Row, Run, is_timed, open_run
+import numpy as np
+from matplotlib import style
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from bench.rows.store import MODELLED, Row, Run, is_timed
 from bench.rows.summary import CellRounds, by_cell
+from bench.show.canvas import STYLE, digits, save, scale_of
 from bench.show.series import AXES, Series, places_of, series_of, shift, side_by_side
-from core.cli import Parser, run
-from core.errors import EXIT_OK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
-STYLE = {
-    "svg.hashsalt": "addbench",  # the same ids, and so the same bytes, every time
-    "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same on every machine
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.grid": True,
-    "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.titleweight": "bold",
-    "axes.titlesize": 10.5,
-}
+Shown = tuple[Run, Sequence[Row]]
+"""A run, and which of its rows are drawn."""
 
 
-def scale_of(largest_ms: float) -> tuple[float, str]:
-    """(milliseconds in a unit, unit) for an axis up to `largest_ms`."""
-    return (1e3, "s") if largest_ms >= 2000 else (1.0, "ms")
-
-
-def figure(target: Run, rows: Sequence[Row], axis: str = "steps") -> Figure | None:
-    """The figure, or None where no cell is ok."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    columns = series_of(by_cell(rows), axis)
+def figure(shown: Sequence[Shown], axis: str = "steps") -> Figure | None:
+    """The figure of one run or several, or None where no cell is ok."""
+    lines = {target.label: by_cell(rows) for target, rows in shown}
+    columns = series_of(lines, axis)
     if not columns:
         return None
     with style.context(STYLE):
@@ -64,7 +46,7 @@ def figure(target: Run, rows: Sequence[Row], axis: str = "steps") -> Figure | No
         head_in, panel_in = 0.75, 3.3
         height = head_in + (panel_in if single else 2 * panel_in) + legend_in
         drawn = Figure(figsize=(width, height))
-        heading(drawn, target, rows, height)
+        heading(drawn, shown, height)
         shape = (1, 2) if single else (2, len(columns))
         axes = drawn.subplots(*shape, squeeze=False)
         drawn.subplots_adjust(
@@ -84,17 +66,25 @@ def figure(target: Run, rows: Sequence[Row], axis: str = "steps") -> Figure | No
     return drawn
 
 
-def heading(drawn: Figure, target: Run, rows: Sequence[Row], height: float) -> None:
-    first = rows[0]
-    machine = target.header.environment
-    below = f"{machine['cpu']}, {machine['cores_allowed']} cores; end to end, warm; {target.name}"
+def heading(drawn: Figure, shown: Sequence[Shown], height: float) -> None:
+    rows = [row for _, some in shown for row in some]
+    models = dict.fromkeys(
+        f"{row['model']} ({row['weights']} weights), {row['size'].replace('x', '×')} px"
+        for row in rows
+    )
+    machines = dict.fromkeys(
+        f"{said['cpu']}, {said['cores_allowed']} cores"
+        for said in (target.header.environment for target, _ in shown)
+    )
+    labels = ", ".join(target.label for target, _ in shown)
+    below = f"{' / '.join(machines)}; end to end, warm; {labels}"
     if all(row["provenance"] == MODELLED for row in rows):
         cards = ", ".join(dict.fromkeys(row["device"] for row in rows))
-        below = f"{cards}: modelled, not measured; end to end; {target.name}"
+        below = f"{cards}: modelled, not measured; end to end; {labels}"
     drawn.text(
         0.12 / drawn.get_figwidth(),
         1 - 0.14 / height,
-        f"{first['model']} ({first['weights']} weights), {first['size'].replace('x', '×')} px",
+        " / ".join(models),
         va="top",
         fontsize=13,
         fontweight="bold",
@@ -109,8 +99,6 @@ def heading(drawn: Figure, target: Run, rows: Sequence[Row], height: float) -> N
 
 
 def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
-    import numpy as np
-
     largest = max(value for series in found for _, value in series.points("median_ms"))
     unit_ms, unit = scale_of(largest)
     for series in found:
@@ -209,19 +197,8 @@ def spread(places: Sequence[int]) -> list[str]:
     return [str(place) if place in labelled else "" for place in places]
 
 
-def plain_log(axis: Axis) -> None:
-    """1, 2, 5 in plain numbers: a reader compares seconds, not powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
 def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> None:
     """The series of one column with their fits, below it."""
-    from matplotlib.lines import Line2D
-
     rounds = max(len(line.good) for series in found for line in series.lines)
     handles = [
         Line2D(
@@ -270,81 +247,12 @@ def fit_text(series: Series) -> str:
     return f"{digits(per_step)} {unit}/{each} {sign} {digits(abs(fixed))} {unit} fixed"
 
 
-def digits(value: float) -> str:
-    """Three digits, and no exponent for thousands."""
-    return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
-
-
-def draw(target: Run, rows: Sequence[Row], stem: Path, axis: str = "steps") -> list[Path]:
-    """`stem.svg` and `stem.png`; nothing where no cell is ok."""
-    drawn = figure(target, rows, axis)
+def draw(shown: Sequence[Shown], stem: Path) -> list[Path]:
+    """Draw `stem.svg` and `stem.png`; nothing where no cell is ok."""
+    drawn = figure(shown)
     return [] if drawn is None else save(drawn, stem)
 
 
-FORMATS: dict[str, dict[str, Any]] = {
-    "svg": {"metadata": {"Date": None, "Creator": None}},
-    "png": {"dpi": 160, "metadata": {"Software": None}},
-}
-
-
-def image_bytes(drawn: Figure, form: str) -> bytes:
-    """The figure as `svg` or `png`. The SVG is the same every time."""
-    import io
-
-    from matplotlib import style
-
-    buffer = io.BytesIO()
-    with style.context(STYLE):
-        drawn.savefig(buffer, format=form, facecolor="white", **FORMATS[form])
-    return buffer.getvalue()
-
-
-def save(drawn: Figure, stem: Path) -> list[Path]:
-    """Write `stem.svg` and `stem.png`."""
-    from core.files import write_atomic
-
-    files = []
-    for form in FORMATS:
-        file = stem.with_name(f"{stem.name}.{form}")
-        write_atomic(file, image_bytes(drawn, form))
-        files.append(file)
-    return files
-
-
-def write(target: Run, rows: Sequence[Row], axis: str = "steps") -> list[Path]:
-    """`plot.svg` and `plot.png` (against NFE: `plot-nfe`) into the run folder."""
-    return draw(target, rows, target.path / ("plot" if axis == "steps" else f"plot-{axis}"), axis)
-
-
-def parser() -> Parser:
-    top = Parser(
-        prog="addbench show",
-        description="Latency and images/s against steps or NFE, with the fitted cost of each.",
-    )
-    top.add_argument("run", nargs="?", default=LATEST, metavar="RUN|latest")
-    top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
-    top.add_argument(
-        "--x", choices=tuple(AXES), default="steps", help="steps, or UNet evaluations of an image"
-    )
-    top.add_argument("--roofline", action="store_true", help="draw the roofline instead")
-    return top
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    target = open_run(args.run, args.out)
-    if args.roofline:
-        from bench.show import roofline as roofplot
-
-        files = roofplot.write(target, target.rows())
-    else:
-        files = write(target, target.rows(), args.x)
-    for file in files:
-        print(file)
-    if not files:
-        print(f"no cell of run {target.name} is ok: there is nothing to draw")
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))
+def write(target: Run, rows: Sequence[Row]) -> list[Path]:
+    """Write `plot.svg` and `plot.png` into the run folder."""
+    return draw([(target, rows)], target.path / "plot")

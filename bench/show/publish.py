@@ -1,56 +1,41 @@
-"""`addbench publish RUN...`: copy runs into results/published and redraw from there.
+"""Copy runs into results/published and redraw from there; hold what is committed to it.
 
 What is committed - tables, plots, the blocks of README and docs - is derived from
-`results/published` alone; `--check` derives it again and says whether it still matches, and whether
-the published rows are as they were published (exit code 4 if not). All is written, or nothing.
+`results/published` alone. All is written, or nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.limits import frontier
 from bench.rows.header import HEADER
+from bench.rows.names import INDEX, NAME, index_text, names_in
 from bench.rows.store import (
     ABSOLUTE_PATH,
     OK,
     ROWS,
-    RUNS,
     Run,
     last_rows,
     open_run,
-    read_rows,
+    published_runs,
     run_names,
 )
-from bench.show import sums
+from bench.show import frontier as frontier_plot
+from bench.show import latency, stages, sums, table
+from bench.show.blocks import Drawn, Published, disagreements, fill
 from bench.show.sums import PUBLISHED
-from core.cli import Parser, run
-from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
+from bench.verdict import speedup
+from core.errors import PreconditionError
 from core.files import ROOT, json_bytes, write_atomic, write_together
 
 RESULTS = ROOT / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(
-    r"(<!-- (?P<kind>results|stages)(?: (?P<run>[\w-]+))? -->\n).*?(<!-- /(?P=kind) -->)", re.DOTALL
-)
-"""A block of a page that is derived: `<!-- results -->` shows the newest published sweep,
-`<!-- results RUN -->` that run; the head's of `addbench versus` with the ratios.
-`<!-- stages RUN -->` shows its stages."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What pages show of the published runs, by name; `newest`: for a block that names none."""
-
-    briefs: Mapping[str, str]
-    stages: Mapping[str, str]
-    newest: str | None
 
 
 def private(value: Any) -> Iterator[str]:
@@ -97,8 +82,15 @@ def copied(target: Run, results: Path) -> dict[Path, bytes]:
     return {folder / ROWS: lines.encode(), folder / HEADER: json_bytes(target.header.as_json())}
 
 
-def publish(targets: Sequence[Run], results: Path, pages: Sequence[Path]) -> list[str]:
+def publish(
+    targets: Sequence[Run],
+    results: Path,
+    pages: Sequence[Path],
+    names: Mapping[str, str] | None = None,
+) -> list[str]:
     """Add runs to what is published and draw all of it again; the names of what was drawn.
+
+    `names`: what to call them from now on, name -> run.
 
     It is drawn aside first: what cannot be drawn, or a page that asks for another run, leaves
     everything as it was.
@@ -110,12 +102,18 @@ def publish(targets: Sequence[Run], results: Path, pages: Sequence[Path]) -> lis
     contents: dict[Path, bytes] = {}
     for target in targets:
         contents |= copied(target, results)
-    names = {target.name for target in targets}
-    sums.verify(results, besides=names)
+    runs = {target.name for target in targets}
+    sums.verify(results, besides=runs)
+    index = results / PUBLISHED / INDEX
+    if names:
+        old = index.read_text() if index.exists() else ""
+        contents[index] = index_text(old, names).encode()
     with tempfile.TemporaryDirectory() as scratch:
         aside = Path(scratch)
         (aside / PUBLISHED).mkdir()
-        for name in set(run_names(results / PUBLISHED)) - names:
+        if index.exists():
+            (aside / PUBLISHED / INDEX).write_bytes(index.read_bytes())
+        for name in set(run_names(results / PUBLISHED)) - runs:
             (aside / PUBLISHED / name).symlink_to((results / PUBLISHED / name).resolve())
         for file, data in contents.items():
             write_atomic(aside / file.relative_to(results), data)
@@ -131,66 +129,44 @@ def publish(targets: Sequence[Run], results: Path, pages: Sequence[Path]) -> lis
 
 def derive(results: Path, into: Path) -> Drawn:
     """Tables and plots of every published run into `into`; what pages show of them."""
-    from bench.limits import frontier
-    from bench.show import latency as plot
-    from bench.show import stages, table
-    from bench.verdict import speedup
-
     published = results / PUBLISHED
-    briefs, by_stage, runs = {}, {}, []
-    for name in run_names(published):
-        target = open_run(str(published / name), published)
-        rows = last_rows(read_rows(target.path / ROWS))
-        text = f"# Run {name}\n\n{table.markdown(target, rows)}"
-        write_atomic(into / "tables" / f"{name}.md", text)
-        write_atomic(into / "tables" / f"{name}.csv", table.csv(rows))
-        plot.draw(target, rows, into / "plots" / name)
+    drawn = []
+    for target in published_runs(published):
+        rows, label = target.rows(), target.label
+        write_atomic(into / "tables" / f"{label}.md", table.page(target, rows))
+        write_atomic(into / "tables" / f"{label}.csv", table.csv(rows))
+        latency.draw([(target, rows)], into / "plots" / label)
         brief = table.markdown(target, rows, brief=True)
         base = (target.header.versus or {}).get("base")
         if base and (published / base / HEADER).exists():
             brief = speedup.markdown(speedup.result(open_run(base, published), target))
-            write_atomic(into / "tables" / f"{name}-versus.md", brief)
-        briefs[name], by_stage[name] = brief, stages.markdown(target, rows)
-        runs.append(target)
-    chart = frontier.from_runs(runs)
+            write_atomic(into / "tables" / f"{label}-versus.md", brief)
+        drawn.append(Published(target, label, rows, brief, stages.markdown(target, rows)))
+    chart = frontier.from_runs([each.run for each in drawn])
     if chart is not None:
-        frontier.write(chart, into / "tables" / "frontier", into / "plots" / "frontier")
-    return Drawn(briefs, by_stage, newest_sweep(runs))
+        frontier_plot.write(chart, into / "tables" / "frontier", into / "plots" / "frontier")
+    return Drawn(drawn)
 
 
-def newest_sweep(runs: Sequence[Run]) -> str | None:
-    """What a block without a name shows: a sweep, not one side of a comparison."""
-    names = [run.name for run in runs if run.header.versus is None]
-    return max(names, default=None)
+def names_for(targets: Sequence[Run], names: Sequence[str]) -> dict[str, str]:
+    """Name -> run for runs and their names in the same order; none for no names.
 
-
-def block(name: str, table_text: str, results: str) -> str:
-    """What a page shows of a run: its conditions, its table, its plot, and where more is."""
-    return (
-        f"{table_text}\n![Latency and images per second against steps]({results}/plots/{name}.svg)"
-        f"\n\nMore columns: [results/tables/{name}.md]({results}/tables/{name}.md); rows:"
-        f" [results/published/{name}]({results}/published/{name}).\n"
-    )
-
-
-def fill(text: str, drawn: Drawn, results: str) -> str:
-    """A page with every derived block redrawn; `results` is the way there from the page."""
-
-    def fresh(found: re.Match[str]) -> str:
-        name = found["run"] or drawn.newest
-        if name is None:
-            return found[0]  # nothing is published yet
-        if name not in drawn.briefs:
+    Raises:
+        PreconditionError: there is not a name for each, or one is none.
+    """
+    if names and len(names) != len(targets):
+        raise PreconditionError(
+            f"{len(names)} names for {len(targets)} runs",
+            "each run has one, in the order of the runs",
+            "give --name once for each run, or for none",
+        )
+    for name in names:
+        if not NAME.fullmatch(name):
             raise PreconditionError(
-                f"a page asks for the results of run {name}",
-                f"results/published holds: {', '.join(drawn.briefs) or 'nothing'}",
-                "publish that run, or change the marker",
-            )
-        by_stage = found["kind"] == "stages"
-        shown = drawn.stages[name] if by_stage else block(name, drawn.briefs[name], results)
-        return f"{found[1]}{shown}{found[4]}"
-
-    return BLOCK.sub(fresh, text)
+                f"{name!r} is not a run's name", "it is lower-case words with hyphens",
+                "one like cpu-zen4-peers",
+            )  # fmt: skip
+    return {name: target.name for name, target in zip(names, targets, strict=bool(names))}
 
 
 def fresh_pages(pages: Sequence[Path], results: Path, drawn: Drawn) -> dict[Path, str]:
@@ -237,8 +213,13 @@ def stale(results: Path, pages: Sequence[Path]) -> list[str]:
         ]
     if sums.read(results) != sums.of(results):
         problems.append(f"{sums.SUMS}: lists runs that are gone")
+    published = results / PUBLISHED
+    gone = set(names_in(published).values()) - set(run_names(published))
+    problems += [f"{PUBLISHED}/{INDEX}: names run {run}, which is gone" for run in sorted(gone)]
     differ = fresh_pages(pages, results, drawn)
-    return [*problems, *(f"{page.name}: its results block differs" for page in differ)]
+    problems += [f"{page.name}: its results block differs" for page in differ]
+    contradicted = (disagreements(page.read_text(), drawn) for page in pages)
+    return [*problems, *(problem for found in contradicted for problem in found)]
 
 
 def derived_files(folder: Path) -> set[str]:
@@ -248,42 +229,3 @@ def derived_files(folder: Path) -> set[str]:
         for file in (folder / kind).glob("*")
         if file.is_file() and not file.name.startswith(".")
     }
-
-
-def parser() -> Parser:
-    top = Parser(prog="addbench publish", description=__doc__)
-    top.add_argument("runs", nargs="*", metavar="RUN|latest", help="none: only redraw")
-    top.add_argument("--check", action="store_true", help="write nothing; 4 if something is stale")
-    top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
-    top.add_argument("--results", type=Path, default=RESULTS, help="where results are published")
-    top.add_argument(
-        "--pages", type=Path, nargs="+", default=PAGES, help="with marked blocks (README and docs)"
-    )
-    return top
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if args.check:
-        if args.runs:
-            raise PreconditionError(
-                "--check takes no run", "it checks what is published", "drop the run"
-            )
-        problems = stale(args.results, args.pages)
-        for problem in problems:
-            print(f"stale: {problem}")
-        if problems:
-            print("redraw with: addbench publish")
-        else:
-            print("the published rows are as they were published; tables and plots match them")
-        return EXIT_FAILED if problems else EXIT_OK
-    targets = [open_run(name, args.out) for name in args.runs]
-    derived = publish(targets, args.results, args.pages)
-    for name in dict.fromkeys(target.name for target in targets):
-        print(f"published: {args.results / PUBLISHED / name}")
-    print(f"redrawn: {len(derived)} files in {args.results / 'tables'}, {args.results / 'plots'}")
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

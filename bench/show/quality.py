@@ -1,4 +1,4 @@
-"""`addbench show --as quality RUN...`: prompt following against latency, as SVG and PNG.
+"""Prompt following against latency, as SVG and PNG.
 
 After Fig. 5 of the ADD paper (Sauer et al., arXiv 2311.17042), with prompt following in place of
 its ELO score and latencies measured here. From rows that `addbench sweep --quality` wrote; one line
@@ -8,19 +8,19 @@ per model, backend, options, precision and decoder, one point per step count.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from bench.rows.store import RUNS, Row, is_timed, open_run
-from bench.show.latency import STYLE, save, scale_of
-from bench.show.series import COLOURS, SHAPES
-from core.cli import Parser, run
-from core.errors import EXIT_OK, PreconditionError
+from matplotlib import style
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from bench.rows.store import Row, Run, is_timed
+from bench.show.canvas import COLOURS, SHAPES, STYLE, scale_of
+from core.errors import PreconditionError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Point = tuple[int, float, float]
 """Steps, median latency of one image in ms, share of captions all right."""
@@ -58,10 +58,26 @@ def series_of(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Point]]:
     }
 
 
-def figure(rows: Sequence[Row], machine: str) -> Figure:
-    from matplotlib import style
-    from matplotlib.figure import Figure
+def machine_of(targets: Sequence[Run]) -> str:
+    """The machine that all of some runs were measured on.
 
+    Raises:
+        PreconditionError: they come from several.
+    """
+    machines = {
+        f"{said['cpu']}, {said['cores_allowed']} cores"
+        for said in (target.header.environment for target in targets)
+    }
+    if len(machines) > 1:
+        raise PreconditionError(
+            "these runs come from different machines",
+            "; ".join(sorted(machines)),
+            "draw one plot for each machine",
+        )
+    return machines.pop()
+
+
+def figure(rows: Sequence[Row], machine: str) -> Figure:
     found = series_of(rows)
     kinds = list(dict.fromkeys(key[:2] for key in found))
     unit_ms, unit = scale_of(max(point[1] for points in found.values() for point in points))
@@ -103,8 +119,6 @@ def figure(rows: Sequence[Row], machine: str) -> Figure:
 
 
 def frame(axes: Axes, label: str, title: str) -> None:
-    from matplotlib.ticker import LogLocator
-
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.minorticks_off()
@@ -113,35 +127,3 @@ def frame(axes: Axes, label: str, title: str) -> None:
     axes.set_ylabel("captions with every attribute right (%)")
     axes.set_title(title, loc="left")
     axes.set_ylim(0, 105)
-
-
-def parser() -> Parser:
-    top = Parser(prog="addbench show --as quality", description=__doc__.split("\n")[0])
-    top.add_argument("runs", nargs="+", metavar="RUN", help="runs of `addbench sweep --quality`")
-    top.add_argument("--folder", type=Path, default=RUNS, help="where runs lie (results/runs)")
-    top.add_argument("--out", type=Path, required=True, metavar="STEM", help="STEM.svg, STEM.png")
-    return top
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    targets = [open_run(name, args.folder) for name in args.runs]
-    machines = {
-        (found["cpu"], found["cores_allowed"])
-        for found in (target.header.environment for target in targets)
-    }
-    if len(machines) > 1:
-        raise PreconditionError(
-            "these runs come from different machines",
-            "; ".join(f"{cpu}, {cores} cores" for cpu, cores in sorted(machines)),
-            "draw one plot for each machine",
-        )
-    cpu, cores = machines.pop()
-    rows = [row for target in targets for row in target.rows()]
-    for file in save(figure(rows, f"{cpu}, {cores} cores"), args.out):
-        print(file)
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

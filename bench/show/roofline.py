@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from matplotlib import style
+from matplotlib.figure import Figure
 
 from bench.limits.floors import ceilings_of
 from bench.machine.ceilings import Ceilings
 from bench.rows.stats import median_or_none
 from bench.rows.store import Row, Run
 from bench.rows.summary import CellRounds, by_cell
-from bench.show.latency import STYLE, plain_log, save
-from bench.show.series import COLOURS
+from bench.show.canvas import COLOURS, STYLE, plain_log
 from core.errors import PreconditionError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MARKERS = {"text": "s", "unet_step": "o", "vae": "D", "taesd": "^", "image": "P"}
 NAMES = {
@@ -49,9 +49,6 @@ def points(lines: Sequence[CellRounds]) -> dict[tuple[str, int, str], tuple[floa
 
 
 def figure(target: Run, rows: Sequence[Row]) -> Figure:
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
     surveyed = target.header.roofline
     found = points(by_cell(rows))
     if not surveyed or not found:
@@ -186,8 +183,3 @@ def memory(axes: Axes, ceilings: Ceilings, precisions: Sequence[str], device: st
         fontsize=8.5,
         color="#444444",
     )
-
-
-def write(target: Run, rows: Sequence[Row]) -> list[Path]:
-    """`roofline.svg` and `roofline.png` into the run folder."""
-    return save(figure(target, rows), target.path / "roofline")

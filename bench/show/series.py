@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bench.rows.stats import Fit, fit_steps
 from bench.rows.store import MODELLED
 from bench.rows.summary import CellRounds
+from bench.show.canvas import COLOURS, SHAPES
 
-# Okabe and Ito's palette: tells apart for all common forms of colour blindness. Yellow left out.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-SHAPES = {"vae": ("o", "-"), "taesd": ("^", (0, (5, 2)))}
 AXES = {"steps": "denoising steps", "nfe": "UNet evaluations of an image (NFE)"}
 """What `--x` takes -> the label of the axis."""
 
@@ -59,26 +57,31 @@ class Series:
         return fit_steps(self.points("median_ms"))
 
 
-def series_of(lines: Sequence[CellRounds], axis: str = "steps") -> dict[int, list[Series]]:
-    """Batch -> its series, backends in the order of the run, so that colours agree over columns."""
+def series_of(
+    runs: Mapping[str, Sequence[CellRounds]], axis: str = "steps"
+) -> dict[int, list[Series]]:
+    """Batch -> its series, backends in the order of the runs, so that colours agree over columns.
 
-    def key_of(line: CellRounds) -> tuple[str, str, str]:
-        return line.cell.backend_text, line.cell.numerics, line.cell.recipe_text
-
-    good = [line for line in lines if line.median("median_ms") is not None]
+    `runs`: what each run is called -> its cells; names stand in the legend where there are several.
+    """
+    keys: dict[tuple[str, ...], list[CellRounds]] = {}
+    for name, lines in runs.items():
+        for line in lines:
+            if line.median("median_ms") is not None:
+                cell = line.cell
+                key = (name, cell.backend_text, cell.numerics, cell.recipe_text)
+                keys.setdefault(key, []).append(line)
+    good = [line for lines in keys.values() for line in lines]
     mixed = len({line.cell.numerics for line in good}) > 1
     recipes = len({line.cell.recipe_text for line in good}) > 1
-    backends = list(dict.fromkeys(map(key_of, good)))
     found: dict[int, list[Series]] = {}
     for batch in sorted({line.cell.batch for line in good}):
-        for place, key in enumerate(backends):
+        for place, ((name, *_), lines) in enumerate(keys.items()):
             for decoder in dict.fromkeys(line.cell.decoder for line in good):
                 mine = [
                     line
-                    for line in good
-                    if key_of(line) == key
-                    and line.cell.decoder == decoder
-                    and line.cell.batch == batch
+                    for line in lines
+                    if line.cell.decoder == decoder and line.cell.batch == batch
                 ]
                 if not mine:
                     continue
@@ -87,10 +90,11 @@ def series_of(lines: Sequence[CellRounds], axis: str = "steps") -> dict[int, lis
                 recipe = f", {cell.recipe_text}" if recipes and cell.recipe_text else ""
                 if any(MODELLED in line.provenance for line in mine):
                     numerics += ", modelled"
+                run = f"{name}: " if len(runs) > 1 else ""
                 marker, dash = SHAPES.get(decoder, ("s", ":"))
                 found.setdefault(batch, []).append(
                     Series(
-                        f"{cell.backend_text}, {decoder}{recipe}{numerics}",
+                        f"{run}{cell.backend_text}, {decoder}{recipe}{numerics}",
                         COLOURS[place % len(COLOURS)],
                         marker,
                         dash,

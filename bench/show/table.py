@@ -1,13 +1,14 @@
-"""`addbench show --as table RUN`: one line per cell, as Markdown and CSV."""
+"""A run's table: one line per cell, in the terminal, as Markdown and CSV."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from backends.check.gate import QUANTISED, RANDOM_WORDS
 from bench.rows.cell import Cell
-from bench.rows.store import EMULATED, LATEST, MODELLED, OK, RUNS, Row, Run, open_run
+from bench.rows.store import EMULATED, MODELLED, OK, Row, Run
 from bench.rows.summary import CellRounds, by_cell
 from bench.show import stages
 from bench.show.columns import (
@@ -18,10 +19,8 @@ from bench.show.columns import (
     columns_for,
     terminal_columns,
 )
-from core.cli import Parser, run
-from core.errors import EXIT_OK
 from core.files import write_atomic
-from core.table import csv_text, draw, markdown_lines
+from core.table import as_json, csv_text, draw, markdown_lines
 
 MODELLED_WORDS = (
     "modelled: the card was not here and nothing was timed. The median is what the model says under"
@@ -140,31 +139,26 @@ def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
         print(RANDOM_WORDS)
 
 
+def page(target: Run, rows: Sequence[Row]) -> str:
+    """The table in Markdown, below the run's name."""
+    return f"# Run {target.label}\n\n{markdown(target, rows)}"
+
+
+def json_text(targets: Sequence[Run]) -> str:
+    """Every cell of some runs as JSON: its key, and each column that says anything, unrounded."""
+    cells = []
+    for target in targets:
+        for line in by_cell(target.rows()):
+            (figures,) = as_json(COLUMNS, [line])
+            known = {name: value for name, value in figures.items() if value not in (None, "")}
+            cells.append({"run": target.name, **line.cell.columns(), "columns": known})
+    return json.dumps(cells, indent=2, allow_nan=False) + "\n"
+
+
 def write(target: Run, rows: Sequence[Row], folder: Path | None = None) -> list[Path]:
-    """`table.md` and `table.csv` into the run folder (or `folder`)."""
+    """Write `table.md` and `table.csv` into the run folder (or `folder`)."""
     place = folder or target.path
     files = [place / "table.md", place / "table.csv"]
-    write_atomic(files[0], f"# Run {target.name}\n\n{markdown(target, rows)}")
+    write_atomic(files[0], page(target, rows))
     write_atomic(files[1], csv(rows))
     return files
-
-
-def parser() -> Parser:
-    top = Parser(prog="addbench show --as table", description=__doc__)
-    top.add_argument("run", nargs="?", default=LATEST, metavar="RUN|latest")
-    top.add_argument("--out", type=Path, default=RUNS, help="where runs lie (results/runs)")
-    return top
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    target = open_run(args.run, args.out)
-    rows = target.rows()
-    show(target, rows)
-    for file in write(target, rows):
-        print(file)
-    return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

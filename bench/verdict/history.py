@@ -7,7 +7,6 @@ more than one run at a time, so it is slow to accept a new normal, and a slow cr
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from bench.verdict.outcome import FAILED, FASTER, INCONCLUSIVE, MISSING, SAME, S
 from core.errors import AddbenchError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 FEWEST_RUNS = 10
 LEAST = 0.08
@@ -70,8 +69,8 @@ def earlier_runs(target: Run, out: Path) -> Sequence[tuple[str, Mapping[Cell, Ce
     return found
 
 
-def against_history(target: Run, out: Path) -> Outcome:
-    """Judge every cell of `target`; draws `history.svg` and `.png` into its folder."""
+def against_history(target: Run, out: Path) -> tuple[Outcome, dict[Cell, Band]]:
+    """The judgement of every cell of `target`, and what its earlier runs say of each."""
     past = earlier_runs(target, out)
     mine = gather(target.all_rows(), target.name)
     bands: dict[Cell, Band] = {}
@@ -88,13 +87,7 @@ def against_history(target: Run, out: Path) -> Outcome:
         bands[cell] = Band(values)
         lines.append(judge(cell, own, bands[cell]))
     notes = [f"{len(past)} earlier runs of this machine in {out.name}"]
-    drawable = {line.cell: line for line in lines if line.head_ms and bands[line.cell].values}
-    if drawable:
-        from bench.show.latency import save
-
-        files = save(figure(target, drawable, bands), target.path / "history")
-        notes.append(f"plot: {target.name}/{files[0].name}")
-    return Outcome(f"{len(past)} earlier runs", target.name, RULE, lines, notes)
+    return Outcome(f"{len(past)} earlier runs", target.name, RULE, lines, notes), bands
 
 
 def judge(cell: Cell, mine: Cells, band: Band) -> Line:
@@ -121,37 +114,3 @@ def judge(cell: Cell, mine: Cells, band: Band) -> Line:
         head_ms=value,
         **rounds,
     )
-
-
-def figure(target: Run, lines: Mapping[Cell, Line], bands: Mapping[Cell, Band]) -> Figure:
-    """A panel for each cell: its earlier medians, the range, and this run at the right end."""
-    from matplotlib import style
-    from matplotlib.figure import Figure as NewFigure
-    from matplotlib.ticker import MaxNLocator
-
-    from bench.show.latency import STYLE
-    from bench.show.series import COLOURS
-
-    across = min(3, len(lines))
-    down = math.ceil(len(lines) / across)
-    with style.context(STYLE):
-        drawn = NewFigure(figsize=(4.2 * across + 0.4, 2.5 * down + 0.7), layout="constrained")
-        drawn.suptitle(f"{target.name} against earlier runs: median latency (ms)", fontsize=12)
-        axes = drawn.subplots(down, across, squeeze=False).ravel()
-        for panel, (cell, line) in zip(axes, lines.items(), strict=False):
-            band = bands[cell]
-            count = len(band.values)
-            panel.plot(range(-count, 0), band.values, "o-", color=COLOURS[0], markersize=4)
-            flagged = line.verdict in (SLOWER, FASTER)
-            colour = COLOURS[1] if flagged else COLOURS[0]
-            panel.plot([0], [line.head_ms], "D", color=colour, markersize=8)
-            if count >= FEWEST_RUNS:
-                limit = 1 + band.limit
-                panel.axhspan(band.centre / limit, band.centre * limit, color="#E8E8E8", zorder=0)
-            panel.set_title(f"{cell}: {line.verdict}", fontsize=8.5, loc="left")
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-            panel.margins(y=0.15)
-        for panel in axes[len(lines) :]:
-            panel.set_visible(False)
-        drawn.supxlabel("runs ago (this one: 0); grey: not flagged; the axes do not start at 0")
-    return drawn

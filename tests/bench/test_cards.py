@@ -95,7 +95,7 @@ def test_every_figure_is_labelled(
     table.show(without_bundle, rows, width=300)
     assert "modelled" in capsys.readouterr().out
 
-    drawn = plot.figure(without_bundle, rows)
+    drawn = plot.figure([(without_bundle, rows)])
     assert drawn is not None
     words = [each.get_text() for each in drawn.texts]
     assert any("modelled, not measured" in each for each in words)
@@ -116,7 +116,7 @@ def test_a_plot_of_both_says_which_is_which(without_bundle: Run, tmp_path: Path)
     modelled = without_bundle.rows()[0]
     cell = dataclasses.replace(Cell.of(modelled), backend="ort", options="", device="cpu")
     both = make_run(tmp_path, [row(cell, [900.0] * 3), modelled])
-    drawn = plot.figure(both, both.rows())
+    drawn = plot.figure([(both, both.rows())])
     assert drawn is not None
     first, second = (each.get_text() for each in drawn.legends[0].get_texts())
     assert "modelled" not in first

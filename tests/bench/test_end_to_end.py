@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from backends.commands.image import main as generate
+from bench.commands.gallery import main as gallery
+from bench.commands.show import main as show
 from bench.rows.store import Row, Run, open_run
-from bench.show.gallery import main as gallery
-from bench.show.quality import main as qualityplot
 from core.errors import PreconditionError
 from core.files import ROOT, read_json
 from distill.judge import following
@@ -54,7 +54,7 @@ def test_every_backend_draws_what_captions_say(run: Run) -> None:
 
 
 def test_quality_is_drawn_against_latency(run: Run, tmp_path: Path) -> None:
-    assert qualityplot([str(run.path), "--out", str(tmp_path / "quality")]) == 0
+    assert show([str(run.path), "--as", "quality", "--out", str(tmp_path / "quality")]) == 0
     assert Image.open(tmp_path / "quality.png").width > 500
 
 

@@ -11,14 +11,14 @@ from made import cell, make_run, row
 from matplotlib.text import Annotation, Text
 
 from bench.commands.frontier import main
+from bench.commands.publish import main as publish_main
 from bench.limits import frontier
 from bench.limits.frontier import MEASURED, MODELLED, Chart, Point, from_device, from_runs, methods
 from bench.limits.ledger import read_claims
 from bench.limits.ranges import EFFICIENCY
 from bench.rows.store import Run
-from bench.show import publish
+from bench.show.canvas import scale_of
 from bench.show.frontier import figure
-from bench.show.latency import scale_of
 from core.cli import run as shell
 from core.devices import devices
 from export.cost import Cost
@@ -187,10 +187,10 @@ def test_what_cannot_be_drawn(
 def test_published_runs_draw_the_chart_and_check_it(tmp_path: Path, pndm: Run) -> None:
     results, readme = tmp_path / "results", tmp_path / "README.md"
     readme.write_text("<!-- results -->\n<!-- /results -->\n")
-    place = ["--out", str(tmp_path), "--results", str(results), "--pages", str(readme)]
-    assert shell(publish.main, [pndm.name, *place]) == 0
+    place = ["--runs", str(tmp_path), "--results", str(results), "--pages", str(readme)]
+    assert shell(publish_main, [pndm.name, *place]) == 0
     assert (results / "plots" / "frontier.svg").exists()
     assert "ADD-M" in (results / "tables" / "frontier.md").read_text()
-    assert shell(publish.main, ["--check", *place]) == 0
+    assert shell(publish_main, ["--check", *place]) == 0
     (results / "tables" / "frontier.csv").write_text("edited")
-    assert shell(publish.main, ["--check", *place]) == 4
+    assert shell(publish_main, ["--check", *place]) == 4

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
+from bench.commands.show import main as show
 from bench.rows.cell import KEY_COLUMNS, LATER, Cell
 from bench.rows.header import Header
 from bench.rows.store import ROWS, Run, open_run
 from bench.rows.summary import by_cell
 from bench.run.plan import default_steps, make_cells, probe
 from bench.show import export as rows
-from bench.show import latency as plot
 from bench.show import table
 from bench.show.series import series_of
 from bench.sweep import main as sweep_main
@@ -181,8 +181,8 @@ def test_a_resumed_sweep_keeps_its_recipes(
 
 def test_latency_against_evaluations(swept: Run, capsys: pytest.CaptureFixture[str]) -> None:
     lines = by_cell(swept.rows())
-    by_nfe = {s.label: s for s in series_of(lines, "nfe")[3]}
-    by_steps = {s.label: s for s in series_of(lines)[3]}
+    by_nfe = {s.label: s for s in series_of({"": lines}, "nfe")[3]}
+    by_steps = {s.label: s for s in series_of({"": lines})[3]}
     assert set(by_nfe) == {"null, taesd, guidance 3", "null, taesd, ddim guidance 3"}
     for label, series in by_nfe.items():
         assert [y for _, y in series.points("median_ms")] == [
@@ -190,13 +190,13 @@ def test_latency_against_evaluations(swept: Run, capsys: pytest.CaptureFixture[s
         ]
         assert [x for x, _ in by_steps[label].points("median_ms")] == [2, 5]
         assert [x for x, _ in series.points("median_ms")] in ([6, 12], [4, 10])
-    argv = [swept.name, "--out", str(swept.path.parent), "--x", "nfe"]
-    assert shell(plot.main, argv) == 0
+    argv = [swept.name, "--as", "plot", "--runs", str(swept.path.parent), "--x", "nfe"]
+    assert shell(show, argv) == 0
     drawn = (swept.path / "plot-nfe.svg").read_text()
     assert drawn != (swept.path / "plot.svg").read_text()
     assert "plot-nfe.png" in capsys.readouterr().out
     with pytest.raises(PreconditionError):
-        plot.main([*argv[:-1], "flops"])
+        show([*argv[:-1], "flops"])
 
 
 def test_every_solver_has_a_name_and_a_class() -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
+from bench.commands.show import main as show
 from bench.rows import store
 from bench.rows.store import HEADER, ROWS, Run
 from bench.rows.summary import by_cell
 from bench.show.page import figures
-from bench.show.page.__main__ import main
 from bench.show.page.page import FLAG_WORDS, code, render
 from core.cli import run as shell
 from export.bundle import PARITY, Bundle
@@ -173,7 +173,7 @@ def test_the_verdict_against_a_base(tmp_path: Path) -> None:
     assert "Verdict" not in render(head)
     out = tmp_path / "page.html"
     argv = [str(head.path), "--base", str(head.path), "--out", str(out)]
-    assert shell(main, argv) == 2  # a run is no base of itself
+    assert shell(show, ["--as", "page", *argv]) == 2  # a run is no base of itself
     assert not out.exists()
 
 
@@ -262,9 +262,12 @@ def test_a_trace_keeps_every_sample_inside_its_box() -> None:
 
 
 def test_the_command_writes_beside_the_rows(made: Run, tmp_path: Path) -> None:
-    assert shell(main, ["latest", "--runs", str(made.path.parent)]) == 0
+    assert shell(show, ["--as", "page", "latest", "--runs", str(made.path.parent)]) == 0
     assert (made.path / "report.html").read_text().startswith("<!doctype html>")
-    assert shell(main, [str(made.path), "--out", str(tmp_path / "new" / "page.html")]) == 0
+    assert (
+        shell(show, ["--as", "page", str(made.path), "--out", str(tmp_path / "new" / "page.html")])
+        == 0
+    )
     assert (tmp_path / "new" / "page.html").exists()
 
 
@@ -287,7 +290,7 @@ def test_a_bad_run_writes_nothing(
     page = made.path / "report.html"
     page.write_text("as before")
     (made.path / file).write_text(content)
-    assert shell(main, [str(made.path)]) == code
+    assert shell(show, ["--as", "page", str(made.path)]) == code
     assert page.read_text() == "as before"
     said = capsys.readouterr().err
     assert "error: " in said
@@ -303,14 +306,14 @@ def test_a_torn_last_row_is_a_missing_one(made: Run) -> None:
 @pytest.mark.parametrize("name", [HEADER, ROWS, "."])
 def test_what_was_measured_is_not_overwritten(made: Run, name: str) -> None:
     before = (made.path / HEADER).read_bytes(), (made.path / ROWS).read_bytes()
-    assert shell(main, [str(made.path), "--out", str(made.path / name)]) == 2
+    assert shell(show, ["--as", "page", str(made.path), "--out", str(made.path / name)]) == 2
     assert before == ((made.path / HEADER).read_bytes(), (made.path / ROWS).read_bytes())
 
 
 def test_two_results_of_one_cell_are_refused(made: Run) -> None:
     content = (made.path / ROWS).read_text()
     (made.path / ROWS).write_text(content + content.splitlines(keepends=True)[0])
-    assert shell(main, [str(made.path)]) == 4
+    assert shell(show, ["--as", "page", str(made.path)]) == 4
     assert not (made.path / "report.html").exists()
 
 
@@ -319,7 +322,7 @@ def test_a_base_of_another_model_is_refused(made: Run, tmp_path: Path) -> None:
     header = json.loads((base.path / HEADER).read_text())
     header["bundle"]["name"] = "another"
     (base.path / HEADER).write_text(json.dumps(header))
-    assert shell(main, [str(made.path), "--base", str(base.path)]) == 2
+    assert shell(show, ["--as", "page", str(made.path), "--base", str(base.path)]) == 2
     assert not (made.path / "report.html").exists()
 
 

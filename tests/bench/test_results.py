@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -13,11 +14,14 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
-from bench.rows.store import HEADER, ROWS, Row, Run, open_run, run_names
+from bench.commands.publish import main as publish_main
+from bench.rows.names import INDEX, names_in
+from bench.rows.store import HEADER, PUBLISHED, ROWS, Row, Run, open_run, run_names
 from bench.rows.summary import by_cell
 from bench.run.progress import Display
 from bench.show import columns, publish, table
 from bench.show import latency as plot
+from bench.show.blocks import Drawn, Published, disagreements, fill
 from bench.show.series import series_of, shift
 from bench.show.sums import SUMS
 from core import files
@@ -141,13 +145,13 @@ def test_without_a_terminal_progress_is_plain_lines(capsys: pytest.CaptureFixtur
 
 
 def test_the_plot_states_the_fit_beside_the_points(made: Run) -> None:
-    found = series_of(by_cell(made.rows()))
+    found = series_of({"": by_cell(made.rows())})
     assert sorted(found) == [1, 4]
     first = found[1][0]
     assert first.points("median_ms") == [(1, 60.0), (2, 70.0), (4, 90.0)]
     assert plot.fit_text(first) == "10 ms/step + 50 ms fixed"
     assert plot.fit_text(found[4][1]) == "40 ms/step + 20 ms fixed"
-    drawn = plot.figure(made, made.rows())
+    drawn = plot.figure([(made, made.rows())])
     assert drawn is not None
     assert len(drawn.axes) == 4
     texts = [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
@@ -156,7 +160,7 @@ def test_the_plot_states_the_fit_beside_the_points(made: Run) -> None:
 
 
 def test_series_can_be_told_apart(made: Run) -> None:
-    for batch in series_of(by_cell(made.rows())).values():
+    for batch in series_of({"": by_cell(made.rows())}).values():
         looks = {(series.colour, series.marker, str(series.dash)) for series in batch}
         assert len(looks) == len(batch)
 
@@ -165,14 +169,14 @@ def test_many_series_of_one_step_count_can_be_told_apart(made: Run) -> None:
     """More backends than there are colours; and none covers another."""
     rows = [row for row in made.rows() if row["steps"] == 1 and row["batch"] == 1]
     many = [row | {"options": f"delay={number}"} for number in range(9) for row in rows]
-    (found,) = series_of(by_cell(many)).values()
+    (found,) = series_of({"": by_cell(many)}).values()
     assert len(found) == 9 * len({row["decoder"] for row in rows})
     assert len({str(sorted(series.look.items())) for series in found}) == len(found)
     places = [1 + shift(series, found) for series in found]
     assert len(set(places)) == len(places)
     assert 0.5 < min(places) < max(places) < 1.5
     assert shift(found[0], found[:1]) == 0
-    assert plot.figure(made, many) is not None
+    assert plot.figure([(made, many)]) is not None
 
 
 def test_labels_of_steps_do_not_touch() -> None:
@@ -188,25 +192,25 @@ def test_thousands_have_no_exponent() -> None:
         "0.447", "4.74", "999", "1000", "1726", "-1726",
     ]  # fmt: skip
     rows = [row(cell(steps=steps), [ms] * 3) for steps, ms in ((1, 300.0), (2, 1500.0))]
-    (series,) = series_of(by_cell(rows))[1]
+    (series,) = series_of({"": by_cell(rows)})[1]
     assert plot.fit_text(series) == "1200 ms/step \u2212 900 ms fixed"
 
 
 def test_a_plot_of_one_step_count_has_points_and_no_fit(tmp_path: Path) -> None:
     rows = [row(cell(), [1.0, 1.0, 1.0])]
     run = make_run(tmp_path, rows)
-    drawn = plot.figure(run, rows)
+    drawn = plot.figure([(run, rows)])
     assert drawn is not None
     (key,) = drawn.legends
     assert key.get_title().get_text() == ""  # of lines that are not there
     assert [line.get_linestyle() for line in key.get_lines()] == ["None"]
-    assert plot.fit_text(series_of(by_cell(rows))[1][0]) == "one step count, no fit"
+    assert plot.fit_text(series_of({"": by_cell(rows)})[1][0]) == "one step count, no fit"
     assert [file.suffix for file in plot.write(run, rows)] == [".svg", ".png"]
 
 
 def test_the_same_rows_draw_the_same_bytes(made: Run, tmp_path: Path) -> None:
-    first, _ = plot.draw(made, made.rows(), tmp_path / "a")
-    second, _ = plot.draw(made, made.rows(), tmp_path / "b")
+    first, _ = plot.draw([(made, made.rows())], tmp_path / "a")
+    second, _ = plot.draw([(made, made.rows())], tmp_path / "b")
     assert first.read_bytes() == second.read_bytes()
     assert b"<dc:date>" not in first.read_bytes()
 
@@ -220,12 +224,12 @@ README_TEXT = "# Title\n\n<!-- results -->\nold\n<!-- /results -->\n\nend\n"
 def place(tmp_path: Path) -> list[str]:
     readme = tmp_path / "README.md"
     readme.write_text(README_TEXT)
-    folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     return [*folders, "--pages", str(readme)]
 
 
 def test_publish_then_check(made: Run, place: list[str], tmp_path: Path) -> None:
-    assert shell(publish.main, ["latest", *place]) == 0
+    assert shell(publish_main, ["latest", *place]) == 0
     results = tmp_path / "results"
     published = open_run(made.name, results / "published")
     assert published.all_rows() == made.all_rows()
@@ -244,9 +248,9 @@ def test_publish_then_check(made: Run, place: list[str], tmp_path: Path) -> None
     assert readme.startswith("# Title\n\n<!-- results -->\n")
     assert readme.endswith("<!-- /results -->\n\nend\n")
     assert "\nold\n" not in readme
-    assert shell(publish.main, ["--check", *place]) == 0
+    assert shell(publish_main, ["--check", *place]) == 0
     # Publishing changes nothing the second time.
-    assert shell(publish.main, ["latest", *place]) == 0
+    assert shell(publish_main, ["latest", *place]) == 0
     assert (tmp_path / "README.md").read_text() == readme
 
 
@@ -285,11 +289,11 @@ def unpublish(results: Path, readme: Path) -> None:
 def test_check_finds_what_is_stale(
     change: object, made: Run, place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert shell(publish.main, ["latest", *place]) == 0
+    assert shell(publish_main, ["latest", *place]) == 0
     assert callable(change)
     change(tmp_path / "results", tmp_path / "README.md")
     before = files_below(tmp_path)
-    assert shell(publish.main, ["--check", *place]) == 4
+    assert shell(publish_main, ["--check", *place]) == 4
     assert "stale: " in capsys.readouterr().out
     assert files_below(tmp_path) == before
 
@@ -342,11 +346,11 @@ def test_an_edited_run_is_noticed_and_a_redraw_does_not_take_it(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert shell(publish.main, ["latest", *place]) == 0
+    assert shell(publish_main, ["latest", *place]) == 0
     change(tmp_path / "results" / "published" / made.name)
     before = files_below(tmp_path)
     for arguments in (["--check", *place], place):
-        assert shell(publish.main, arguments) == 4
+        assert shell(publish_main, arguments) == 4
         said = capsys.readouterr().err
         assert words in said
         assert "\n  why:  " in said
@@ -357,10 +361,10 @@ def test_an_edited_run_is_noticed_and_a_redraw_does_not_take_it(
 def test_publishing_the_run_again_puts_an_edit_right(
     made: Run, place: list[str], tmp_path: Path
 ) -> None:
-    assert shell(publish.main, ["latest", *place]) == 0
+    assert shell(publish_main, ["latest", *place]) == 0
     before = files_below(tmp_path / "results")
     flip_row(tmp_path / "results" / "published" / made.name)
-    assert shell(publish.main, [made.name, *place]) == 0
+    assert shell(publish_main, [made.name, *place]) == 0
     after = files_below(tmp_path / "results")
     assert {f: data for f, data in after.items() if f.suffix != ".png"} == {
         f: data for f, data in before.items() if f.suffix != ".png"
@@ -371,18 +375,18 @@ def test_a_run_published_from_where_it_lies_stays_as_it_is(
     made: Run, place: list[str], tmp_path: Path
 ) -> None:
     """Its rows may lack columns of today, and its hashes are taken of them."""
-    assert shell(publish.main, ["latest", *place]) == 0
+    assert shell(publish_main, ["latest", *place]) == 0
     run = tmp_path / "results" / "published" / made.name
     lines = [json.loads(line) for line in (run / ROWS).read_text().splitlines()]
     text = "".join(json.dumps({k: v for k, v in r.items() if k != "quality"}) + "\n" for r in lines)
     (run / ROWS).write_text(text)
-    assert shell(publish.main, [str(run), *place]) == 0
+    assert shell(publish_main, [str(run), *place]) == 0
     assert (run / ROWS).read_text() == text
-    assert shell(publish.main, ["--check", *place]) == 0
+    assert shell(publish_main, ["--check", *place]) == 0
 
 
 def test_the_sums_are_those_of_sha256sum(made: Run, place: list[str], tmp_path: Path) -> None:
-    assert shell(publish.main, ["latest", *place]) == 0
+    assert shell(publish_main, ["latest", *place]) == 0
     command = ["sha256sum", "--check", "--strict", SUMS]
     subprocess.run(command, cwd=tmp_path / "results", check=True)
 
@@ -404,24 +408,24 @@ def test_runs_that_a_page_asks_for_are_published_together(
 ) -> None:
     (tmp_path / "README.md").write_text(README_TEXT)
     old = make_run(tmp_path / "runs", good_rows())
-    assert shell(publish.main, [old.name, *place]) == 0
+    assert shell(publish_main, [old.name, *place]) == 0
     page = "".join(f"<!-- results {name} -->\n<!-- /results -->\n" for name in three)
     (tmp_path / "README.md").write_text(page)
     derive, calls = publish.derive, []
     monkeypatch.setattr(publish, "derive", lambda *to: calls.append(1) or derive(*to))
-    assert shell(publish.main, [*three, three[0], *place]) == 0
+    assert shell(publish_main, [*three, three[0], *place]) == 0
     assert len(calls) == 1
     assert run_names(tmp_path / "results" / "published") == sorted([*three, old.name])
     page = (tmp_path / "README.md").read_text()
     assert all(f"results/plots/{name}.svg" in page for name in three)
-    assert shell(publish.main, ["--check", *place]) == 0
+    assert shell(publish_main, ["--check", *place]) == 0
 
 
 def test_a_page_that_asks_for_another_run_leaves_everything_as_it_was(
     place: list[str], three: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files_below(tmp_path)
-    assert shell(publish.main, [*three[:2], *place]) == 2
+    assert shell(publish_main, [*three[:2], *place]) == 2
     assert f"asks for the results of run {three[2]}" in capsys.readouterr().err
     assert files_below(tmp_path) == before
     assert not (tmp_path / "results").exists()
@@ -435,7 +439,7 @@ def test_what_cannot_be_drawn_or_written_leaves_everything_as_it_was(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert shell(publish.main, ["latest", *place]) == 0
+    assert shell(publish_main, ["latest", *place]) == 0
     before = files_below(tmp_path)
     second = make_run(tmp_path / "runs", good_rows())
     before |= files_below(second.path)
@@ -445,7 +449,7 @@ def test_what_cannot_be_drawn_or_written_leaves_everything_as_it_was(
 
     with monkeypatch.context() as patch:
         patch.setattr(table, "csv", refuse)
-        assert shell(publish.main, [second.name, *place]) != 0
+        assert shell(publish_main, [second.name, *place]) != 0
     assert files_below(tmp_path) == before
     write, written = files.write_atomic, []
 
@@ -457,7 +461,7 @@ def test_what_cannot_be_drawn_or_written_leaves_everything_as_it_was(
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_atomic", write_some)
-        assert shell(publish.main, [second.name, *place]) != 0
+        assert shell(publish_main, [second.name, *place]) != 0
     assert written
     assert files_below(tmp_path) == before
     assert not (tmp_path / "results" / "published" / second.name).exists()
@@ -467,7 +471,7 @@ def test_a_page_that_is_no_text_is_refused(
     made: Run, place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "README.md").write_bytes(b"\xff")
-    assert shell(publish.main, ["latest", *place]) == 2
+    assert shell(publish_main, ["latest", *place]) == 2
     assert "README.md is no page" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
@@ -485,21 +489,146 @@ def test_make_publishes_several_runs() -> None:
     assert recipe().endswith("-m addbench publish")
 
 
+def published(target: Run, **shown: str) -> Published:
+    return Published(target, target.label, target.rows(), **{"brief": "", **shown})
+
+
 def test_a_named_block_shows_that_run(made: Run, tmp_path: Path) -> None:
     text = f"<!-- results {made.name} -->\n<!-- /results -->\n<!-- results -->\n<!-- /results -->\n"
-    blocks = {made.name: "this\n", "9" + made.name: "newest\n"}
-    drawn = publish.Drawn(blocks, {made.name: "by stage\n"}, max(blocks))
-    named, newest = publish.fill(text, drawn, "../results").split("<!-- results -->")
+    newer = make_run(tmp_path / "runs", good_rows())
+    drawn = Drawn([published(made, brief="this\n", stages="by stage\n"),
+                   published(newer, brief="newest\n")])  # fmt: skip
+    named, newest = fill(text, drawn, "../results").split("<!-- results -->")
     assert named.startswith(f"<!-- results {made.name} -->\nthis\n")
     assert f"(../results/plots/{made.name}.svg)" in named
     assert newest.startswith("\nnewest\n")
     staged = f"<!-- stages {made.name} -->\n<!-- /stages -->\n"
-    assert publish.fill(staged, drawn, "results") == staged.replace("-->\n<", "-->\nby stage\n<")
-    nothing = publish.Drawn({}, {}, None)
+    assert fill(staged, drawn, "results") == staged.replace("-->\n<", "-->\nby stage\n<")
     with pytest.raises(PreconditionError, match="asks for the results"):
-        publish.fill(text, nothing, "results")
+        fill(text, Drawn(), "results")
     unnamed = "<!-- results -->\nsoon\n<!-- /results -->\n"
-    assert publish.fill(unnamed, nothing, "results") == unnamed
+    assert fill(unnamed, Drawn(), "results") == unnamed
+
+
+def test_a_block_shows_the_columns_and_rows_it_asks_for(made: Run) -> None:
+    drawn = Drawn([published(made)])
+    asked = 'columns="backend,decoder, steps,median" rows="batch=1 decoder=vae|taesd steps=1"'
+    text = f'<!-- results {made.name} {asked} sort="median" -->\nold\n<!-- /results -->\n'
+    opened, header, rule, *rest = fill(text, drawn, "results").splitlines()
+    assert opened == text.splitlines()[0]
+    assert [word.strip() for word in header.split("|")[1:-1]] == [
+        "backend", "decoder", "steps", "median (ms)"
+    ]  # fmt: skip
+    assert rule.endswith(": |")
+    lines = [line for line in rest if line.startswith("|")]
+    expected = [line for line in by_cell(made.rows()) if line.cell.steps == line.cell.batch == 1]
+    assert len(lines) == len(expected) > 1
+    medians = [float(line.split("|")[4]) for line in lines]
+    assert medians == sorted(medians)
+    assert f"[{made.name}](results/tables/{made.name}.md): model " in rest[-2]
+    assert "A CPU, 2 cores" in rest[-2]
+    again = "\n".join((opened, header, rule, *rest)) + "\n"
+    assert fill(again, drawn, "results") == again
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ('columns="speed"', "a page asks for a column 'speed'"),
+        ('rows="steps"', "it has no ="),
+        ('rows="steps=99"', "no cell of the run is like that"),
+        ('rows="colour=red"', "a page asks for a column 'colour'"),
+        ('row="steps=1"', "a page's marker says row"),
+    ],
+)
+def test_a_block_that_asks_for_what_is_not_there_is_refused(
+    asked: str, words: str, made: Run
+) -> None:
+    text = f"<!-- results {made.name} {asked} -->\n<!-- /results -->\n"
+    with pytest.raises(PreconditionError, match=re.escape(words)):
+        fill(text, Drawn([published(made)]), "results")
+
+
+def timed(tmp_path: Path, old_ms: float, new_ms: float, rounds: int = 3) -> Published:
+    """A run of two backends, each round of either a little different."""
+    rows = [
+        row(cell(backend=backend), [median_ms * (1 + 0.001 * round_)] * 3, round_=round_)
+        for backend, median_ms in (("torch", old_ms), ("ort", new_ms))
+        for round_ in range(rounds)
+    ]
+    return published(make_run(tmp_path / "runs", rows, rounds=rounds))
+
+
+RATIO = '<!-- ratio{} base="backend=torch" head="backend=ort" -->{}<!-- /ratio -->'
+
+
+def test_a_ratio_is_drawn_from_the_rows_and_held_to_the_newest(tmp_path: Path) -> None:
+    old = timed(tmp_path, 94.0, 10.0)
+    name = f" {old.run.name}"
+    text = f"It is {RATIO.format(name, '0')} times as fast."
+    drawn = fill(text, Drawn([old]), "results")
+    assert drawn == f"It is {RATIO.format(name, '9.4')} times as fast."
+    assert disagreements(drawn, Drawn([old])) == []
+    like = timed(tmp_path, 94.02, 10.0)
+    assert disagreements(drawn, Drawn([old, like])) == []
+    newer = timed(tmp_path, 94.0, 4.0)
+    (problem,) = disagreements(drawn, Drawn([old, newer]))
+    assert "a page says 9.4 times" in problem
+    assert "23.5" in problem
+    unnamed = fill(RATIO.format("", "0"), Drawn([old, newer]), "results")
+    assert unnamed == RATIO.format("", "23.5")
+    assert disagreements(unnamed, Drawn([old, newer])) == []
+
+
+def test_half_of_a_ratio_measured_anew_contradicts_it_too(tmp_path: Path) -> None:
+    old = timed(tmp_path, 94.0, 10.0, rounds=1)
+    newer = published(make_run(tmp_path / "runs", [row(cell(backend="ort"), [6.0] * 3)]))
+    text = fill(RATIO.format("", "0"), Drawn([old, newer]), "results")
+    assert ">9.4<" in text
+    assert "the newest rows of these cells say 15.67" in disagreements(text, Drawn([old, newer]))[0]
+    near = published(make_run(tmp_path / "runs", [row(cell(backend="ort"), [9.5] * 3)]))
+    assert disagreements(text, Drawn([old, near])) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ('base="backend=torch"', "names no head"),
+        ('base="model=tiny-sdxl" head="backend=ort"', "2 measured cells"),
+        ('base="backend=none" head="backend=ort"', "no published run has both"),
+    ],
+)
+def test_a_ratio_of_anything_but_two_cells_is_refused(
+    said: str, words: str, tmp_path: Path
+) -> None:
+    text = f"<!-- ratio {said} -->1<!-- /ratio -->"
+    with pytest.raises(PreconditionError, match=re.escape(words)):
+        fill(text, Drawn([timed(tmp_path, 94.0, 10.0)]), "results")
+
+
+def test_a_run_is_called_by_its_name(made: Run, place: list[str], tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results calm-peers -->\n<!-- /results -->\n")
+    assert shell(publish_main, [made.name, "--name", "calm-peers", *place]) == 0
+    results = tmp_path / "results"
+    assert names_in(results / "published") == {"calm-peers": made.name}
+    assert "![calm-peers: latency" in readme.read_text()
+    assert f"rows: [results/published/{made.name}]" in readme.read_text()
+    assert (results / "tables" / "calm-peers.md").read_text().startswith("# Run calm-peers\n")
+    assert open_run("calm-peers", results / "published").name == made.name
+    assert shell(publish_main, ["--check", *place]) == 0
+    with (results / "published" / INDEX).open("a") as index:
+        index.write('gone = "20200101-000000-000-0000"\n')
+    assert shell(publish_main, ["--check", *place]) == 4
+    assert shell(publish_main, [made.name, "--name", "Calm Peers", *place]) == 2
+    assert shell(publish_main, ["--name", "nobody", *place]) == 2
+
+
+def test_every_published_run_has_a_name_and_opens_by_it() -> None:
+    names = names_in(PUBLISHED)
+    assert sorted(names.values()) == run_names(PUBLISHED)
+    for name, run in names.items():
+        assert open_run(name).name == open_run(run).name == run
 
 
 def test_what_cannot_be_published(tmp_path: Path, place: list[str]) -> None:
@@ -519,4 +648,4 @@ def test_what_cannot_be_published(tmp_path: Path, place: list[str]) -> None:
 
 def test_what_is_committed_is_fresh() -> None:
     """The repository's own results: the same check that the CI makes."""
-    assert shell(publish.main, ["--check"]) == 0
+    assert shell(publish_main, ["--check"]) == 0

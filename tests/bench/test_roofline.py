@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.commands.roofline import main
+from bench.commands.show import main as show
 from bench.limits.floors import (
     call_floor_s,
     floor,
@@ -27,6 +26,7 @@ from bench.limits.floors import (
 from bench.machine import ceilings as measured
 from bench.machine.ceilings import Ceilings
 from bench.show.roofline import figure
+from core.cli import run as shell
 from core.errors import PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
@@ -288,21 +288,12 @@ def test_nothing_in_the_roofline_covers_another_or_is_cut_off(tmp_path: Path) ->
     assert {text.get_text() for text in axes.get_yticklabels()} >= {"0.2", "1"}
 
 
-def test_the_roofline_of_a_run_without_ceilings_is_refused(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "bench.show.latency",
-            "no-such-run",
-            "--roofline",
-            "--out",
-            str(tmp_path),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "next:" in done.stderr
+def test_the_roofline_of_a_run_without_ceilings_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = make_run(tmp_path, [row(cell(), [1.0, 1.0])])
+    assert shell(show, [made.name, "--as", "roofline", "--runs", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "has no roofline" in said
+    assert "next:" in said
+    assert not list(made.path.glob("roofline*"))

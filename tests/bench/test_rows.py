@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
+from bench.commands.show import main as show
 from bench.rows import types as rowtypes
 from bench.rows.store import COLUMNS, HEADER, ROWS, Run
 from bench.show import export as rows
@@ -45,7 +46,7 @@ def made(tmp_path: Path) -> Run:
 
 
 def convert(target: Run, form: str, out: Path) -> int:
-    return shell(rows.main, [str(target.path), "--format", form, "--out", str(out)])
+    return shell(show, [str(target.path), "--as", form, "--out", str(out)])
 
 
 def test_parquet_gives_the_same_rows_back(made: Run, tmp_path: Path) -> None:
@@ -83,7 +84,7 @@ def test_without_pyarrow_the_error_names_it(
 
 def test_smaller_is_better(made: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.json"
-    assert convert(made, "github-action-benchmark", out) == 0
+    assert convert(made, "github", out) == 0
     found = json.loads(out.read_text())
     assert [entry["value"] for entry in found] == [12.5, 30.0]
     assert all(set(entry) <= {"name", "unit", "value", "range", "extra"} for entry in found)
@@ -108,11 +109,11 @@ def test_a_series_never_joins_two_provenances(tmp_path: Path) -> None:
 
 def test_a_run_without_an_ok_cell_has_no_figure(tmp_path: Path) -> None:
     failed = make_run(tmp_path, [row(cell(), [], status="crashed")])
-    assert convert(failed, "github-action-benchmark", tmp_path / "out.json") == 2
+    assert convert(failed, "github", tmp_path / "out.json") == 2
     assert not (tmp_path / "out.json").exists()
 
 
-@pytest.mark.parametrize("form", list(rows.FORMATS))
+@pytest.mark.parametrize("form", ["parquet", "github"])
 @pytest.mark.parametrize(
     ("content", "code"),
     [
@@ -138,14 +139,15 @@ def test_a_bad_run_writes_nothing(
 @pytest.mark.parametrize("name", [HEADER, ROWS, "."])
 def test_what_was_measured_is_not_overwritten(made: Run, name: str) -> None:
     before = (made.path / ROWS).read_bytes()
-    assert convert(made, "github-action-benchmark", made.path / name) == 2
+    assert convert(made, "github", made.path / name) == 2
     assert (made.path / ROWS).read_bytes() == before
 
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys, contextlib, bench.show.export, bench.show.page.__main__ as report\n"
-        "for module in (bench.show.export, report):\n"
+        "import sys, contextlib\n"
+        "from bench.commands import gallery, publish, show\n"
+        "for module in (gallery, publish, show):\n"
         "    with contextlib.suppress(SystemExit):\n"
         "        module.main(['--help'])\n"
         "sys.exit(bool({'torch', 'onnx', 'pandas', 'matplotlib', 'pyarrow'} & set(sys.modules)))"

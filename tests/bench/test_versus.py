@@ -18,6 +18,7 @@ import pytest
 from made import cell, gone, make_run, row
 
 from bench.commands import versus
+from bench.commands.publish import main as publish_main
 from bench.limits.ledger import read_claims
 from bench.machine import environment
 from bench.rows import stats
@@ -25,7 +26,6 @@ from bench.rows.cell import Cell
 from bench.rows.store import HEADER, Run, open_run, run_names
 from bench.run import spawn
 from bench.run.arguments import parser as sweep_parser
-from bench.show import publish
 from bench.sweep import main as sweep_main
 from bench.verdict.pairs import PAIRS, sweep_arguments
 from core.cli import run as shell
@@ -186,12 +186,12 @@ def test_rounds_alternate_and_the_ratio_has_an_interval(
     assert one["provenance"] == "measured"
     flops = [figure for figure in found["ratios"] if figure["kind"] == "flops"]
     assert [figure["provenance"] for figure in flops] == ["modelled", "modelled"]
-    gflop = pair_in(tmp_path)[0].header["versus"]["gflop"]
+    gflop = pair_in(tmp_path)[0].header.versus["gflop"]
     once = gflop["text"] + gflop["decode"]
     expected = (once + 40 * gflop["unet"]) / (once + 2 * gflop["unet"])
     assert flops[1]["ratio"] == pytest.approx(expected, rel=1e-6)
     assert min(gflop.values()) > 0
-    assert [run.header["versus"]["side"] for run in pair_in(tmp_path)] == ["base", "head"]
+    assert [run.header.versus["side"] for run in pair_in(tmp_path)] == ["base", "head"]
 
 
 def test_a_call_of_minutes_is_one_sample_in_the_middle(
@@ -330,7 +330,8 @@ def test_the_published_ratio_stands_beside_with_its_hardware(
 ) -> None:
     assert compare("--rounds", "5")[0] == 0
     base, head = pair_in(tmp_path)
-    header = head.header | {"versus": head.header["versus"] | {"pair": "sd15-vs-turbo"}}
+    header = head.header.as_json()
+    header["versus"]["pair"] = "sd15-vs-turbo"
     write_json(head.path / HEADER, header)
     assert shell(versus.main, ["--resume", "--out", str(tmp_path), "--format", "markdown"]) == 0
     text = capsys.readouterr().out
@@ -349,17 +350,17 @@ def test_a_published_pair_shows_its_ratios(workers: Workers, compare: Any, tmp_p
     sweep = make_run(tmp_path, [row(cell(), [1.0, 1.1, 1.2])])
     results, readme = tmp_path / "results", tmp_path / "README.md"
     readme.touch()
-    place = ["--out", str(tmp_path), "--results", str(results), "--pages", str(readme)]
+    place = ["--runs", str(tmp_path), "--results", str(results), "--pages", str(readme)]
     for run in (sweep, base, head):
-        assert shell(publish.main, [run.name, *place]) == 0
+        assert shell(publish_main, [run.name, *place]) == 0
     blocks = [f"<!-- results{name} -->\n<!-- /results -->\n" for name in (f" {head.name}", "")]
     readme.write_text("".join(blocks))
-    assert shell(publish.main, place) == 0
+    assert shell(publish_main, place) == 0
     named, newest = readme.read_text().split("<!-- /results -->\n")[:2]
     assert "base / head" in named
     assert f"tables/{sweep.name}.md" in newest
     assert "base / head" in (results / "tables" / f"{head.name}-versus.md").read_text()
-    assert shell(publish.main, ["--check", *place]) == 0
+    assert shell(publish_main, ["--check", *place]) == 0
 
 
 # ---- real workers, and a kill
@@ -374,7 +375,8 @@ def test_killed_in_the_middle_it_keeps_what_is_finished(
     usual = {"decoder": "vae", "storage": tiny_bundle.dtype, "options": "at=2,fail=hang",
              "scheduler": tiny_bundle.scheduler_name}  # fmt: skip
     rows = [row(cell(steps=steps, **usual), [200_000.0]) for steps in (2, 3, 4)]
-    header = make_run(tmp_path, rows).header | {"environment": environment.collect()}
+    header = make_run(tmp_path, rows).header.as_json()
+    header["environment"] = environment.collect()
     write_json(tmp_path / header["run"] / HEADER, header)
     log = tmp_path / "log.txt"
     with log.open("w") as stream:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from bench.rows.store import MODELLED
 from bench.rows.summary import CellRounds
-from bench.show.latency import STYLE, digits, image_bytes, scale_of
-from bench.show.series import COLOURS
+from bench.show.canvas import COLOURS, STYLE, digits, image_bytes, scale_of
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -17,8 +17,9 @@ from bench.rows.stats import DISTURBED_CPU, UNSTABLE_CV
 from bench.rows.store import FLAGS, MODELLED, OK, Row, Run, portable
 from bench.rows.summary import CellRounds
 from bench.show import columns, table
+from bench.show.canvas import digits
 from bench.show.export import by_provenance, some_rows
-from bench.show.latency import digits, legend_text
+from bench.show.latency import legend_text
 from bench.show.page import figures
 from bench.show.series import series_of
 from bench.verdict import outcome
@@ -168,7 +169,7 @@ def headlines(lines: Sequence[CellRounds]) -> list[Card]:
     ]
     fits = [
         (series.fit.per_step_ms, batch, series)
-        for batch, found in series_of(good).items()
+        for batch, found in series_of({"": good}).items()
         for series in found
         if series.fit
     ]
@@ -250,7 +251,7 @@ def performance(target: Run, rows: Sequence[Row]) -> list[Plot]:
 
     plots: list[Plot] = []
     for kind in dict.fromkeys(row["provenance"] for row in rows):
-        drawn = plot.figure(target, [row for row in rows if row["provenance"] == kind])
+        drawn = plot.figure([(target, [row for row in rows if row["provenance"] == kind])])
         if drawn is not None:
             words = f"Latency and images per second against steps, {kind}"
             svg = figures.inline(drawn, f"performance-{len(plots)}", words)
