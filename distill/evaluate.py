@@ -1,6 +1,7 @@
 """Judge a model folder: prompt following on held-out captions, and FID, by steps.
 
 addbench evaluate build/distill/shapes/shapes-turbo --steps 1,2,4
+addbench evaluate build/distill/shapes/shapes-turbo --steps 1 --wording grounds,loose,cut,typed
 addbench evaluate build/distill/shapes/shapes-teacher --steps 50,4,1 --guidance 3
 """
 
@@ -11,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,11 @@ from core.cli import Parser, int_list, run
 from core.errors import PreconditionError
 
 if TYPE_CHECKING:
+    from distill.captions import Wording
     from distill.fidelity import Features
     from distill.shapes import Pictures, Scene
 
+WORDINGS = ("full", "grounds", "loose", "cut", "typed")
 CAPTION_SEED = 7
 """Held-out captions are the same in every evaluation."""
 
@@ -31,6 +35,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int_list, default=[1, 2, 4], help="comma list")
     parser.add_argument("--guidance", type=float, default=0.0, help="0: none")
     parser.add_argument("--captions", type=int, default=600, help="a third each of 1, 2, 3 objects")
+    parser.add_argument(
+        "--wording", type=wordings, default=["full"],
+        help=f"comma list of {', '.join(WORDINGS)}: the grammar's captions, the same on every"
+        " background, looser ones, cut ones, and captions typed letter by letter",
+    )  # fmt: skip
+    parser.add_argument("--decoder", choices=("vae", "taesd"), default="vae")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--scheduler", help="another diffusers class than the folder's")
@@ -39,6 +49,19 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--inception", type=Path, help="local weights: the standard FID too")
     parser.add_argument("--clip", type=Path, help="local CLIP folder: the CLIP score too")
     return parser
+
+
+def wordings(text: str) -> list[str]:
+    """The comma list of `--wording`.
+
+    Raises:
+        argparse.ArgumentTypeError: one of them is none.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in WORDINGS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(WORDINGS)}")
+    return names
 
 
 def held_out(captions: int, seed: int = CAPTION_SEED) -> list[Scene]:
@@ -73,26 +96,16 @@ def fid_shapes(
     return frechet_distance(*pair), frechet_deviation(*pair)
 
 
-def evaluate(
-    model: Path,
-    *,
-    steps: int,
-    guidance: float = 0.0,
-    captions: int = 600,
-    seed: int = 0,
-    device: str = "cpu",
-    scheduler: str | None = None,
-) -> tuple[dict[str, Any], Pictures]:
-    """Figures of one model at one step count, and its pictures.
+def open_model(
+    model: Path, device: str = "cpu", scheduler: str | None = None, decoder: str = "vae"
+) -> Any:
+    """A model folder's pipeline, with another sampler, or through its tiny decoder (`taesd`)."""
+    from distill.pipeline import open_folder, require_parts, use_tiny_decoder
 
-    `all`, an entry per attribute, `all_1` to `all_3` by number of objects (shares in [0, 1]),
-    `fid_shapes` and its standard error `fid_shapes_se` where the folder has the network,
-    `captions`, `seconds`.
-    """
-    from distill.judge import following
-    from distill.pipeline import generate, open_folder
-
+    require_parts(model, ["taesd"] if decoder == "taesd" else [])
     pipeline = open_folder(model, device)
+    if decoder == "taesd":
+        use_tiny_decoder(pipeline, model / "taesd")
     if scheduler:
         import diffusers
 
@@ -105,31 +118,98 @@ def evaluate(
             )
         extra = {"original_inference_steps": 4} if scheduler == "LCMScheduler" else {}
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **extra)
-    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    items = held_out(captions)
+    return pipeline
+
+
+def draw_texts(
+    model: Path,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float = 0.0,
+    device: str = "cpu",
+    scheduler: str | None = None,
+    decoder: str = "vae",
+) -> tuple[dict[str, Any], Pictures]:
+    """A model's pictures of texts, and under which circumstances it drew them."""
+    from distill.pipeline import generate
+
+    pipeline = open_model(model, device, scheduler, decoder)
     started = time.perf_counter()
-    made = generate(
+    pictures = generate(
         pipeline,
-        [scene.caption for scene in items],
+        texts,
         steps=steps,
         guidance=guidance,
-        seeds=range(seed, seed + len(items)),
-        size=size,
+        seeds=seeds,
+        size=pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
     )
-    figures: dict[str, Any] = {
+    circumstances = {
         "model": model.name,
         "steps": steps,
         "guidance": guidance,
         "scheduler": type(pipeline.scheduler).__name__,
-        "captions": len(items),
-        "seed": seed,
+        "decoder": decoder,
         "seconds": round(time.perf_counter() - started, 1),
-        **following(made, items),
     }
+    return circumstances, pictures
+
+
+def evaluate(
+    model: Path, *, captions: int = 600, seed: int = 0, **options: Any
+) -> tuple[dict[str, Any], Pictures]:
+    """Figures of one model at one step count, and its pictures; `options` are `draw_texts`'s.
+
+    `all`, an entry per attribute, `all_1` to `all_3` by number of objects (shares in [0, 1]),
+    `fid_shapes` and its standard error `fid_shapes_se` where the folder has the network,
+    `captions`, `seconds`.
+    """
+    from distill.judge import following
+
+    items = held_out(captions)
+    seeds = range(seed, seed + len(items))
+    drawn_under, made = draw_texts(model, [scene.caption for scene in items], seeds, **options)
+    figures = {**drawn_under, "captions": len(items), "seed": seed, **following(made, items)}
     if (model / "fid" / "fid.json").exists():
-        distance, error = fid_shapes(made, items, model / "fid", size)
+        distance, error = fid_shapes(made, items, model / "fid", made.shape[1])
         figures |= {"fid_shapes": distance, "fid_shapes_se": error}
         figures["fid_samples"] = len(items)
+    return figures, made
+
+
+def evaluate_wording(
+    model: Path, wording: str, *, captions: int = 600, seed: int = 0, **options: Any
+) -> tuple[dict[str, Any], Pictures]:
+    """Figures of one model on held-out captions in other words than the grammar's.
+
+    `grounds`, `loose`, `cut`: what `judge.saying` counts. `typed`: `steady`, how still pictures
+    hold while `captions` / 10 captions are typed letter by letter, each of one seed
+    (`judge.steadiness`), and `valid`, the share of all these pictures that are a scene.
+    """
+    from distill.captions import Said
+    from distill.captions import captions as draw_captions
+    from distill.judge import judge, saying, steadiness
+
+    typed = wording == "typed"
+    kind: Wording = "loose" if wording == "loose" else "cut" if wording == "cut" else "full"
+    count = max(1, captions // 10) if typed else captions
+    whole = draw_captions(count, CAPTION_SEED, True, {kind: 1.0})
+    # Every prefix of a caption is drawn from the caption's own seed.
+    prefixes = [(caption.prefixes() if typed else [caption]) for caption in whole]
+    texts = [caption.text for row in prefixes for caption in row]
+    seeds = [seed + index for index, row in enumerate(prefixes) for _ in row]
+    drawn_under, made = draw_texts(model, texts, seeds, **options)
+    figures = {**drawn_under, "wording": wording, "captions": len(whole), "seed": seed}
+    if not typed:
+        return figures | saying(made, [caption.said for caption in whole]), made
+    pictures = iter(made)
+    figures["pictures"] = len(made)
+    figures["steady"] = steadiness(
+        [(row[-1].text, [next(pictures) for _ in row]) for row in prefixes]
+    )
+    nothing = Said((), counted=False)
+    figures["valid"] = sum(judge(picture, nothing).valid for picture in made) / len(made)
     return figures, made
 
 
@@ -138,17 +218,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     from core.files import write_json
     from distill.log import contact_sheet
 
-    rows, sheets = [], []
-    for steps in arguments.steps:
-        figures, made = evaluate(
-            arguments.model,
-            steps=steps,
-            guidance=arguments.guidance,
-            captions=arguments.captions,
-            seed=arguments.seed,
-            device=arguments.device,
-            scheduler=arguments.scheduler,
+    if (arguments.inception or arguments.clip) and arguments.wording != ["full"]:
+        raise PreconditionError(
+            "--inception and --clip compare the pictures of full captions",
+            f"--wording is {','.join(arguments.wording)}",
+            "leave --wording out",
         )
+    rows, sheets = [], []
+    for wording, steps in product(arguments.wording, arguments.steps):
+        options = {
+            "steps": steps,
+            "guidance": arguments.guidance,
+            "captions": arguments.captions,
+            "seed": arguments.seed,
+            "device": arguments.device,
+            "scheduler": arguments.scheduler,
+            "decoder": arguments.decoder,
+        }
+        if wording == "full":
+            figures, made = evaluate(arguments.model, **options)
+        else:
+            figures, made = evaluate_wording(arguments.model, wording, **options)
         if arguments.inception or arguments.clip:
             from distill.fidelity import standard_scores
             from distill.shapes import draw

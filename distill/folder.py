@@ -162,7 +162,7 @@ def write_card(
     context: Context, folder: Path, quality: dict[str, Any] | None = None, name: str = ""
 ) -> None:
     """README.md of a model folder: recipe, times, limits, and what was measured of it."""
-    from distill.report import quality_table, weaknesses
+    from distill.report import quality_table, weaknesses, wording_table
 
     name = name or folder.name
     config = context.config
@@ -175,6 +175,10 @@ def write_card(
         "",
         "    a large red circle on the left of a black background",
         "    a small blue star above a large white square on a gray background",
+        "    two red circles",
+        "    a yellow sta",
+        "",
+        "What a caption does not say is drawn plainly: a large red circle in the middle, on black.",
         "",
         f"Trained from nothing by `addbench train --preset {config.name}`, seed"
         f" {config.seed}, written at git revision {record['git_revision']}; nothing in it comes"
@@ -214,15 +218,24 @@ def write_card(
             " pictures over a network of this project, comparable only with itself:",
             "",
             *quality_table(quality),
+            "",
+            f"The student on {count} held-out captions that say less or in other words"
+            " (`distill/captions.py`): on every background (`grounds`), in looser words (`loose`),"
+            f" cut off anywhere (`cut`); {count // 10} captions typed letter by letter (`typed`:"
+            " `steady` is the share of letters within a word that leave the picture the same"
+            " scene); and full ones through the tiny decoder:",
+            "",
+            *wording_table(quality),
         ]
         for goal, wanted in quality["wanted"].items():
             missed = ": missed" if goal in quality["missed"] else ""
             lines += ["", f"{goal} {quality['ratios'][goal]}, wanted {wanted}{missed}"]
     lines += [
         "",
-        "Limits: it knows the captions of one grammar (`distill/shapes.py`) and nothing else; a"
-        " word it never saw is noise to it; it says nothing about the quality of large models. One"
-        " combination in five was held out of training.",
+        "Limits: it knows the captions of one grammar (`distill/shapes.py`), whole, loose or cut"
+        " off (`distill/captions.py`), and nothing else; a word it never saw is noise to it; it"
+        " says nothing about the quality of large models. One combination in five was held out of"
+        " training.",
         *(weaknesses(quality) if quality is not None else ()),
         "",
         "Licence: that of the project; the weights are its own work.",

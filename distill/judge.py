@@ -10,7 +10,7 @@ So a student cannot please the judge by pleasing the network that it was trained
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -43,6 +43,8 @@ MIN_OVERLAP = 0.75
 MAX_COLOUR_DISTANCE = 75.0
 """Euclidean in 8-bit RGB; the closest two colours of the palette are 120 apart."""
 MAX_ANCHOR_DISTANCE = 9.0
+MAX_OBJECTS = 5
+"""Objects of a picture that are looked at in every order; more are the debris of a bad one."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def judge(picture: Pictures, asked: Scene | Said) -> Verdict:
     padded: list[Found | None] = [*objects, *[None] * (len(wanted) - len(objects))]
     best: dict[str, bool] = {}
     best_score = -1
-    for order in permutations(padded[:5], len(wanted)):
+    for order in permutations(padded[:MAX_OBJECTS], len(wanted)):
         flags: dict[str, list[bool]] = {
             name: [
                 item is not None and getattr(item, name) == getattr(mention, name)
@@ -242,31 +244,35 @@ def saying(pictures: Pictures, captions: Sequence[Said]) -> dict[str, float]:
 
 
 def same_scene(one: Reading, other: Reading) -> bool:
-    """Whether two pictures show the same: background, and objects of a kind at the same places."""
+    """Whether two pictures show the same: background, and objects of a kind at the same places.
+
+    Pictures of more than `MAX_OBJECTS` are none.
+    """
 
     def kind(item: Found) -> tuple[str, str, str]:
         return item.shape, item.colour, item.size
 
     (ground, first), (other_ground, second) = one, other
-    if ground != other_ground or len(first) != len(second):
+    if ground != other_ground or len(first) != len(second) or len(first) > MAX_OBJECTS:
         return False
     return any(
         all(
             kind(a) == kind(b) and np.hypot(a.x - b.x, a.y - b.y) <= MAX_ANCHOR_DISTANCE
             for a, b in zip(first, order, strict=True)
         )
-        for order in permutations(second[:5])
+        for order in permutations(second)
     )
 
 
-def steadiness(typed: Mapping[str, Sequence[Pictures]]) -> float:
+def steadiness(typed: Sequence[tuple[str, Sequence[Pictures]]]) -> float:
     """How still pictures hold while captions are typed: the mean over captions.
 
-    typed: the pictures of each caption's prefixes, from none to all of its letters, of one seed.
-    Of each caption the share of letters typed within a word that leave the picture the same scene.
+    typed: captions with the pictures of their prefixes, from none to all of the letters, of one
+    seed. Of each caption the share of letters typed within a word that leave the picture the same
+    scene.
     """
     shares = []
-    for text, pictures in typed.items():
+    for text, pictures in typed:
         readings = [read_picture(picture) for picture in pictures]
         shares.append(
             np.mean([same_scene(readings[k], readings[k + 1]) for k in within_words(text)])

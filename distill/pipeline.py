@@ -78,6 +78,14 @@ def open_folder(folder: Path, device: str | torch.device = "cpu") -> Any:
     return pipeline.to(device)
 
 
+def use_tiny_decoder(pipeline: Any, folder: Path) -> None:
+    """Let a pipeline decode through the AutoencoderTiny of a folder."""
+    from diffusers import AutoencoderTiny
+
+    tiny = AutoencoderTiny.from_pretrained(folder, dtype=torch.float32)
+    pipeline.vae = tiny.to(pipeline.device)
+
+
 def require_parts(folder: Path, parts: Sequence[str]) -> None:
     """Refuse a checkpoint folder that lacks a part, naming it."""
     if not folder.is_dir():

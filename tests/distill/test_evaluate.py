@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from core.errors import PreconditionError
 from core.files import ROOT
 from distill.evaluate import fid_shapes, held_out, main
 from distill.fidelity import frechet_distance, standard_scores
-from distill.report import compare, weaknesses
+from distill.report import WANTED, compare, typing_shares, weaknesses, wording_table
 from distill.shapes import draw
 
 SHAPES_TURBO = ROOT / "models" / "shapes-turbo"
@@ -58,6 +59,52 @@ def test_the_command(smoke: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert set(rows[0]) >= {"all", "shape", "colour", "size", "position", "background", "count"}
     assert json.loads(capsys.readouterr().out.splitlines()[0]) == rows[0]
     assert picture.stat().st_size > 100
+
+
+def test_other_wordings_and_the_tiny_decoder(
+    smoke: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(smoke / "distill" / "smoke" / "smoke-turbo")
+    wordings = "full,grounds,loose,cut,typed"
+    arguments = ["--steps", "1", "--captions", "10", "--decoder", "taesd", "--wording", wordings]
+    assert main([folder, *arguments]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    full, *others = (json.loads(line) for line in lines)
+    assert [row["wording"] for row in others] == wordings.split(",")[1:]
+    assert {row["decoder"] for row in (full, *others)} == {"taesd"}
+    assert "fid_shapes" in full
+    typed = others.pop()
+    assert typed["captions"] == 1
+    assert typed["pictures"] > 40
+    assert set(typed) >= {"steady", "valid"}
+    assert all(set(row) >= {"all", "stated", "valid"} for row in others)
+    assert all(row["captions"] == 10 for row in others)
+
+
+def test_a_tiny_decoder_draws_other_pictures(smoke: Path) -> None:
+    from distill.evaluate import draw_texts
+
+    folder = smoke / "distill" / "smoke" / "smoke-turbo"
+    ways = [
+        draw_texts(folder, ["a red star"], [0], steps=1, decoder=name) for name in ("vae", "taesd")
+    ]
+    (whole, first), (tiny, second) = ways
+    assert (whole["decoder"], tiny["decoder"]) == ("vae", "taesd")
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--wording", "dinner"], "'dinner' is none of full"),
+        (["--wording", "loose", "--clip", "."], "compare the pictures of full captions"),
+    ],
+)
+def test_wordings_that_cannot_be_judged_are_refused(
+    arguments: list[str], what: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PreconditionError, match=what):
+        main([str(tmp_path), *arguments])
 
 
 def test_other_folders_and_schedulers_are_refused(smoke: Path, tmp_path: Path) -> None:
@@ -161,6 +208,33 @@ def test_ratios_of_student_and_teacher() -> None:
     assert found["gap_closed"] == pytest.approx(0.8)  # from the better of the teacher's one-steps
     assert found["teacher_single"] == 0.9
     assert compare(student, [row(50, 0.0), row(1, 0.0)], 50)["ratios"]["one_step"] is None
+
+
+def test_what_is_wanted_while_one_types_is_of_one_step() -> None:
+    def judged(wording: str, steps: int, share: float, **more: float) -> dict[str, Any]:
+        return {"wording": wording, "decoder": "vae", "steps": steps, "all": share, **more}
+
+    found = {
+        "student": [row(1, 0.98), row(4, 0.99)],
+        "wordings": [
+            judged("grounds", 1, 0.97),
+            judged("loose", 4, 0.99),
+            judged("loose", 1, 0.96),
+            judged("cut", 1, 0.9, stated=0.94, valid=0.98),
+            {"wording": "typed", "decoder": "vae", "steps": 1, "steady": 0.91, "valid": 0.99},
+        ],
+        "tiny": [{**row(1, 0.95), "decoder": "taesd"}],
+        "tiny_encoder": {"vae": 0.97, "taesd": 0.96},
+    }
+    assert typing_shares(found) == {
+        "full": 0.98, "grounds": 0.97, "loose": 0.96, "cut_stated": 0.94, "cut_valid": 0.98,
+        "steady": 0.91, "tiny_decoder": 0.95, "tiny_encoder": 0.97,
+    }  # fmt: skip
+    table = wording_table(found)
+    assert "| cut | vae | 1 | 0.900 | 0.940 | 0.980 |  |" in table
+    assert "| typed | vae | 1 |  |  | 0.990 | 0.910 |" in table
+    assert "| full | taesd | 1 | 0.950 |  |  |  |" in table
+    assert set(typing_shares(found)) < set(WANTED)
 
 
 def test_a_card_says_what_speaks_against_the_model() -> None:

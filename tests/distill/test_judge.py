@@ -180,6 +180,15 @@ def test_a_picture_that_jumps_at_every_letter_is_not_steady() -> None:
     caption = caption_of(ONE)
     place = (np.array([[12.0, 32.0]], np.float32), np.array([8.5], np.float32))
     still = [render([ONE], [place])[0]] * len(caption.prefixes())
-    assert steadiness({caption.text: still}) == 1.0
+    assert steadiness([(caption.text, still)]) == 1.0
     jumping = [draw([ONE, TWO], 0)[k % 2] for k in range(len(still))]
-    assert steadiness({caption.text: jumping}) == 0.0
+    assert steadiness([(caption.text, jumping)]) == 0.0
+
+
+def test_debris_is_no_scene_to_hold() -> None:
+    many = np.zeros((64, 64, 3), np.uint8)
+    for x in range(4, 64, 16):
+        many[4:12, x : x + 8] = many[40:48, x : x + 8] = 255
+    reading = read_picture(many)
+    assert len(reading[1]) == 8
+    assert not same_scene(reading, reading)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from core.errors import PreconditionError
 from core.files import ROOT
 from distill.config import STAGES
+from distill.evaluate import WORDINGS
 from distill.train import main
 from tests.distill.settings import SMALL
 
@@ -74,6 +75,8 @@ def test_a_run_writes_logs_samples_and_models(smoke: Path) -> None:
     quality = json.loads((run / "smoke-turbo" / "quality.json").read_text())
     assert {row["steps"] for row in quality["student"]} == {1, 2, 4}
     assert quality["student"][0]["fid_shapes"] > 0
+    assert {row["wording"] for row in quality["wordings"]} == set(WORDINGS) - {"full"}
+    assert quality["ratios"].keys() == quality["wanted"].keys()
     card = (run / "smoke-turbo" / "README.md").read_text()
     assert record["git_revision"] in card
     assert "missed" in card  # six steps of training reach no goal, and the card says so
