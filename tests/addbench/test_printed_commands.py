@@ -17,8 +17,8 @@ from core.errors import PreconditionError
 from core.files import ROOT
 
 ROOMS = ("addbench", "core", "distill", "export", "backends", "bench")
-PAGES = ("README.md", "docs/*.md", "results/README.md", "bench/**/*.html", ".github/workflows/*.yml",
-         ".ci/run")  # fmt: skip
+PAGES = ("README.md", "docs/*.md", "results/README.md", "bench/**/*.html",
+         ".github/workflows/*.yml", ".ci/run")  # fmt: skip
 OPEN = "OPEN"
 """Stands for what a message fills in."""
 KEPT = {"bench.sweep": "sweep", "export": "export", "backends": "backends"}
