@@ -74,9 +74,7 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             "a run as a table, a plot, a page or a file",
             ("pandas", "matplotlib"),
         ),
-        Verb(
-            "gallery", "bench.commands.gallery", "pictures of a model, by prompt and steps", TORCH
-        ),
+        Verb("gallery", "bench.commands.gallery", "pictures by prompt and steps", TORCH),
     ),
     "judge": (
         Verb(
