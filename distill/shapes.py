@@ -187,8 +187,8 @@ def random_scene(
 ) -> Scene:
     """A scene of any split; `count` objects, or one to three (40, 30, 30%)."""
 
-    def pick(names: Sequence[str]) -> str:
-        return names[int(rng.random() * len(names))]
+    def pick(words: Sequence[str]) -> str:
+        return words[int(rng.random() * len(words))]
 
     count = count or (1, 1, 1, 1, 2, 2, 2, 3, 3, 3)[int(rng.random() * 10)]
     background = pick(backgrounds)
@@ -304,15 +304,15 @@ def render(items: Sequence[Scene], layouts: Sequence[Layout], size: int = CANVAS
     padded[:] = ground[:, None, None]
     offsets = np.arange(2 * half)
     for shape in SHAPES:
-        drawn = [
+        found = [
             (index, centre / pixel, radius, COLOURS[item.colour])
             for index, scene in enumerate(items)
             for item, centre, radius in zip(scene.objects, *layouts[index], strict=True)
             if item.shape == shape
         ]
-        if not drawn:
+        if not found:
             continue
-        numbers, centres, radii, colours = (np.array(column) for column in zip(*drawn, strict=True))
+        numbers, centres, radii, colours = (np.array(column) for column in zip(*found, strict=True))
         corner = np.rint(centres).astype(int) - half
         dx = (corner[:, :1] + offsets + 0.5 - centres[:, :1]).astype(np.float32) * pixel
         dy = (corner[:, 1:] + offsets + 0.5 - centres[:, 1:]).astype(np.float32) * pixel

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from clones import make_clone
 from hypothesis import settings
 
 from core.files import ROOT
@@ -67,6 +68,16 @@ def tiny_bundle() -> Bundle:
 def shapes_bundle() -> Bundle:
     """shapes-turbo as it ships."""
     return _kept("shapes-turbo", "folder", ROOT / "models" / "shapes-turbo")
+
+
+@pytest.fixture(scope="session")
+def clone(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle, shapes_bundle: Bundle
+) -> Path:
+    """A copy of the checkout to type commands in: nothing reaches the running environment."""
+    folder = tmp_path_factory.mktemp("clone")
+    make_clone(folder, tiny_bundle, shapes_bundle)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shlex
-import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-import torch
-from folders import lay_out
-from safetensors.torch import save_file
+from clones import run_in
 
 from core.files import ROOT
-from export.bundle import Bundle
-from export.models import MODELS
-from export.source.checkpoint import open_checkpoint
 
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in
                                ("models", "cpu", "nvidia", "few-step"))]  # fmt: skip
@@ -86,88 +78,6 @@ def stand_in(command: str) -> list[str]:
     return shlex.split(command)
 
 
-@pytest.fixture(scope="module")
-def clone(
-    tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Bundle, shapes_bundle: Bundle
-) -> Path:
-    """A copy of the checkout: bundles of the default model and the tiny one, small checkpoints."""
-    folder = tmp_path_factory.mktemp("clone")
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, names.split("\0")):
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
-    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
-    subprocess.run(["git", "add", "-A"], cwd=folder, check=True)
-    author = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
-    subprocess.run(["git", *author, "commit", "-qm", "clone"], cwd=folder, check=True)
-    shutil.copytree(tiny_bundle.path, folder / "build" / "tiny-sdxl-random-fp16")
-    shutil.copytree(shapes_bundle.path, folder / "build" / "shapes-turbo-folder-fp16")
-    lay_out_checkpoints(folder)
-    make_environment(folder)
-    return folder
-
-
-def make_environment(folder: Path) -> None:
-    """The clone's own `.venv`, as `make install` leaves it, over the packages of the running one.
-
-    Nothing that a command installs can reach the environment that the tests run in.
-    """
-    environment = folder / ".venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    (packages,) = environment.glob("lib/python*/site-packages")
-    borrowed = [path for path in sys.path if path.endswith("-packages")]
-    (packages / "clone.pth").write_text("\n".join([str(folder), *borrowed]) + "\n")
-    script = environment / "bin" / "addbench"
-    script.write_text(f'#!/bin/sh\nexec "{environment}/bin/python" -m addbench "$@"\n')
-    script.chmod(0o755)
-    for extra in ("cpu", "types"):
-        (environment / f".ready-{extra}").touch()
-
-
-def lay_out_checkpoints(folder: Path) -> None:
-    """What the README's commands find on the hub or in folders, small: SDXL's topology throughout.
-
-    The shipped model is it for SDXL-Turbo; the LoRA's are weights for one layer.
-    """
-    shipped = ROOT / "models" / "shapes-turbo"
-    hub = folder / "build" / "hub"
-    lay_out(hub, "test/tiny", shipped, "1" * 40)
-    shutil.copytree(shipped, folder / "my-sdxl-turbo", ignore=shutil.ignore_patterns("taesd"))
-    shutil.copytree(shipped / "vae", folder / "sdxl-vae-fp16-fix")
-    shutil.copytree(shipped / "taesd", folder / "taesdxl")
-    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    unet = open_checkpoint(MODELS["tiny-sd"], "random").skeleton("unet")
-    out_width, in_width = unet.get_parameter(f"{layer}.weight").shape
-    lora = folder / "build" / "lora"
-    lora.mkdir()
-    save_file(
-        {f"unet.{layer}.lora_A.weight": torch.ones(2, in_width),
-         f"unet.{layer}.lora_B.weight": torch.ones(out_width, 2)},
-        lora / "pytorch_lora_weights.safetensors",
-    )  # fmt: skip
-    lay_out(hub, "latent-consistency/lcm-lora-sdxl", lora, "2" * 40)
-
-
-def run(words: list[str], clone: Path) -> subprocess.CompletedProcess[str]:
-    """In the clone: its own code and hub cache, no network, no GPU."""
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("ADDBENCH_", "MAKE", "PYTHONPATH", "VENV"))
-    }
-    own = {
-        "PATH": f"{clone / '.venv' / 'bin'}:{kept['PATH']}",
-        "HF_HUB_CACHE": str(clone / "build" / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    return subprocess.run(
-        words, cwd=clone, env=kept | own, capture_output=True, text=True, timeout=300
-    )
-
-
 def test_every_command_is_marked_as_one() -> None:
     assert {"make sweep", "make test"} <= set(COMMANDS)
     other = [line for kind, block in FENCED if kind != "sh" for line in block.splitlines()]
@@ -182,7 +92,7 @@ def test_every_stand_in_has_a_command(pattern: str) -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ELSEWHERE])
 def test_command(command: str, clone: Path) -> None:
-    done = run(stand_in(command), clone)
+    done = run_in(clone, stand_in(command))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no"],
@@ -197,7 +107,7 @@ def test_command(command: str, clone: Path) -> None:
 
 @pytest.mark.parametrize(("command", "words"), REFUSED)
 def test_without_the_hardware_it_ends_at_once(command: str, words: str, clone: Path) -> None:
-    done = run(shlex.split(command), clone)
+    done = run_in(clone, shlex.split(command))
     assert (done.returncode, f"error: {words}" in done.stderr) == (2, True), done.stderr
     assert "\n  next: " in done.stderr
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import functools
 import gc
 import importlib
 import json
@@ -30,6 +29,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+SEATS = {sys.executable: ROOT}
+"""Interpreter -> the checkout that its fork server serves; a test may add one, once."""
 ROOMS = ("addbench", "backends", "bench", "distill", "export")
 LEAVES = ("bench.worker", "backends.check.parity")
 """What starts nothing itself; the rest starts its workers warm too."""
@@ -56,9 +57,9 @@ def settings(environment: dict[str, str]) -> dict[str, str]:
 class Server:
     """The line to a process that forks, which is a child of this one."""
 
-    def __init__(self, line: socket.socket) -> None:
+    def __init__(self, line: socket.socket, environment: dict[str, str]) -> None:
         self.line = line
-        self.settings = settings(dict(os.environ))
+        self.settings = settings(environment)
         self.lock = threading.Lock()
         self.prctl = ctypes.CDLL(None, use_errno=True).prctl
 
@@ -81,19 +82,23 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-@functools.cache
-def server() -> Server:
-    """The one of this process, started when it is first asked for."""
-    ours, theirs = pair()
-    with theirs:
-        real_popen(
-            [sys.executable, __file__, str(theirs.fileno())],
-            cwd=ROOT,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # or numpy starts threads
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-    return Server(ours)
+servers: dict[str, Server] = {}
+
+
+def server(python: str, environment: dict[str, str]) -> Server:
+    """The one of this process for an interpreter, started when it is first asked for."""
+    if python not in servers:
+        ours, theirs = pair()
+        with theirs:
+            real_popen(
+                [python, SEATS[python] / "tests" / "warm.py", str(theirs.fileno())],
+                cwd=SEATS[python],
+                env=environment | {"OPENBLAS_NUM_THREADS": "1"},  # or numpy starts threads
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        servers[python] = Server(ours, environment)
+    return servers[python]
 
 
 class WarmPopen(real_popen):  # type: ignore[type-arg]
@@ -107,10 +112,10 @@ class WarmPopen(real_popen):  # type: ignore[type-arg]
         words = [] if isinstance(args, str | bytes) else [os.fspath(word) for word in args]
         environment = dict(os.environ if env is None else env)
         plain = (executable, preexec_fn, gid, gids, uid) == (None,) * 5 and not (shell or pass_fds)
-        ours = words[:2] == [sys.executable, "-m"] and "".join(words[2:3]).split(".")[0] in ROOMS
-        here = Path(cwd or os.getcwd()).resolve() == ROOT
+        ours = words[1:2] == ["-m"] and "".join(words[2:3]).split(".")[0] in ROOMS
+        here = Path(cwd or os.getcwd()).resolve() == SEATS.get("".join(words[:1]))
         if not (plain and ours and here and umask < 0) or (
-            settings(environment) != server().settings
+            settings(environment) != server(words[0], environment).settings
         ):
             super()._execute_child(  # type: ignore[misc]
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
@@ -129,16 +134,13 @@ class WarmPopen(real_popen):  # type: ignore[type-arg]
             own if theirs == -1 else theirs
             for own, theirs in enumerate((p2cread, c2pwrite, errwrite))
         ]
-        self.pid = server().fork(job, streams)
+        self.pid = servers[words[0]].fork(job, streams)
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]
 
 
-def install(own: Server | None = None) -> None:
+def install() -> None:
     """Let this process start its workers warm, where the system can."""
-    global server
-    if own:
-        server = functools.cache(lambda: own)
     if sys.platform == "linux":
         subprocess.Popen = WarmPopen  # type: ignore[misc]
 
@@ -199,7 +201,8 @@ def main() -> None:
             job = serve(theirs)
         else:
             theirs.close()
-            install(Server(ours))
+            servers[sys.executable] = Server(ours, job["environment"])
+            install()
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()

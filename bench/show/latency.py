@@ -18,8 +18,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bench.rows.fields import MODELLED
-from bench.rows.store import Row, Run, is_timed
+from bench.rows.store import MODELLED, Row, Run, is_timed
 from bench.rows.summary import CellRounds, by_cell
 from bench.show.canvas import STYLE, digits, save, scale_of
 from bench.show.series import AXES, Series, places_of, series_of, shift, side_by_side
