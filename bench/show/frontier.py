@@ -15,15 +15,15 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from bench.limits.frontier import MEASURED, MODELLED, SIZE, Chart, Point, markdown, table_csv
-from bench.show.canvas import COLOURS, STYLE, plain_log, save, scale_of
+from bench.show.canvas import NEUTRAL, STYLE, plain_log, save, scale_of
 from core.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LOOK: dict[str, dict[str, Any]] = {
-    MEASURED: {"color": COLOURS[0], "markerfacecolor": COLOURS[0]},
-    MODELLED: {"color": COLOURS[1], "markerfacecolor": "white"},
+    MEASURED: {"color": NEUTRAL, "markerfacecolor": NEUTRAL},
+    MODELLED: {"color": NEUTRAL, "markerfacecolor": "white"},
 }
 WORDS = {MEASURED: "measured", MODELLED: "modelled"}
 ROOM = 2.5

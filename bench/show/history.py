@@ -12,9 +12,12 @@ from matplotlib.ticker import MaxNLocator
 
 from bench.rows.cell import Cell
 from bench.rows.store import Run
-from bench.show.canvas import COLOURS, STYLE, save
+from bench.show.canvas import STYLE, hue, save
 from bench.verdict.history import FEWEST_RUNS, Band
 from bench.verdict.outcome import FASTER, SLOWER, Line, Outcome
+
+ALARM = "#B00020"
+"""Of what is slower or faster than its past."""
 
 
 def draw(target: Run, outcome: Outcome, bands: Mapping[Cell, Band]) -> list[Path]:
@@ -36,9 +39,9 @@ def figure(target: Run, lines: Mapping[Cell, Line], bands: Mapping[Cell, Band]) 
         for panel, (cell, line) in zip(axes, lines.items(), strict=False):
             band = bands[cell]
             count = len(band.values)
-            panel.plot(range(-count, 0), band.values, "o-", color=COLOURS[0], markersize=4)
+            panel.plot(range(-count, 0), band.values, "o-", color=hue(cell.backend), markersize=4)
             flagged = line.verdict in (SLOWER, FASTER)
-            colour = COLOURS[1] if flagged else COLOURS[0]
+            colour = ALARM if flagged else hue(cell.backend)
             panel.plot([0], [line.head_ms], "D", color=colour, markersize=8)
             if count >= FEWEST_RUNS:
                 limit = 1 + band.limit

@@ -1,10 +1,12 @@
 """Latency and images/s against steps, as SVG and PNG.
 
-A column per batch. Colour says the backend (and recipe), hollow once the colours are used up,
-marker and dash the decoder; with one step count, series lie beside each other. The line through
-the points is the fit `fixed cost + steps x cost per step`, drawn to zero steps, where it meets the
-fixed cost. Against NFE UNet evaluations take the place of steps: guidance takes two a step, and
-some schedulers run a timestep more.
+A column per batch. Colour says the backend, its shade (or a hollow mark) the options and recipe,
+marker and dash the decoder; with one step count, series lie beside each other. Thin bars span all
+samples, a cross lies over what the machine disturbed. The line through the points is the fit
+`fixed cost + steps x cost per step`, drawn to zero steps, where it meets the fixed cost; dotted
+where it fits badly or through too little, and the legend says how far the worst point is off.
+Against NFE UNet evaluations take the place of steps: guidance takes two a step, and some schedulers
+run a timestep more.
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ from matplotlib.lines import Line2D
 from bench.rows.store import MODELLED, Row, Run, is_timed
 from bench.rows.summary import CellRounds, by_cell
 from bench.show.canvas import STYLE, digits, save, scale_of
-from bench.show.series import AXES, Series, places_of, series_of, shift, side_by_side
+from bench.show.series import (
+    AXES,
+    Series,
+    doubts,
+    places_of,
+    series_of,
+    shift,
+    side_by_side,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +53,8 @@ def figure(shown: Sequence[Shown], axis: str = "steps") -> Figure | None:
         legend_width = 0.9 + 0.08 * longest  # a column is as wide as its legend wants
         width = 9.6 if single else max(9.6, max(4.8, legend_width) * len(columns))
         legend_in = 0.205 * (entries + 1) + 0.25
-        head_in, panel_in = 0.75, 3.3
+        doubted = any(series.doubted for found in columns.values() for series in found)
+        head_in, panel_in = 0.95 if doubted else 0.75, 3.3
         height = head_in + (panel_in if single else 2 * panel_in) + legend_in
         drawn = Figure(figsize=(width, height))
         heading(drawn, shown, height)
@@ -96,6 +107,17 @@ def heading(drawn: Figure, shown: Sequence[Shown], height: float) -> None:
         va="top",
         color="#555555",
     )
+    lines = [line for _, some in shown for line in by_cell(some) if line.good]
+    doubted = sum(bool(doubts(line)) for line in lines)
+    if doubted:
+        drawn.text(
+            0.12 / drawn.get_figwidth(),
+            1 - 0.62 / height,
+            f"{doubted} of {len(lines)} cells: other processes ran, or the clock was low; a calm"
+            " machine is faster",
+            va="top",
+            color="#B00020",
+        )
 
 
 def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
@@ -114,23 +136,38 @@ def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
             clip_on=False,
             **series.look,
         )
-        for line in series.lines:  # every round beside its median
-            spread = [row["median_ms"] / unit_ms for row in line.good if is_timed(row)]
-            if len(spread) > 1:
-                at = series.place(line) + aside
-                axes.plot([at] * len(spread), spread, "_", color=series.colour)
+        for line in series.lines:
+            at = series.place(line) + aside
+            rounds = [row["median_ms"] / unit_ms for row in line.good if is_timed(row)]
+            samples = [ms / unit_ms for row in line.good for ms in row["samples_ms"]]
+            if len(samples) > 1:  # every call
+                ends = [min(samples), max(samples)]
+                axes.plot([at, at], ends, color=series.colour, linewidth=1.0, alpha=0.6, zorder=2)
+            if len(rounds) > 1:  # every round beside its median
+                axes.plot([at] * len(rounds), rounds, "_", color=series.colour)
+        crosses(axes, series, aside, "median_ms", unit_ms)
         intervals(axes, series, found, lambda line, ms: ms / unit_ms)
         if series.fit:
             reach = np.array([0, max(steps)])
+            sound = validity(series) == SOUND
             axes.plot(
                 reach,
                 (series.fit.fixed_ms + series.fit.per_step_ms * reach) / unit_ms,
-                linestyle=series.dash,
+                linestyle=series.dash if sound else ":",
                 color=series.colour,
-                linewidth=1.5,
-                alpha=0.75,
+                linewidth=1.5 if sound else 1.1,
+                alpha=0.75 if sound else 0.5,
             )
     frame(axes, found, f"Latency, batch {batch}", f"latency ({unit})", from_zero=True)
+
+
+def crosses(axes: Axes, series: Series, aside: float, column: str, unit: float) -> None:
+    """A cross over each point whose time is that of a disturbed machine."""
+    for line in series.doubted:
+        value = line.median(column)
+        if value is not None:
+            axes.plot([series.place(line) + aside], [value / unit], "x", color="#222222",
+                      markersize=8, markeredgewidth=1.3, zorder=4, clip_on=False)  # fmt: skip
 
 
 def intervals(
@@ -165,6 +202,7 @@ def throughput(axes: Axes, found: Sequence[Series], batch: int) -> None:
             zorder=3,
             **series.look,
         )
+        crosses(axes, series, shift(series, found), "images_per_s", 1.0)
         intervals(axes, series, found, lambda line, ms: 1e3 * line.cell.batch / ms)
     frame(axes, found, f"Images per second, batch {batch}", "images/s", from_zero=False)
 
@@ -200,6 +238,7 @@ def spread(places: Sequence[int]) -> list[str]:
 def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> None:
     """The series of one column with their fits, below it."""
     rounds = max(len(line.good) for series in found for line in series.lines)
+    rows = [row for series in found for line in series.lines for row in line.good]
     handles = [
         Line2D(
             [],
@@ -222,9 +261,12 @@ def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> N
         title="; ".join(
             words
             for words, there in (
+                ("bars: all samples", any(len(r["samples_ms"]) > 1 for r in rows)),
+                ("crosses: disturbed", any(series.doubted for series in found)),
                 ("lines: fit through the medians", any(series.fit for series in found)),
+                ("dotted: not to be relied on", any(unsound(series) for series in found)),
                 ("dashes: single rounds", rounds > 1),
-                ("bars: 8 of 10 draws, thin: switching", any(s.modelled for s in found)),
+                ("thick bars: 8 of 10 draws, thin: switching", any(s.modelled for s in found)),
             )
             if there
         ),
@@ -237,14 +279,44 @@ def legend_text(series: Series) -> str:
 
 
 def fit_text(series: Series) -> str:
+    """The fitted cost of a step and of all else, and what that is worth."""
     fit = series.fit
+    largest = max(value for _, value in series.points("median_ms"))
+    unit_ms, unit = scale_of(largest)
     if fit is None:
-        return "one step count, no fit"
-    unit_ms, unit = scale_of(max(value for _, value in series.points("median_ms")))
+        return f"{digits(largest / unit_ms)} {unit}, no fit through one step count"
     per_step, fixed = fit.per_step_ms / unit_ms, fit.fixed_ms / unit_ms
     sign = "+" if fixed >= 0 else "\u2212"
     each = "step" if series.axis == "steps" else "evaluation"
-    return f"{digits(per_step)} {unit}/{each} {sign} {digits(abs(fixed))} {unit} fixed"
+    text = f"{digits(per_step)} {unit}/{each} {sign} {digits(abs(fixed))} {unit} fixed"
+    worth = validity(series)
+    worst = f"at most {100 * fit.worst:.1f}% off"
+    return f"{text}, {worst if worth == SOUND else worth}"
+
+
+FIT_LIMIT = 0.1
+"""A point this far from the line, as a share of the point, says that it is no line."""
+SOUND = "fits"
+
+
+def validity(series: Series) -> str:
+    """What a series' fit is worth in a few words; SOUND where nothing speaks against it."""
+    fit = series.fit
+    assert fit is not None
+    off = f"{100 * fit.worst:.0f}%" if fit.worst >= 0.01 else "under 1%"
+    if fit.worst > FIT_LIMIT:
+        return f"no line: a point is {off} off"
+    if fit.fixed_ms < 0:
+        return "no line: fixed cost below zero"
+    if series.doubted:
+        return f"through {len(series.doubted)} disturbed of {fit.points} points"
+    if fit.points < 3:
+        return "two points, not tested"
+    return SOUND
+
+
+def unsound(series: Series) -> bool:
+    return series.fit is not None and validity(series) != SOUND
 
 
 def draw(shown: Sequence[Shown], stem: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from bench.rows.store import Row, Run, is_timed
-from bench.show.canvas import COLOURS, SHAPES, STYLE, scale_of
+from bench.show.canvas import SHAPES, STYLE, Look, look_of, scale_of
 from core.errors import PreconditionError
 
 if TYPE_CHECKING:
@@ -79,7 +79,10 @@ def machine_of(targets: Sequence[Run]) -> str:
 
 def figure(rows: Sequence[Row], machine: str) -> Figure:
     found = series_of(rows)
-    kinds = list(dict.fromkeys(key[:2] for key in found))
+    looks: dict[tuple[str, ...], Look] = {}
+    for kind in dict.fromkeys(key[:2] for key in found):
+        backend, _, options = kind[1].partition(":")
+        looks[kind] = look_of(backend, options, looks.values())
     unit_ms, unit = scale_of(max(point[1] for points in found.values() for point in points))
     with style.context(STYLE):
         drawn = Figure(figsize=(9.6, 4.6 + 0.2 * len(found)))
@@ -93,19 +96,22 @@ def figure(rows: Sequence[Row], machine: str) -> Figure:
         drawn.subplots_adjust(left=0.07, right=0.98, top=1 - 1.0 / height, wspace=0.2,
                               bottom=(0.75 + 0.2 * len(found)) / height)  # fmt: skip
         for key, points in found.items():
-            kind = kinds.index(key[:2])
-            colour = COLOURS[kind % len(COLOURS)]
+            drawn_as = looks[key[:2]]
+            colour = drawn_as.colour
+            lower = list(looks).index(key[:2]) % 2 == 0
             marker, dash = SHAPES.get(key[3], ("s", ":"))
             look: dict[str, Any] = {
                 "color": colour, "marker": marker, "linestyle": dash, "linewidth": 1.5,
-                "markersize": 6.5, "markeredgecolor": "white", "zorder": 3,
+                "markersize": 6.5, "zorder": 3,
+                "markerfacecolor": "white" if drawn_as.hollow else colour,
+                "markeredgecolor": colour if drawn_as.hollow else "white",
             }  # fmt: skip
             label = f"{key[0]}: {key[1]}, {key[2]}, {key[3]}"
             shares = [100 * point[2] for point in points]
             left.plot([point[1] / unit_ms for point in points], shares, label=label, **look)
             right.plot([point[0] for point in points], shares, **look)
             for steps, latency, share in points:
-                above = kind % 2 or share < 0.1
+                above = not lower or share < 0.1
                 left.annotate(f"{steps}", (latency / unit_ms, 100 * share),
                               xytext=(4, 5 if above else -12),
                               textcoords="offset points", fontsize=8, color=colour)  # fmt: skip

@@ -14,7 +14,7 @@ from bench.machine.ceilings import Ceilings
 from bench.rows.stats import median_or_none
 from bench.rows.store import Row, Run
 from bench.rows.summary import CellRounds, by_cell
-from bench.show.canvas import COLOURS, STYLE, plain_log
+from bench.show.canvas import STYLE, Look, look_of, plain_log
 from core.errors import PreconditionError
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
     drawn_on = sorted({(row["device"], row["precision"]) for row in rows if row["roofline"]})
     ceilings = ceilings_of(surveyed)
     provenance = ", ".join(sorted({ceilings[device].provenance for device, _ in drawn_on}))
-    backends = list(dict.fromkeys(key[0] for key in found))
+    looks: dict[str, Look] = {}
+    for name in dict.fromkeys(key[0] for key in found):
+        backend, _, options = name.partition(":")
+        looks[name] = look_of(backend, options, looks.values())
     labels = {
         (backend, batch, stage): f"{NAMES[stage]}, {backend}"
         + (f", batch {batch}" if batch > 1 else "")
@@ -93,9 +96,10 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
                 [1e3 * tflops / gb],
                 [tflops],
                 MARKERS[stage],
-                color=COLOURS[backends.index(backend) % len(COLOURS)],
+                color=looks[backend].colour,
                 markersize=8,
-                markeredgecolor="white",
+                markerfacecolor="white" if looks[backend].hollow else looks[backend].colour,
+                markeredgecolor=looks[backend].colour if looks[backend].hollow else "white",
                 linestyle="none",
                 zorder=3,
                 label=labels[backend, batch, stage],

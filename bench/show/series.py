@@ -9,10 +9,23 @@ from typing import Any
 from bench.rows.stats import Fit, fit_steps
 from bench.rows.store import MODELLED
 from bench.rows.summary import CellRounds
-from bench.show.canvas import COLOURS, SHAPES
+from bench.show.canvas import RUN_MARKERS, SHAPES, Look, look_of
 
 AXES = {"steps": "denoising steps", "nfe": "UNet evaluations of an image (NFE)"}
 """What `--x` takes -> the label of the axis."""
+
+
+DOUBTFUL = ("disturbed", "throttled")
+"""Flags of a time that is the machine's fault: it would be another on a calm one."""
+
+
+def doubts(line: CellRounds) -> list[str]:
+    """Which of DOUBTFUL at least half of a cell's rounds carry, and so perhaps its median."""
+    return [
+        flag
+        for flag in DOUBTFUL
+        if 2 * sum(flag in row["flags"] for row in line.good) >= len(line.good) > 0
+    ]
 
 
 @dataclass(frozen=True)
@@ -20,24 +33,33 @@ class Series:
     """The points of one line: cells that differ in steps only, ok ones. `axis`: a key of AXES."""
 
     label: str
-    colour: str
+    drawn: Look
     marker: str
     dash: Any
     lines: Sequence[CellRounds]
     axis: str = "steps"
-    hollow: bool = False
+
+    @property
+    def colour(self) -> str:
+        return self.drawn.colour
 
     @property
     def look(self) -> dict[str, Any]:
-        """Of its points."""
-        face, edge = ("white", self.colour) if self.hollow else (self.colour, "white")
+        """What its points look like, as matplotlib takes it."""
+        hollow = self.drawn.hollow
+        face, edge = ("white", self.colour) if hollow else (self.colour, "white")
         return {
             "marker": self.marker,
             "color": self.colour,
             "markerfacecolor": face,
             "markeredgecolor": edge,
-            "markeredgewidth": 1.4 if self.hollow else 0.8,
+            "markeredgewidth": 1.4 if hollow else 0.8,
         }
+
+    @property
+    def doubted(self) -> list[CellRounds]:
+        """The cells whose time is that of a busy or hot machine."""
+        return [line for line in self.lines if doubts(line)]
 
     @property
     def modelled(self) -> bool:
@@ -64,7 +86,7 @@ def series_of(
 
     `runs`: what each run is called -> its cells; names stand in the legend where there are several.
     """
-    keys: dict[tuple[str, ...], list[CellRounds]] = {}
+    keys: dict[tuple[str, str, str, str], list[CellRounds]] = {}
     for name, lines in runs.items():
         for line in lines:
             if line.median("median_ms") is not None:
@@ -74,9 +96,15 @@ def series_of(
     good = [line for lines in keys.values() for line in lines]
     mixed = len({line.cell.numerics for line in good}) > 1
     recipes = len({line.cell.recipe_text for line in good}) > 1
+    looks: dict[tuple[str, str, str, str], Look] = {}
+    for key, lines in keys.items():
+        cell = lines[0].cell
+        # The same backend looks alike in every run: runs are told apart by markers.
+        taken = [look for other, look in looks.items() if other[0] == key[0]]
+        looks[key] = look_of(cell.backend, cell.options, taken)
     found: dict[int, list[Series]] = {}
     for batch in sorted({line.cell.batch for line in good}):
-        for place, ((name, *_), lines) in enumerate(keys.items()):
+        for key, lines in keys.items():
             for decoder in dict.fromkeys(line.cell.decoder for line in good):
                 mine = [
                     line
@@ -90,17 +118,17 @@ def series_of(
                 recipe = f", {cell.recipe_text}" if recipes and cell.recipe_text else ""
                 if any(MODELLED in line.provenance for line in mine):
                     numerics += ", modelled"
-                run = f"{name}: " if len(runs) > 1 else ""
-                marker, dash = SHAPES.get(decoder, ("s", ":"))
+                run = f"{key[0]}: " if len(runs) > 1 else ""
+                marker, dash = SHAPES.get(decoder, ("h", ":"))
+                markers = RUN_MARKERS[list(runs).index(key[0]) % len(RUN_MARKERS)]
                 found.setdefault(batch, []).append(
                     Series(
                         f"{run}{cell.backend_text}, {decoder}{recipe}{numerics}",
-                        COLOURS[place % len(COLOURS)],
-                        marker,
+                        looks[key],
+                        markers.get(marker, marker),
                         dash,
                         mine,
                         axis,
-                        hollow=place >= len(COLOURS),
                     )
                 )
     return found

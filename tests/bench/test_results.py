@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 from made import cell, make_run, row
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from backends.registry import BACKENDS
 from bench.commands.publish import main as publish_main
 from bench.rows.names import INDEX, names_in
 from bench.rows.store import HEADER, PUBLISHED, ROWS, Row, Run, open_run, run_names
 from bench.rows.summary import by_cell
 from bench.run.progress import Display
-from bench.show import columns, publish, table
+from bench.show import canvas, columns, publish, table
 from bench.show import latency as plot
 from bench.show.blocks import Drawn, Published, disagreements, fill
 from bench.show.series import series_of, shift
@@ -149,19 +152,19 @@ def test_the_plot_states_the_fit_beside_the_points(made: Run) -> None:
     assert sorted(found) == [1, 4]
     first = found[1][0]
     assert first.points("median_ms") == [(1, 60.0), (2, 70.0), (4, 90.0)]
-    assert plot.fit_text(first) == "10 ms/step + 50 ms fixed"
-    assert plot.fit_text(found[4][1]) == "40 ms/step + 20 ms fixed"
+    assert plot.fit_text(first) == "10 ms/step + 50 ms fixed, at most 0.0% off"
+    assert plot.fit_text(found[4][1]) == "40 ms/step + 20 ms fixed, at most 0.0% off"
     drawn = plot.figure([(made, made.rows())])
     assert drawn is not None
     assert len(drawn.axes) == 4
     texts = [text.get_text() for legend in drawn.legends for text in legend.get_texts()]
-    assert "null, vae: 10 ms/step + 50 ms fixed" in texts
+    assert "null, vae: 10 ms/step + 50 ms fixed, at most 0.0% off" in texts
     assert len(texts) == 8
 
 
 def test_series_can_be_told_apart(made: Run) -> None:
     for batch in series_of({"": by_cell(made.rows())}).values():
-        looks = {(series.colour, series.marker, str(series.dash)) for series in batch}
+        looks = {(series.drawn, series.marker) for series in batch}
         assert len(looks) == len(batch)
 
 
@@ -179,6 +182,66 @@ def test_many_series_of_one_step_count_can_be_told_apart(made: Run) -> None:
     assert plot.figure([(made, many)]) is not None
 
 
+def marks(drawn: Figure, marker: str) -> list[Line2D]:
+    return [line for line in drawn.axes[0].get_lines() if line.get_marker() == marker]
+
+
+def test_disturbed_rows_do_not_come_out_as_clean_dots_with_a_fit(tmp_path: Path) -> None:
+    rows = [
+        row(cell(steps=steps), [10.0 * steps, 10.5 * steps, 12.0 * steps], flags=flags)
+        for steps, flags in ((1, ["disturbed"]), (2, ["unstable"]), (4, ["disturbed"]))
+    ]
+    run = make_run(tmp_path, rows)
+    drawn = plot.figure([(run, rows)])
+    assert drawn is not None
+    assert len(marks(drawn, "x")) == 2
+    assert any("2 of 3 cells: other processes ran" in text.get_text() for text in drawn.texts)
+    (legend,) = drawn.legends
+    assert "through 2 disturbed of 3 points" in legend.get_texts()[0].get_text()
+    assert "crosses: disturbed" in legend.get_title().get_text()
+    fitted = [line for line in drawn.axes[0].get_lines() if list(line.get_xdata()) == [0, 4]]
+    assert [line.get_linestyle() for line in fitted] == [":"]
+    spans = [list(line.get_ydata()) for line in drawn.axes[0].get_lines()]
+    assert [10.0, 12.0] in spans, "every call is within its bar"
+    calm = [{**each, "flags": []} for each in rows]
+    drawn = plot.figure([(run, calm)])
+    assert drawn is not None
+    assert not marks(drawn, "x")
+    assert not any("other processes" in text.get_text() for text in drawn.texts)
+
+
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [
+        ([(1, 10.0), (2, 20.0)], "two points, not tested"),
+        ([(1, 10.0), (2, 30.0), (4, 30.0)], "no line: a point is"),
+        ([(1, 15.0), (2, 25.0), (4, 45.0)], "at most 0.0% off"),
+        ([(1, 5.0), (2, 15.0), (4, 35.0)], "no line: fixed cost below zero"),
+    ],
+)
+def test_a_fit_says_what_it_is_worth(points: list[tuple[int, float]], words: str) -> None:
+    rows = [row(cell(steps=steps), [ms] * 3) for steps, ms in points]
+    (series,) = series_of({"": by_cell(rows)})[1]
+    assert words in plot.fit_text(series)
+
+
+def test_a_backend_has_one_colour_in_every_plot(made: Run) -> None:
+    rows = [
+        row(cell(backend=backend, options=options, steps=steps), [10.0 * steps] * 3)
+        for backend, options in (("torch", ""), ("ort", "x=1"), ("ort", "precision=int8"))
+        for steps in (1, 2)
+    ]
+    (found,) = series_of({"": by_cell(rows)}).values()
+    (other,) = series_of({"": by_cell(rows[4:])}).values()
+    assert found[0].colour == canvas.HUES["torch"].lower()
+    assert found[2].drawn == other[0].drawn == canvas.look_of("ort", "precision=int8")
+    twice = series_of({"a": by_cell(rows), "b": by_cell(rows)})[1]
+    assert [series.drawn for series in twice[:3]] == [series.drawn for series in twice[3:]]
+    assert len({(series.drawn, series.marker) for series in twice}) == len(twice)
+    assert len(set(canvas.HUES.values())) == len(canvas.HUES) == len(BACKENDS)
+    assert set(canvas.HUES) == set(BACKENDS)
+
+
 def test_labels_of_steps_do_not_touch() -> None:
     assert plot.spread([0, 1, 2, 4]) == ["0", "1", "2", "4"]
     assert plot.spread([0, 1, 4, 50]) == ["", "1", "4", "50"]
@@ -193,7 +256,9 @@ def test_thousands_have_no_exponent() -> None:
     ]  # fmt: skip
     rows = [row(cell(steps=steps), [ms] * 3) for steps, ms in ((1, 300.0), (2, 1500.0))]
     (series,) = series_of({"": by_cell(rows)})[1]
-    assert plot.fit_text(series) == "1200 ms/step \u2212 900 ms fixed"
+    assert (
+        plot.fit_text(series) == "1200 ms/step \u2212 900 ms fixed, no line: fixed cost below zero"
+    )
 
 
 def test_a_plot_of_one_step_count_has_points_and_no_fit(tmp_path: Path) -> None:
@@ -202,9 +267,10 @@ def test_a_plot_of_one_step_count_has_points_and_no_fit(tmp_path: Path) -> None:
     drawn = plot.figure([(run, rows)])
     assert drawn is not None
     (key,) = drawn.legends
-    assert key.get_title().get_text() == ""  # of lines that are not there
+    assert key.get_title().get_text() == "bars: all samples"  # of lines that are not there
     assert [line.get_linestyle() for line in key.get_lines()] == ["None"]
-    assert plot.fit_text(series_of({"": by_cell(rows)})[1][0]) == "one step count, no fit"
+    (series,) = series_of({"": by_cell(rows)})[1]
+    assert plot.fit_text(series) == "1 ms, no fit through one step count"
     assert [file.suffix for file in plot.write(run, rows)] == [".svg", ".png"]
 
 
@@ -265,7 +331,7 @@ def edit_table(results: Path, readme: Path) -> None:
 
 def edit_plot(results: Path, readme: Path) -> None:
     file = next(results.glob("plots/*.svg"))
-    file.write_text(file.read_text().replace("#0072b2", "#0072b3", 1))
+    file.write_text(file.read_text().replace("</svg>", "<g/></svg>", 1))
 
 
 def drop_png(results: Path, readme: Path) -> None:

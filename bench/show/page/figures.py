@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from bench.rows.store import MODELLED
 from bench.rows.summary import CellRounds
-from bench.show.canvas import COLOURS, STYLE, digits, image_bytes, scale_of
+from bench.show.canvas import COLOURS, NEUTRAL, STYLE, digits, hue, image_bytes, scale_of
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -127,21 +127,22 @@ def cold(lines: Sequence[CellRounds]) -> Figure:
             first = all(row["process_cold"] for row in line.good)
             ends = [warm_ms / unit_ms, cold_ms / unit_ms]
             axes.plot(ends, [place + 0.03] * 2, color="#B5B5B5", linewidth=2, zorder=2)
-            axes.plot(ends[:1], [place + 0.03], "o", color=COLOURS[0], markersize=7, zorder=3)
+            axes.plot(ends[:1], [place + 0.03], "o", color=hue(line.cell.backend), markersize=7,
+                      zorder=3)  # fmt: skip
             axes.plot(
                 ends[1:],
                 [place + 0.03],
                 "D",
-                color=COLOURS[1],
-                markerfacecolor=COLOURS[1] if first else "white",
+                color=hue(line.cell.backend),
+                markerfacecolor=hue(line.cell.backend) if first else "white",
                 markersize=6.5,
                 zorder=3,
             )
             beside(axes, max(ends), place, f"{cold_ms / warm_ms:.2f}×")
         blank: tuple[list[float], list[float]] = ([], [])
-        axes.plot(*blank, "o", color=COLOURS[0], markersize=7, label="warm (median)")
-        axes.plot(*blank, "D", color=COLOURS[1], markersize=6.5, label="process's first call")
-        axes.plot(*blank, "D", color=COLOURS[1], markerfacecolor="white", label="cell's first call")
+        axes.plot(*blank, "o", color=NEUTRAL, markersize=7, label="warm (median)")
+        axes.plot(*blank, "D", color=NEUTRAL, markersize=6.5, label="process's first call")
+        axes.plot(*blank, "D", color=NEUTRAL, markerfacecolor="white", label="cell's first call")
 
     return slotted(lines, largest, draw)
 
