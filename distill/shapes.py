@@ -78,6 +78,8 @@ PATCH = 28
 """Side of the square around an object's centre that holds all of it."""
 GAP = 3.0
 """Free pixels between the circumscribed circles of two objects."""
+TRIES = 1000
+"""Ways of placing a scene's objects before it is given up."""
 HELD_OUT_SHARE = 5
 """One combination in five is held out."""
 
@@ -227,6 +229,9 @@ def layout(scene: Scene, rng: np.random.Generator) -> Layout:
     """Where the objects stand and how large.
 
     Objects never touch: `GAP` pixels stay free between their circumscribed circles.
+
+    Raises:
+        PreconditionError: the objects have no room where the scene puts them.
     """
     count = len(scene.objects)
     radii = np.array([RADIUS[item.size] for item in scene.objects], np.float32)
@@ -235,7 +240,7 @@ def layout(scene: Scene, rng: np.random.Generator) -> Layout:
         float(radius) * EXTENT[item.shape] * (2**0.5 if item.shape == "square" else 1.0)
         for item, radius in zip(scene.objects, radii, strict=True)
     ]
-    while True:
+    for _ in range(TRIES):
         if scene.relation is not None:
             centres = np.stack([rng.uniform((12, 42), (22, 52)), rng.uniform(23, 41, 2)], 1)
             if scene.relation in ("above", "below"):
@@ -254,6 +259,11 @@ def layout(scene: Scene, rng: np.random.Generator) -> Layout:
             for a, b in combinations(range(count), 2)
         ):
             return centres.astype(np.float32), radii
+    raise PreconditionError(
+        f"there is no room for {scene.caption!r}",
+        f"its objects touch or overlap in {TRIES} ways of placing them",
+        "give each object a place of its own, or make those beside the middle small",
+    )
 
 
 def coverage(shape: str, dx: Array, dy: Array, radius: Array, pixel: float = 1.0) -> Array:

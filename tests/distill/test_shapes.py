@@ -125,6 +125,22 @@ def test_objects_stand_apart_inside_the_picture_and_where_the_caption_says(seed:
         assert np.hypot(*(centre - np.array(ANCHORS[place or "middle"]))) < 6
 
 
+def test_two_objects_may_have_a_place_each() -> None:
+    scene = parse_caption(
+        "a large red star at the top and a small blue star at the bottom of a white background"
+    )
+    assert scene.positions == ("top", "bottom")
+    assert parse_caption(scene.caption) == scene
+
+
+def test_a_scene_without_room_is_refused() -> None:
+    crowded = parse_caption(
+        "a large red star on the left and a large blue star in the middle of a white background"
+    )
+    with pytest.raises(PreconditionError, match="no room for 'a large red star"):
+        layout(crowded, np.random.default_rng(0))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("pixel", [1.0, 0.5])
 def test_coverage_is_the_shape_s_area_anti_aliased(shape: str, pixel: float) -> None:
