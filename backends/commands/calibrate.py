@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 KEPT = 8
 SEED = 1000
-"""Of the first image: none that is timed or compared starts from its noise."""
+"""The seed of the first image: none that is timed or compared starts from its noise."""
 
 
 def parser() -> Parser:

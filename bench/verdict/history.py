@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FEWEST_RUNS = 10
 LEAST = 0.08
 SPREADS = 4.0
-"""Of 1.4826 x MAD, which is the standard deviation where the earlier runs scatter normally."""
+"""How many times 1.4826 x MAD a run may be off; that is the standard deviation where the earlier runs scatter normally."""
 RULE = (
     f"slower: above the median of at least {FEWEST_RUNS} earlier runs by more than"
     f" max({LEAST:.0%}, {SPREADS:g} x 1.4826 x MAD)."
@@ -45,7 +45,7 @@ class Band:
 
     @property
     def limit(self) -> float:
-        """As a share of the centre."""
+        """How far a run may be off, as a share of the centre."""
         mad = statistics.median(abs(value - self.centre) for value in self.values)
         return max(LEAST, SPREADS * 1.4826 * mad / self.centre)
 

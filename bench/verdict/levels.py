@@ -15,7 +15,7 @@ import numpy as np
 
 from bench.rows.cell import Cell
 from bench.rows.store import Row, Run, is_timed
-from bench.verdict.noise import CELLS, HARSH, TYPICAL, Levels, abba, entries, false_alarms
+from bench.verdict.noise import CELLS, HARSH, TYPICAL, Levels, abba, false_alarms, rule_trials
 from bench.verdict.rules import Array, Judgement, deviation, pairs
 from core.errors import PreconditionError
 
@@ -159,10 +159,10 @@ def errors_at(found: Mapping[str, float | None], jobs: int, seed: int) -> list[d
     # What cannot be told is contained in another level.
     here = Levels("found", **{name: level or 0.0 for name, level in found.items()})
     lines = []
-    for entry in entries():
-        if entry.goal:
-            alarm, undecided = false_alarms(entry.rule, here, jobs, seed)
-            lines.append({"rule": entry.name, "false_alarm": alarm.columns(),
+    for trial in rule_trials():
+        if trial.goal:
+            alarm, undecided = false_alarms(trial.rule, here, jobs, seed)
+            lines.append({"rule": trial.name, "false_alarm": alarm.columns(),
                           "inconclusive": undecided.columns()})  # fmt: skip
     return lines
 

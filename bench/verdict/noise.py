@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 CELLS, CELLS_PER_WORKER = 24, 3
 AB_ROUNDS = 10
 FALSE_ALARM_GOAL = 0.005
-"""Of a whole job, for the upper 95% bound."""
+"""The most false alarms of a whole job, for the upper 95% bound."""
 POWER_GOALS = {0.10: 0.60, 0.15: 0.90}
-"""Of `ab` under typical noise, by slowdown of one cell."""
+"""The least power of `ab` under typical noise, by slowdown of one cell."""
 BATCH = 500
 """Jobs simulated at once: some 50 MB."""
 
@@ -172,7 +172,7 @@ def last_run(limit: float, one_machine: bool) -> Rule:
 
 
 @dataclass(frozen=True)
-class Entry:
+class RuleTrial:
     """A rule in the table; `goal` where its false alarms are held to FALSE_ALARM_GOAL."""
 
     name: str
@@ -181,17 +181,17 @@ class Entry:
     power_goal: bool = False
 
 
-def entries(rounds: int = AB_ROUNDS) -> list[Entry]:
+def rule_trials(rounds: int = AB_ROUNDS) -> list[RuleTrial]:
     return [
-        Entry(f"ab, {rounds} rounds ABBA, confirmed", ab(rounds), goal=True, power_goal=True),
-        Entry(f"ab, {rounds} rounds ABBA, first pass", ab(rounds, confirm=False)),
-        Entry("compare, 5 + 5 rounds", compare(5), goal=True),
-        Entry("compare, 10 + 10 rounds", compare(10), goal=True),
-        Entry("compare, 20 + 20 rounds", compare(20), goal=True),
-        Entry("compare, its estimate alone, 5 + 5", compare(5, estimate_alone=True)),
-        Entry("compare, 10 + 10 rounds, another machine", compare(10, one_machine=False)),
-        Entry("last run +10%, same machine", last_run(0.10, one_machine=True)),
-        Entry("last run +10%, another job", last_run(0.10, one_machine=False)),
+        RuleTrial(f"ab, {rounds} rounds ABBA, confirmed", ab(rounds), goal=True, power_goal=True),
+        RuleTrial(f"ab, {rounds} rounds ABBA, first pass", ab(rounds, confirm=False)),
+        RuleTrial("compare, 5 + 5 rounds", compare(5), goal=True),
+        RuleTrial("compare, 10 + 10 rounds", compare(10), goal=True),
+        RuleTrial("compare, 20 + 20 rounds", compare(20), goal=True),
+        RuleTrial("compare, its estimate alone, 5 + 5", compare(5, estimate_alone=True)),
+        RuleTrial("compare, 10 + 10 rounds, another machine", compare(10, one_machine=False)),
+        RuleTrial("last run +10%, same machine", last_run(0.10, one_machine=True)),
+        RuleTrial("last run +10%, another job", last_run(0.10, one_machine=False)),
     ]
 
 
@@ -253,23 +253,23 @@ SLOWDOWNS = (0.10, 0.15, 0.20, 0.30)
 def table(jobs: int, power_jobs: int, rounds: int, seed: int) -> Iterator[dict[str, Any]]:
     """A line for each rule and level, as it is done; `goals` lists (goal, met)."""
     for levels in (TYPICAL, HARSH):
-        for entry in entries(rounds):
-            alarm, undecided = false_alarms(entry.rule, levels, jobs, seed)
+        for trial in rule_trials(rounds):
+            alarm, undecided = false_alarms(trial.rule, levels, jobs, seed)
             seen = {
-                slowdown: power(entry.rule, levels, slowdown, power_jobs, seed + 1).share
+                slowdown: power(trial.rule, levels, slowdown, power_jobs, seed + 1).share
                 for slowdown in SLOWDOWNS
             }
             goals = []
-            if entry.goal:
+            if trial.goal:
                 goals.append((f"false alarms at most {FALSE_ALARM_GOAL:.1%}",
                               alarm.upper <= FALSE_ALARM_GOAL))  # fmt: skip
-            if entry.power_goal and levels is TYPICAL:
+            if trial.power_goal and levels is TYPICAL:
                 goals += [
                     (f"power at {slowdown:+.0%} at least {least:.0%}", seen[slowdown] >= least)
                     for slowdown, least in POWER_GOALS.items()
                 ]
             yield {
-                "rule": entry.name,
+                "rule": trial.name,
                 "levels": levels.name,
                 "false_alarm": alarm.columns(),
                 "inconclusive": undecided.columns(),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SLOWER, FAILED, MISSING, INCONCLUSIVE = "slower", "failed", "missing", "inconclusive"
 FASTER, SAME = "faster", "same"
 VERDICTS = (SLOWER, FAILED, MISSING, INCONCLUSIVE, FASTER, SAME)
-"""In the order in which they matter to the exit code."""
+"""The verdicts, in the order in which they matter to the exit code."""
 SCHEMA = 1
 LONG = 200
 """More cells than this nobody reads in a terminal: only what is not the same is listed."""
@@ -91,7 +91,7 @@ class Outcome:
         return f"{words[self.exit_code]}: {counts} of {len(self.lines)} cells"
 
     def columns(self) -> dict[str, Any]:
-        """As JSON."""
+        """The outcome as JSON."""
         return {
             "schema": SCHEMA,
             "base": self.base,

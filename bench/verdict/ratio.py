@@ -62,7 +62,7 @@ def schedule(base_rounds: int, head_rounds: int) -> list[tuple[int, int]]:
 
 
 def of_pairs(base_ms: Sequence[float], head_ms: Sequence[float]) -> Ratio:
-    """From round medians of alternating rounds, pair by pair.
+    """A ratio from round medians of alternating rounds, pair by pair.
 
     Hodges-Lehmann estimate and signed-rank bounds of the log-ratios, as `addbench ab` has them:
     conservative, and unknown for fewer than 5 pairs.
@@ -108,7 +108,7 @@ def level_of_call(call_ms: float, steps_ms: Sequence[float]) -> Level:
 
 
 def of_levels(base: Level, head: Level, why: str) -> Ratio:
-    """From two sides that were measured apart: Welch's t interval of the difference of the logs."""
+    """A ratio from two sides that were measured apart: Welch's t interval of the difference of the logs."""
     from scipy.stats import t
 
     estimate = base.log - head.log

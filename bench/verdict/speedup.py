@@ -29,7 +29,7 @@ MEASURED, FLOPS, PUBLISHED = "latency", "flops", "published"
 
 
 @dataclass(frozen=True)
-class Side:
+class PairSide:
     """One cell of the pair.
 
     Attributes:
@@ -53,7 +53,7 @@ class Side:
 
     @property
     def unet_ms(self) -> float | None:
-        """Of one UNet evaluation of all images, mean over everything that was timed."""
+        """Milliseconds of one UNet evaluation of all images, mean over everything that was timed."""
         found = [
             sum(steps) / row["nfe"]
             for row in self.line.good
@@ -128,8 +128,8 @@ class Speedup:
 
     title: str
     runs: tuple[str, str]
-    base: Side
-    heads: Sequence[Side]
+    base: PairSide
+    heads: Sequence[PairSide]
     figures: Sequence[Figure]
     notes: Sequence[str]
 
@@ -141,7 +141,7 @@ class Speedup:
         return EXIT_OK if len(known) == len(self.heads) else EXIT_INCONCLUSIVE
 
     def columns(self) -> dict[str, Any]:
-        """As JSON."""
+        """The result as JSON."""
         return {
             "schema": SCHEMA,
             "title": self.title,
@@ -154,7 +154,7 @@ class Speedup:
         }
 
 
-def hardware_words(target: Run, side: Side) -> str:
+def hardware_words(target: Run, side: PairSide) -> str:
     """What a side ran on."""
     environment, device = target.header.environment, side.line.cell.device
     words = str(hardware_of(environment, device))
@@ -162,7 +162,7 @@ def hardware_words(target: Run, side: Side) -> str:
 
 
 def result(base: Run, head: Run) -> Speedup:
-    """From the headers and rows of the two runs alone."""
+    """The result from the headers and rows of the two runs alone."""
     (first,), heads = sides_of(base), sides_of(head)
     said = head.header.versus or {}
     pair = PAIRS.get(said["pair"])
@@ -186,7 +186,7 @@ def result(base: Run, head: Run) -> Speedup:
     )
 
 
-def sides_of(target: Run) -> list[Side]:
+def sides_of(target: Run) -> list[PairSide]:
     """A side for each planned cell, with the rows it has."""
     rows, said = target.rows(), target.header.versus or {}
     lines = {line.cell: line for line in by_cell(rows)}
@@ -197,11 +197,11 @@ def sides_of(target: Run) -> list[Side]:
         nfe = line.median("nfe")
         cost = said["gflop"]
         total = None if nfe is None else cost["text"] + nfe * cost["unet"] + cost["decode"]
-        found.append(Side(said["side"], line, total, missing.count(cell)))
+        found.append(PairSide(said["side"], line, total, missing.count(cell)))
     return found
 
 
-def latencies(base: Side, head: Side, hardware: str) -> Figure | None:
+def latencies(base: PairSide, head: PairSide, hardware: str) -> Figure | None:
     """The ratio of what was measured; None where a side has nothing."""
     if base.line.median("median_ms") is None or head.line.median("median_ms") is None:
         return None
@@ -222,7 +222,7 @@ def latencies(base: Side, head: Side, hardware: str) -> Figure | None:
     )
 
 
-def ratio_of(base: Side, head: Side) -> Ratio:
+def ratio_of(base: PairSide, head: PairSide) -> Ratio:
     if not base.single and not head.single:
         medians = [{row["round"]: row["median_ms"] for row in each.line.good}
                    for each in (base, head)]  # fmt: skip
@@ -234,7 +234,7 @@ def ratio_of(base: Side, head: Side) -> Ratio:
     return of_levels(base.level(), head.level(), why)
 
 
-def flops(base: Side, head: Side) -> Figure | None:
+def flops(base: PairSide, head: PairSide) -> Figure | None:
     """What FLOPs alone predict, at the NFE that was counted."""
     if base.gflop is None or head.gflop is None:
         return None
@@ -263,7 +263,7 @@ def source_of(claim: Claim) -> str:
     return f"{claim.qualifier}; {claim.source}"
 
 
-def notes_on(base: Side, heads: Sequence[Side]) -> list[str]:
+def notes_on(base: PairSide, heads: Sequence[PairSide]) -> list[str]:
     notes = [
         "latency of a warm call, end to end; NFE: UNet evaluations of an image, counted; intervals"
         " are 90%, two one-sided 95% bounds"
@@ -293,7 +293,7 @@ def key(name: str) -> Column:
     return Column(name, lambda side: getattr(side.line.cell, name))
 
 
-def cell_columns(sides: Sequence[Side]) -> tuple[list[Column], str]:
+def cell_columns(sides: Sequence[PairSide]) -> tuple[list[Column], str]:
     """(columns of the cells' table, what all cells share in a sentence)."""
     cells = [side.line.cell for side in sides]
     same = [
