@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -188,7 +189,7 @@ def described(file: Path) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name, ast.get_docstring(node) or ""
         body = getattr(node, "body", None)
-        for value, text in zip(body, body[1:], strict=False) if isinstance(body, list) else ():
+        for value, text in pairwise(body) if isinstance(body, list) else ():
             if (
                 isinstance(value, ast.Assign | ast.AnnAssign)
                 and isinstance(text, ast.Expr)

@@ -93,7 +93,10 @@ WAYS = {"cold": cold, "uncached": uncached, "warm": warm, "again": again}
 
 
 def one(way: str, path: Path, part: str) -> dict[str, float]:
-    """Measure one way in a fresh process: seconds, and its peak memory in MB, or that of one it compiled in."""
+    """Measure one way in a fresh process: seconds, and its peak memory in MB.
+
+    Or the peak of a process that it compiled in, where that is higher.
+    """
     from export.bundle import Bundle
 
     seconds = WAYS[way](Bundle.open(path), part)

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 FEWEST_RUNS = 10
 LEAST = 0.08
 SPREADS = 4.0
-"""How many times 1.4826 x MAD a run may be off; that is the standard deviation where the earlier runs scatter normally."""
+"""How many times 1.4826 x MAD a run may be off.
+
+That is the standard deviation where the earlier runs scatter normally.
+"""
 RULE = (
     f"slower: above the median of at least {FEWEST_RUNS} earlier runs by more than"
     f" max({LEAST:.0%}, {SPREADS:g} x 1.4826 x MAD)."

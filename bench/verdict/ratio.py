@@ -108,7 +108,10 @@ def level_of_call(call_ms: float, steps_ms: Sequence[float]) -> Level:
 
 
 def of_levels(base: Level, head: Level, why: str) -> Ratio:
-    """A ratio from two sides that were measured apart: Welch's t interval of the difference of the logs."""
+    """A ratio from two sides that were measured apart.
+
+    Welch's t interval of the difference of the logs.
+    """
     from scipy.stats import t
 
     estimate = base.log - head.log

@@ -53,7 +53,7 @@ class PairSide:
 
     @property
     def unet_ms(self) -> float | None:
-        """Milliseconds of one UNet evaluation of all images, mean over everything that was timed."""
+        """Milliseconds of a UNet evaluation of all images, the mean of everything timed."""
         found = [
             sum(steps) / row["nfe"]
             for row in self.line.good
