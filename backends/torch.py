@@ -11,8 +11,8 @@ FP16, with convolutions in channels-last layout, and in four modes:
 All but eager take a self-attention's Q, K and V as one product (backends/pytorch/selfattention.py).
 
 No GPU was at hand when this was written: what ran on the CPU is the arithmetic of all modes (the
-graph's code path uncaptured); that a capture works, and any speed, is for `python -m
-bench.commands.gpu_check` to say.
+graph's code path uncaptured); that a capture works, and any speed, is for `addbench
+gpu-check` to say.
 """
 
 from __future__ import annotations

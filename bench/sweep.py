@@ -18,8 +18,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from bench.rows.cell import Cell
+from bench.rows.fields import OK
 from bench.rows.header import Header
-from bench.rows.store import OK, RUNS, Row, RowWriter, Run, make_row
+from bench.rows.store import RUNS, Row, RowWriter, Run, make_row
 from bench.run.arguments import AXES, check_arguments, parser, settings_of, shown
 from bench.run.plan import Candidate, Settings
 from core.cli import run

@@ -29,7 +29,8 @@ from bench.machine import environment
 from bench.machine.power import Gauge, source_of
 from bench.rows import stats
 from bench.rows.cell import Cell
-from bench.rows.store import MODELLED, OK, now_utc
+from bench.rows.fields import MODELLED, OK
+from bench.rows.store import now_utc
 from bench.run.measure import Measurement, PeakMemory, StopRule, inputs_of_call, measure
 from core.errors import AddbenchError, PreconditionError
 from core.process import die_with_parent

@@ -30,6 +30,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
 RUNS = ROOT / "results" / "runs"
 PUBLISHED = ROOT / "results" / "published"
+ROOMS = ("core", "distill", "export", "backends", "bench", "addbench", "tests")
+"""Packages of the checkout: one that is missing is a bug, not a package to install."""
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 Main = Callable[[Sequence[str] | None], int]
 
@@ -47,6 +49,12 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `... | head`: what was left to do is not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ROOMS:
+            return bug()
+        missing = missing_package("this", error)
+        print(f"error: {missing}", file=sys.stderr)
+        return missing.exit_code
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             return bug()
@@ -62,7 +70,17 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
         return bug()
 
 
+def missing_package(what: str, error: ModuleNotFoundError) -> PreconditionError:
+    """The refusal of `what`, which imports a package that is not installed."""
+    return PreconditionError(
+        f"{what} needs the package {(error.name or '').split('.')[0]}, which is not installed",
+        "the environment is not complete, or another Python runs",
+        "make install, then .venv/bin/addbench; or `pip install -e .` in the checkout",
+    )
+
+
 def bug() -> int:
+    """Print what Python says of a fault of ours."""
     traceback.print_exc()
     print("error: this is a bug in addbench; the lines above say where", file=sys.stderr)
     return EXIT_BUG

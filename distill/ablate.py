@@ -90,8 +90,8 @@ def run_choice(choice: Choice, seed: int, arguments: argparse.Namespace) -> dict
     config = load_config(arguments.preset, [*changes, f"student.lambda={balanced_lambda(config)}"])
     figures = runs_root() / name / "figures.json"
     wanted = config.stage_hash("student")
-    if figures.exists() and (known := read_json(figures))["config"] == wanted:
-        return dict(known)
+    if figures.exists() and (earlier := read_json(figures))["config"] == wanted:
+        return dict(earlier)
     options = {"device": arguments.device, "precision": arguments.precision, "base": base}
     train(config, run_name=name, stage="student", export=False, **options)
     folder = assemble_turbo(make_context(config, name, **options))
@@ -136,8 +136,8 @@ def directions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return [r[key] for r in rows if (r["group"], r["choice"]) == (choice.group, choice.name)]
 
     def mean(choice: Choice, key: str) -> float:
-        found = values(choice, key)
-        return float(np.mean(found)) if found else float("nan")
+        sample = values(choice, key)
+        return float(np.mean(sample)) if sample else float("nan")
 
     def variance(choice: Choice, key: str, error: Callable[[dict[str, Any]], float]) -> float:
         """Of the mean over seeds."""
@@ -162,7 +162,7 @@ def directions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     def fid_error(row: dict[str, Any]) -> float:
         return float(row["fid_shapes_se@1"])
 
-    found = []
+    verdicts = []
     for choice in CHOICES[1:]:
         ours = mean(choice, "all@1")
         if np.isnan(ours):
@@ -189,16 +189,16 @@ def directions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for key, (mine, theirs) in pairs.items():
             row[f"{key}_agrees"] = None if 0 in (mine, theirs) else mine == theirs
-        found.append(row)
-    return found
+        verdicts.append(row)
+    return verdicts
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Every choice beside the paper's figures for it, and whether the directions agree."""
-    words = {True: "agrees", False: "disagrees", None: "-"}
+    agreement = {True: "agrees", False: "disagrees", None: "-"}
     first = rows[0]
-    found = directions(rows)
-    known = {(row["group"], row["choice"]): row for row in found}
+    verdicts = directions(rows)
+    by_choice = {(row["group"], row["choice"]): row for row in verdicts}
     lines = [
         f"One student per choice and seed ({len({row['seed'] for row in rows})}),"
         f" {first['iterations']} iterations, {first['captions']} held-out captions.",
@@ -212,11 +212,14 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         if not ours:
             continue
         keys = ("all@1", "all@4", "fid_shapes@1", "fid_shapes_se@1")
-        one, four, fid, error = (sum(row[key] for row in ours) / len(ours) for key in keys)
-        judged = known.get((choice.group, choice.name), {})
-        agree = [words[judged.get(f"{key}_agrees")] for key in ("following", "fid")]
+        first_step, fourth_step, fid, error = (
+            sum(row[key] for row in ours) / len(ours) for key in keys
+        )
+        judged = by_choice.get((choice.group, choice.name), {})
+        agree = [agreement[judged.get(f"{key}_agrees")] for key in ("following", "fid")]
         lines.append(
-            f"| {choice.group} | {choice.name} | {one:.3f} | {four:.3f} | {fid:.2f} ± {error:.2f}"
+            f"| {choice.group} | {choice.name} | {first_step:.3f} | {fourth_step:.3f}"
+            f" | {fid:.2f} ± {error:.2f}"
             f" | {choice.paper_fid} | {choice.paper_clip} | {agree[0]} | {agree[1]} |"
         )
     return "\n".join(lines)

@@ -37,8 +37,8 @@ class State:
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint."""
-    found = sorted(path for path in folder.glob("step-*") if (path / STATE).exists())
-    return found[-1] if found else None
+    complete = sorted(path for path in folder.glob("step-*") if (path / STATE).exists())
+    return complete[-1] if complete else None
 
 
 @contextlib.contextmanager
@@ -103,25 +103,25 @@ def resume(
         PreconditionError: it belongs to another configuration, or is in shards and they are not
             asked for (or the other way round).
     """
-    found = latest(folder)
-    if found is None:
+    newest = latest(folder)
+    if newest is None:
         return None
-    state = State(**read_json(found / STATE))
+    state = State(**read_json(newest / STATE))
     if state.config != config:
         raise PreconditionError(
-            f"{found} belongs to another configuration",
+            f"{newest} belongs to another configuration",
             f"its hash is {state.config[:12]}, this command's is {config[:12]}",
             "run with the settings it was started with, pick another --run, or delete the folder",
         )
     if state.sharded != bool(shards):
         raise PreconditionError(
-            f"{found} was written {'with' if state.sharded else 'without'} --shard",
+            f"{newest} was written {'with' if state.sharded else 'without'} --shard",
             "whole networks and shards are kept in different files",
             f"run {'with' if state.sharded else 'without'} --shard, or pick another --run",
         )
-    accelerator.load_state(str(found))
+    accelerator.load_state(str(newest))
     if shards:
-        load_shards(dict(shards), checkpoint_id=found / SHARDS)
+        load_shards(dict(shards), checkpoint_id=newest / SHARDS)
     return state
 
 

@@ -51,9 +51,9 @@ class Context:
 
     def weights(self, stage: str) -> Path:
         """Like `finished`, for a stage that must be."""
-        found = self.finished(stage)
-        if found is not None:
-            return found
+        folder = self.finished(stage)
+        if folder is not None:
+            return folder
         stale = (self.folder / stage / DONE).exists()
         raise PreconditionError(
             f"stage {stage} is not finished in {self.folder}",

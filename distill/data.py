@@ -123,13 +123,13 @@ class Shards:
         _require_captions(path, len(self.members) + len(missing), missing)
 
     def pictures(self, indices: Sequence[int]) -> Tensor:
-        found = []
+        pictures = []
         for index in indices:
             shard, name, offset, length = self.members[index]
             with shard.open("rb") as file:
                 file.seek(offset)
-                found.append(read_picture(file.read(length), name, self.size))
-        return torch.stack(found)
+                pictures.append(read_picture(file.read(length), name, self.size))
+        return torch.stack(pictures)
 
 
 def open_source(data: Data) -> Source:
@@ -156,11 +156,11 @@ def read_picture(content: bytes, name: str, size: int) -> Tensor:
 
 def batch_indices(length: int, batch: int, step: int, seed: int) -> list[int]:
     """Which pictures step `step` trains on: shuffled epochs laid end to end."""
-    found = []
+    indices = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, place = divmod(position, length)
-        found.append(int(_order(length, epoch, seed)[place]))
-    return found
+        indices.append(int(_order(length, epoch, seed)[place]))
+    return indices
 
 
 @functools.lru_cache(maxsize=2)

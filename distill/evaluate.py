@@ -69,12 +69,12 @@ def held_out(captions: int, seed: int = CAPTION_SEED) -> list[Scene]:
     from distill.shapes import scenes
 
     third = -(-captions // 3)
-    found = [scene for count in (1, 2, 3) for scene in scenes(third, seed, True, count)]
-    return found[:captions]
+    items = [scene for count in (1, 2, 3) for scene in scenes(third, seed, True, count)]
+    return items[:captions]
 
 
 def fid_features(
-    made: Pictures, items: Sequence[Scene], network_folder: Path, size: int
+    drawn: Pictures, items: Sequence[Scene], network_folder: Path, size: int
 ) -> tuple[Features, Features]:
     """The project's own network's features of pictures and of drawings of the same scenes."""
     from distill.features import load_features
@@ -83,16 +83,16 @@ def fid_features(
 
     network = load_features(network_folder, "fid")
     real = draw(items, seed=CAPTION_SEED, size=size)
-    return features(network, made), features(network, real)
+    return features(network, drawn), features(network, real)
 
 
 def fid_shapes(
-    made: Pictures, items: Sequence[Scene], network_folder: Path, size: int
+    drawn: Pictures, items: Sequence[Scene], network_folder: Path, size: int
 ) -> tuple[float, float]:
     """FID over the project's own network, and its standard error."""
     from distill.fidelity import frechet_deviation, frechet_distance
 
-    pair = fid_features(made, items, network_folder, size)
+    pair = fid_features(drawn, items, network_folder, size)
     return frechet_distance(*pair), frechet_deviation(*pair)
 
 
@@ -169,13 +169,13 @@ def evaluate(
 
     items = held_out(captions)
     seeds = range(seed, seed + len(items))
-    drawn_under, made = draw_texts(model, [scene.caption for scene in items], seeds, **options)
-    figures = {**drawn_under, "captions": len(items), "seed": seed, **following(made, items)}
+    drawn_under, pictures = draw_texts(model, [scene.caption for scene in items], seeds, **options)
+    figures = {**drawn_under, "captions": len(items), "seed": seed, **following(pictures, items)}
     if (model / "fid" / "fid.json").exists():
-        distance, error = fid_shapes(made, items, model / "fid", made.shape[1])
+        distance, error = fid_shapes(pictures, items, model / "fid", pictures.shape[1])
         figures |= {"fid_shapes": distance, "fid_shapes_se": error}
         figures["fid_samples"] = len(items)
-    return figures, made
+    return figures, pictures
 
 
 def evaluate_wording(
@@ -199,18 +199,16 @@ def evaluate_wording(
     prefixes = [(caption.prefixes() if typed else [caption]) for caption in whole]
     texts = [caption.text for row in prefixes for caption in row]
     seeds = [seed + index for index, row in enumerate(prefixes) for _ in row]
-    drawn_under, made = draw_texts(model, texts, seeds, **options)
+    drawn_under, pictures = draw_texts(model, texts, seeds, **options)
     figures = {**drawn_under, "wording": wording, "captions": len(whole), "seed": seed}
     if not typed:
-        return figures | saying(made, [caption.said for caption in whole]), made
-    pictures = iter(made)
-    figures["pictures"] = len(made)
-    figures["steady"] = steadiness(
-        [(row[-1].text, [next(pictures) for _ in row]) for row in prefixes]
-    )
+        return figures | saying(pictures, [caption.said for caption in whole]), pictures
+    shown = iter(pictures)
+    figures["pictures"] = len(pictures)
+    figures["steady"] = steadiness([(row[-1].text, [next(shown) for _ in row]) for row in prefixes])
     nothing = Said((), counted=False)
-    figures["valid"] = sum(judge(picture, nothing).valid for picture in made) / len(made)
-    return figures, made
+    figures["valid"] = sum(judge(picture, nothing).valid for picture in pictures) / len(pictures)
+    return figures, pictures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -236,21 +234,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             "decoder": arguments.decoder,
         }
         if wording == "full":
-            figures, made = evaluate(arguments.model, **options)
+            figures, pictures = evaluate(arguments.model, **options)
         else:
-            figures, made = evaluate_wording(arguments.model, wording, **options)
+            figures, pictures = evaluate_wording(arguments.model, wording, **options)
         if arguments.inception or arguments.clip:
             from distill.fidelity import standard_scores
             from distill.shapes import draw
 
             items = held_out(arguments.captions)
-            real = draw(items, seed=CAPTION_SEED, size=made.shape[1])
+            real = draw(items, seed=CAPTION_SEED, size=pictures.shape[1])
             figures |= standard_scores(
-                made, real, [scene.caption for scene in items],
+                pictures, real, [scene.caption for scene in items],
                 inception=arguments.inception, clip=arguments.clip,
             )  # fmt: skip
         rows.append(figures)
-        spread = made[:: max(1, len(made) // 16)][:16]
+        spread = pictures[:: max(1, len(pictures) // 16)][:16]
         sheets.append(spread)
         print(json.dumps(figures), flush=True)
     if arguments.out:

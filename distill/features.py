@@ -81,19 +81,20 @@ class PictureFeatures(nn.Module):
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
         hidden = self.stem(pictures)
-        found = []
+        maps = []
         for level in self.levels:
             hidden = level(hidden)
-            found.append(hidden)
-        return found
+            maps.append(hidden)
+        return maps
 
     def forward(self, pictures: Tensor) -> tuple[list[Tensor], Tensor]:
         """Standardised maps (per channel, over training pictures) and the embedding."""
         maps = self.maps(pictures)
         embedding = self.head(functional.silu(maps[-1]).flatten(1))
         standard = [
-            (found.float() - self.get_buffer(f"mean{level}")) / self.get_buffer(f"deviation{level}")
-            for level, found in enumerate(maps)
+            (level_map.float() - self.get_buffer(f"mean{level}"))
+            / self.get_buffer(f"deviation{level}")
+            for level, level_map in enumerate(maps)
         ]
         return standard, embedding
 
@@ -101,14 +102,14 @@ class PictureFeatures(nn.Module):
         """Logits per place of each map, and logits of facts about the whole picture."""
         maps = self.maps(pictures)
         embedding = self.head(functional.silu(maps[-1]).flatten(1))
-        places = [ask(found) for ask, found in zip(self.answers, maps, strict=True)]
+        places = [ask(level_map) for ask, level_map in zip(self.answers, maps, strict=True)]
         return places, self.facts(embedding)
 
     @torch.no_grad()
     def standardise(self, pictures: Tensor) -> None:
         """Take the maps' means and deviations from these pictures."""
-        for level, found in enumerate(self.maps(pictures)):
-            deviation, mean = torch.std_mean(found.float(), (0, 2, 3), keepdim=True)
+        for level, level_map in enumerate(self.maps(pictures)):
+            deviation, mean = torch.std_mean(level_map.float(), (0, 2, 3), keepdim=True)
             self.get_buffer(f"mean{level}").copy_(mean)
             self.get_buffer(f"deviation{level}").copy_(deviation.clamp_min(1e-3))
 

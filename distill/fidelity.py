@@ -23,11 +23,11 @@ Features = NDArray[np.float64]
 @torch.no_grad()
 def features(network: nn.Module, pictures: Pictures) -> Features:
     """[n, width] of uint8 pictures [n, size, size, 3]."""
-    found = []
+    parts = []
     for start in range(0, len(pictures), 256):
         part = torch.from_numpy(pictures[start : start + 256]).permute(0, 3, 1, 2).float()
-        found.append(network(part / 127.5 - 1).double().numpy())
-    return np.concatenate(found)
+        parts.append(network(part / 127.5 - 1).double().numpy())
+    return np.concatenate(parts)
 
 
 def frechet_distance(first: Features, second: Features) -> float:
@@ -38,24 +38,29 @@ def frechet_distance(first: Features, second: Features) -> float:
     there are few samples: give their number beside it, at least ten times the width.
     """
     difference = first.mean(0) - second.mean(0)
-    one, two = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
-    roots = np.sqrt(np.linalg.eigvals(one @ two).real.clip(0))
-    distance = float(difference @ difference + np.trace(one) + np.trace(two) - 2 * roots.sum())
+    first_covariance, second_covariance = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    roots = np.sqrt(np.linalg.eigvals(first_covariance @ second_covariance).real.clip(0))
+    distance = float(
+        difference @ difference
+        + np.trace(first_covariance)
+        + np.trace(second_covariance)
+        - 2 * roots.sum()
+    )
     return max(distance, 0.0)
 
 
 def frechet_deviation(first: Features, second: Features, resamples: int = 100) -> float:
     """Standard error of `frechet_distance`: its deviation over resampled pairs (bootstrap)."""
     rng = np.random.default_rng(0)
-    found = []
+    distances = []
     for _ in range(resamples):
         chosen = rng.integers(len(first), size=len(first))
-        found.append(frechet_distance(first[chosen], second[chosen]))
-    return float(np.std(found, ddof=1))
+        distances.append(frechet_distance(first[chosen], second[chosen]))
+    return float(np.std(distances, ddof=1))
 
 
 def standard_scores(
-    made: Pictures,
+    drawn: Pictures,
     real: Pictures,
     captions: list[str],
     *,
@@ -80,13 +85,13 @@ def standard_scores(
             )
     scores = {}
     if inception is not None:
-        scores["fid"] = _standard_fid(made, real, inception)
+        scores["fid"] = _standard_fid(drawn, real, inception)
     if clip is not None:
-        scores["clip_score"] = clip_score(made, captions, clip)
+        scores["clip_score"] = clip_score(drawn, captions, clip)
     return scores
 
 
-def _standard_fid(made: Pictures, real: Pictures, inception: Path) -> float:
+def _standard_fid(drawn: Pictures, real: Pictures, inception: Path) -> float:
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -99,13 +104,13 @@ def _standard_fid(made: Pictures, real: Pictures, inception: Path) -> float:
             str(error),
             "pip install -e '.[scores]', with the torchvision of your torch's own index",
         ) from error
-    for pictures, is_real in ((real, True), (made, False)):
+    for pictures, is_real in ((real, True), (drawn, False)):
         fid.update(torch.from_numpy(pictures).permute(0, 3, 1, 2), real=is_real)
     return float(fid.compute())
 
 
 @torch.no_grad()
-def clip_score(made: Pictures, captions: list[str], folder: Path) -> float:
+def clip_score(drawn: Pictures, captions: list[str], folder: Path) -> float:
     """100 x the mean cosine of each picture and its caption, not below 0.
 
     As torchmetrics defines it, on transformers itself: torchmetrics 1.9 does not read what
@@ -123,10 +128,10 @@ def clip_score(made: Pictures, captions: list[str], folder: Path) -> float:
             "download a CLIP in transformers format, with its processor, and pass its folder",
         ) from error
     cosines = []
-    for start in range(0, len(made), 32):
+    for start in range(0, len(drawn), 32):
         part = slice(start, start + 32)
         asked = processor(
-            text=captions[part], images=list(made[part]), return_tensors="pt",
+            text=captions[part], images=list(drawn[part]), return_tensors="pt",
             padding=True, truncation=True,
         )  # fmt: skip
         out = model(**asked)

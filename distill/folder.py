@@ -131,8 +131,8 @@ def _write_index(folder: Path) -> None:
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
     }
-    for part, found in CLASSES.items():
-        index[part] = list(found or ("diffusers", scheduler))
+    for part, kind in CLASSES.items():
+        index[part] = list(kind or ("diffusers", scheduler))
     write_json(folder / "model_index.json", index)
 
 
@@ -140,8 +140,8 @@ def _write_record(context: Context, folder: Path) -> None:
     """training.json: the recipe and how it went; training-log.jsonl: the losses."""
     stages = {}
     for name in context.config.stages:
-        if (found := context.finished(name)) is not None:
-            stages[name] = read_json(found / DONE)
+        if (finished := context.finished(name)) is not None:
+            stages[name] = read_json(finished / DONE)
     record = {
         "config": dataclasses.asdict(context.config),
         "stages": stages,
@@ -190,8 +190,8 @@ def write_card(
         "|---|---|---|---|",
     ]
     for stage in config.stages:
-        if (found := context.finished(stage)) is not None:
-            done = read_json(found / DONE)
+        if (finished := context.finished(stage)) is not None:
+            done = read_json(finished / DONE)
             budget = done.get("minutes")
             ended = f" (ended by --minutes {budget:g})" if budget else ""
             minutes, told = done["seconds"] / 60, done.get("git_revision", "not recorded")

@@ -48,7 +48,7 @@ MAX_OBJECTS = 5
 
 
 @dataclass(frozen=True)
-class Found:
+class SeenObject:
     """One object read from a picture; `shape`, `colour` and `size` are "" where unreadable."""
 
     shape: str
@@ -75,7 +75,7 @@ class Verdict:
         return all(self.right.values())
 
 
-Reading = tuple[str, list[Found]]
+Reading = tuple[str, list[SeenObject]]
 """The background of a picture and its objects."""
 
 
@@ -106,7 +106,7 @@ def read_picture(picture: Pictures) -> Reading:
 
 def _read_object(
     image: Array, ground: Array, away: Array, inside: NDArray[np.bool_], pixel: float
-) -> Found:
+) -> SeenObject:
     core = inside & (away >= np.quantile(away[inside], 0.6))
     colour = np.median(image[core], axis=0)
     step = colour - ground
@@ -122,7 +122,7 @@ def _read_object(
     size = "" if not 0.75 * small < radius < 1.3 * large else "small"
     if size and radius > (small * large) ** 0.5:
         size = "large"
-    return Found(
+    return SeenObject(
         shape=shape if overlap >= MIN_OVERLAP else "",
         colour=nearest_colour(colour, COLOURS),
         size=size,
@@ -159,7 +159,7 @@ def judge(picture: Pictures, asked: Scene | Said) -> Verdict:
     ground, objects = read_picture(picture)
     # A relation speaks of two objects, also before it has named the second.
     wanted = said.mentions + (Mention(),) * (bool(said.relation) and len(said.mentions) == 1)
-    padded: list[Found | None] = [*objects, *[None] * (len(wanted) - len(objects))]
+    padded: list[SeenObject | None] = [*objects, *[None] * (len(wanted) - len(objects))]
     best: dict[str, bool] = {}
     best_score = -1
     for order in permutations(padded[:MAX_OBJECTS], len(wanted)):
@@ -183,7 +183,7 @@ def judge(picture: Pictures, asked: Scene | Said) -> Verdict:
     return Verdict({name: right[name] for name in ATTRIBUTES if name in right}, valid)
 
 
-def _positions_right(said: Said, order: Sequence[Found | None]) -> list[bool]:
+def _positions_right(said: Said, order: Sequence[SeenObject | None]) -> list[bool]:
     if said.relation is not None:
         first, second = order[:2]
         if first is None or second is None:
@@ -199,7 +199,7 @@ def _positions_right(said: Said, order: Sequence[Found | None]) -> list[bool]:
     ]
 
 
-def _near_anchor(item: Found, place: str) -> bool:
+def _near_anchor(item: SeenObject, place: str) -> bool:
     distances = {name: float(np.hypot(item.x - x, item.y - y)) for name, (x, y) in ANCHORS.items()}
     nearest = min(distances, key=distances.__getitem__)
     return nearest == place and distances[nearest] <= MAX_ANCHOR_DISTANCE
@@ -243,16 +243,16 @@ def saying(pictures: Pictures, captions: Sequence[Said]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in shares.items() if values}
 
 
-def same_scene(one: Reading, other: Reading) -> bool:
+def same_scene(reading: Reading, other: Reading) -> bool:
     """Whether two pictures show the same: background, and objects of a kind at the same places.
 
     Pictures of more than `MAX_OBJECTS` are none.
     """
 
-    def kind(item: Found) -> tuple[str, str, str]:
+    def kind(item: SeenObject) -> tuple[str, str, str]:
         return item.shape, item.colour, item.size
 
-    (ground, first), (other_ground, second) = one, other
+    (ground, first), (other_ground, second) = reading, other
     if ground != other_ground or len(first) != len(second) or len(first) > MAX_OBJECTS:
         return False
     return any(

@@ -78,10 +78,10 @@ class Latents:
         return torch.from_numpy(np.load(path))
 
 
-def edge_loss(made: Tensor, wanted: Tensor) -> Tensor:
+def edge_loss(decoded: Tensor, wanted: Tensor) -> Tensor:
     """L1 of the differences between neighbouring pixels: makes blurred edges cost more."""
-    rows = functional.l1_loss(made.diff(dim=2), wanted.diff(dim=2))
-    return rows + functional.l1_loss(made.diff(dim=3), wanted.diff(dim=3))
+    rows = functional.l1_loss(decoded.diff(dim=2), wanted.diff(dim=2))
+    return rows + functional.l1_loss(decoded.diff(dim=3), wanted.diff(dim=3))
 
 
 def to_uint8(pictures: Tensor) -> np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]]:

@@ -119,7 +119,7 @@ def generate(
 
     guidance: classifier-free guidance scale; 0 and 1 mean none, and one UNet evaluation a step.
     """
-    found = []
+    batches = []
     for start in range(0, len(captions), batch):
         with autocast():
             pictures = pipeline(
@@ -131,5 +131,7 @@ def generate(
                 width=size,
                 output_type="np",
             ).images
-        found.append(np.rint(np.asarray(pictures, np.float32) * 255).clip(0, 255).astype(np.uint8))
-    return np.concatenate(found)
+        batches.append(
+            np.rint(np.asarray(pictures, np.float32) * 255).clip(0, 255).astype(np.uint8)
+        )
+    return np.concatenate(batches)

@@ -54,22 +54,24 @@ def measure_run(context: Context, turbo: Path, teacher: Path) -> dict[str, Any]:
             evaluate(teacher, steps=steps, guidance=guidance, **options)[0]
             for guidance in (0.0, guided)
         ]
-    found = compare(student_rows, teacher_rows, full)
-    found["wordings"] = [
+    quality = compare(student_rows, teacher_rows, full)
+    quality["wordings"] = [
         evaluate_wording(turbo, wording, steps=steps, **options)[0]
         for wording in WORDINGS[1:]
         for steps in ((1,) if wording == "typed" else (1, 4))
     ]
-    found["tiny"] = [
+    quality["tiny"] = [
         evaluate(turbo, steps=steps, decoder="taesd", **options)[0] for steps in STUDENT_STEPS
     ]
-    found["tiny_encoder"] = tiny_encoder(turbo, config.evaluate_captions)
-    found["ratios"] |= typing_shares(found)
-    found["missed"] = [name for name, goal in WANTED.items() if (found["ratios"][name] or 0) < goal]
+    quality["tiny_encoder"] = tiny_encoder(turbo, config.evaluate_captions)
+    quality["ratios"] |= typing_shares(quality)
+    quality["missed"] = [
+        name for name, goal in WANTED.items() if (quality["ratios"][name] or 0) < goal
+    ]
     for folder in (turbo, teacher):
-        write_json(folder / "quality.json", found)
-        write_card(context, folder, found)
-    return found
+        write_json(folder / "quality.json", quality)
+        write_card(context, folder, quality)
+    return quality
 
 
 def tiny_encoder(turbo: Path, captions: int) -> dict[str, float]:
@@ -93,18 +95,18 @@ def tiny_encoder(turbo: Path, captions: int) -> dict[str, float]:
     return {name: following(np.concatenate(made), items)["all"] for name, made in shown.items()}
 
 
-def typing_shares(found: dict[str, Any]) -> dict[str, float]:
+def typing_shares(quality: dict[str, Any]) -> dict[str, float]:
     """The student's shares at one step that are wanted of it, by goal."""
-    first = {row["wording"]: row for row in found["wordings"] if row["steps"] == 1}
+    first = {row["wording"]: row for row in quality["wordings"] if row["steps"] == 1}
     return {
-        "full": found["student"][0]["all"],
+        "full": quality["student"][0]["all"],
         "grounds": first["grounds"]["all"],
         "loose": first["loose"]["all"],
         "cut_stated": first["cut"]["stated"],
         "cut_valid": first["cut"]["valid"],
         "steady": first["typed"]["steady"],
-        "tiny_decoder": found["tiny"][0]["all"],
-        "tiny_encoder": found["tiny_encoder"]["vae"],
+        "tiny_decoder": quality["tiny"][0]["all"],
+        "tiny_encoder": quality["tiny_encoder"]["vae"],
     }
 
 
@@ -128,7 +130,7 @@ def compare(
     return {"student": student, "teacher": teacher, "ratios": ratios, "wanted": WANTED}
 
 
-def quality_table(found: dict[str, Any]) -> list[str]:
+def quality_table(quality: dict[str, Any]) -> list[str]:
     """Markdown rows of every evaluation."""
     names = ("all", "all_1", "all_2", "all_3", "count", "shape", "colour", "size", "position",
              "background")  # fmt: skip
@@ -136,7 +138,7 @@ def quality_table(found: dict[str, Any]) -> list[str]:
         f"| model | steps | guidance | {' | '.join(names)} | FID (own network) |",
         "|---" * (len(names) + 4) + "|",
     ]
-    for row in (*found["student"], *found["teacher"]):
+    for row in (*quality["student"], *quality["teacher"]):
         shares = " | ".join(f"{row[name]:.3f}" if name in row else "" for name in names)
         fid = f"{row['fid_shapes']:.4f}" if "fid_shapes" in row else ""
         lines.append(
@@ -145,15 +147,15 @@ def quality_table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def wording_table(found: dict[str, Any]) -> list[str]:
+def wording_table(quality: dict[str, Any]) -> list[str]:
     """Markdown rows of the student on other captions than the grammar's, and through the tiny
     decoder."""
     lines = [
         "| captions | decoder | steps | all that is said | attributes stated | a scene | steady |",
         "|---|---|---|---|---|---|---|",
     ]
-    full = [row | {"wording": "full"} for row in found.get("tiny", ())]
-    for row in (*found.get("wordings", ()), *full):
+    full = [row | {"wording": "full"} for row in quality["tiny"]]
+    for row in (*quality["wordings"], *full):
         shares = " | ".join(
             f"{row[name]:.3f}" if name in row else ""
             for name in ("all", "stated", "valid", "steady")
@@ -162,19 +164,19 @@ def wording_table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def weaknesses(found: dict[str, Any]) -> list[str]:
+def weaknesses(quality: dict[str, Any]) -> list[str]:
     """Sentences on what the figures say against the student and its teacher."""
-    student, teacher = found["student"], found["teacher"]
+    student, teacher = quality["student"], quality["teacher"]
     counts = {"all_1": "one object", "all_2": "two objects", "all_3": "three objects"}
-    known = [key for key in counts if all(key in row for row in (*student, *teacher))]
+    counted = [key for key in counts if all(key in row for row in (*student, *teacher))]
     said = []
-    if known:
-        hardest = min(known, key=lambda key: sum(row[key] for row in student))
+    if counted:
+        hardest = min(counted, key=lambda key: sum(row[key] for row in student))
         shares = " / ".join(f"{row[hardest]:.1%}" for row in student)
         steps = " / ".join(str(row["steps"]) for row in student)
         said.append(f"Pictures of {counts[hardest]} are hardest: {shares} at {steps} steps.")
-        one = next(r for r in teacher if r["steps"] == 1 and not r["guidance"])
-        parts = ", ".join(f"{one[key]:.1%} of {counts[key]}" for key in known)
+        single = next(r for r in teacher if r["steps"] == 1 and not r["guidance"])
+        parts = ", ".join(f"{single[key]:.1%} of {counts[key]}" for key in counted)
         said.append(
             f"The gap that the student closes at one step is not the same everywhere: the teacher's"
             f" single step without guidance gets {parts} right."

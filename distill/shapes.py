@@ -189,8 +189,8 @@ def random_scene(
 ) -> Scene:
     """A scene of any split; `count` objects, or one to three (40, 30, 30%)."""
 
-    def pick(words: Sequence[str]) -> str:
-        return words[int(rng.random() * len(words))]
+    def pick(names: Sequence[str]) -> str:
+        return names[int(rng.random() * len(names))]
 
     count = count or (1, 1, 1, 1, 2, 2, 2, 3, 3, 3)[int(rng.random() * 10)]
     background = pick(backgrounds)
@@ -314,15 +314,15 @@ def render(items: Sequence[Scene], layouts: Sequence[Layout], size: int = CANVAS
     padded[:] = ground[:, None, None]
     offsets = np.arange(2 * half)
     for shape in SHAPES:
-        found = [
+        drawn = [
             (index, centre / pixel, radius, COLOURS[item.colour])
             for index, scene in enumerate(items)
             for item, centre, radius in zip(scene.objects, *layouts[index], strict=True)
             if item.shape == shape
         ]
-        if not found:
+        if not drawn:
             continue
-        numbers, centres, radii, colours = (np.array(column) for column in zip(*found, strict=True))
+        numbers, centres, radii, colours = (np.array(column) for column in zip(*drawn, strict=True))
         corner = np.rint(centres).astype(int) - half
         dx = (corner[:, :1] + offsets + 0.5 - centres[:, :1]).astype(np.float32) * pixel
         dy = (corner[:, 1:] + offsets + 0.5 - centres[:, 1:]).astype(np.float32) * pixel

@@ -158,8 +158,8 @@ def train(
         if len(written) == 2:  # turbo and teacher: a run from nothing
             from distill.report import measure_run
 
-            found = measure_run(context, *written)
-            _say(accelerator, f"ratios {found['ratios']}, wanted {found['wanted']}")
+            quality = measure_run(context, *written)
+            _say(accelerator, f"ratios {quality['ratios']}, wanted {quality['wanted']}")
     accelerator.wait_for_everyone()
     return folder
 

@@ -1,4 +1,4 @@
-"""`addbench export`: a checkpoint becomes a bundle. `addbench verify PATH` checks one."""
+"""`addbench export`: a checkpoint becomes a bundle, one ONNX graph for each part."""
 
 from __future__ import annotations
 
@@ -22,32 +22,34 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["verify"]:
-        return _verify(_verify_parser().parse_args(arguments[1:]).bundle)
-    return _export(_parser().parse_args(arguments))
+    if arguments[:1] == ["verify"]:  # `python -m export verify`, for `addbench verify`
+        from export import verify
+
+        return verify.main(arguments[1:])
+    return _export(parser().parse_args(arguments))
 
 
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    top = Parser(
         prog="addbench export",
         description="Export a checkpoint to a bundle: one ONNX graph for each part.",
         epilog="`addbench verify PATH` hashes a bundle again.",
     )
-    parser.add_argument(
+    top.add_argument(
         "--model",
         default=DEFAULT_MODEL,
         metavar="NAME|PATH",
         help=f"{', '.join(MODELS)}, or a folder of an SDXL-like or SD-like checkpoint"
         " (default: %(default)s)",
     )
-    parser.add_argument(
+    top.add_argument(
         "--weights",
         metavar="hub|folder|random|ORG/NAME[@REVISION]|PATH",
         help="the model's own hub repository, what ships with the checkout, random numbers, "
         "another repository, or a folder in diffusers format (default: the first of folder, hub "
         "and random that the model has)",
     )
-    parser.add_argument(
+    top.add_argument(
         "--dtype", default="fp16", choices=("fp16", "fp32"), help="of the weights (default: fp16)"
     )
     for flag, what in (
@@ -55,60 +57,38 @@ def _parser() -> Parser:
         ("--taesd", "AutoencoderTiny"),
         ("--unet", "UNet2DConditionModel (or one .safetensors file of it)"),
     ):
-        parser.add_argument(flag, metavar="ID|PATH", help=f"{what} to use instead of the model's")
-    parser.add_argument(
+        top.add_argument(flag, metavar="ID|PATH", help=f"{what} to use instead of the model's")
+    top.add_argument(
         "--lora",
         action="append",
         default=[],
         metavar="FILE|ID[:WEIGHT]",
         help="LoRA weights to fuse, repeatable; the bundle's name says so",
     )
-    parser.add_argument(
+    top.add_argument(
         "--size",
         type=image_size,
         metavar="PIXELS|WxH",
         help="of the images, which the graphs are made for (default: the model's)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
-    parser.add_argument(
+    top.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
+    top.add_argument(
         "--out",
         type=Path,
         metavar="FOLDER",
         help="the bundle's own folder (default: build/<model>-<weights>-<dtype>[-<size>])",
     )
-    parser.add_argument("--force", action="store_true", help="export again what is there already")
-    parser.add_argument(
+    top.add_argument("--force", action="store_true", help="export again what is there already")
+    top.add_argument(
         "--no-parity", action="store_true", help="skip the comparison with torch in FP32"
     )
-    parser.add_argument(
+    top.add_argument(
         "--allow-pickle",
         action="store_true",
         help="read .bin files where there is no safetensors; reading a pickle RUNS CODE that is in "
         "the file: only for files whose origin you trust",
     )
-    return parser
-
-
-def _verify_parser() -> Parser:
-    parser = Parser(
-        prog="addbench verify", description="Hash a bundle's files against its manifest."
-    )
-    parser.add_argument("bundle", type=Path, metavar="PATH", help="the bundle's folder")
-    return parser
-
-
-def _verify(path: Path) -> int:
-    from export.bundle import Bundle
-
-    bundle = Bundle.open(path)
-    problems = bundle.verify()
-    for problem in problems:
-        print(problem)
-    if problems:
-        print(f"{bundle.path}: {len(problems)} problems; export it again with --force")
-        return EXIT_FAILED
-    print(f"{bundle.path}: {len(bundle.manifest['files'])} files, as they were exported")
-    return EXIT_OK
+    return top
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -245,12 +225,12 @@ def _vouched(target: Path) -> bool:
 def _parity(bundle: Path) -> int:
     """Compare the bundle with torch, in a process of its own. Its exit code is the command's."""
     sys.stdout.flush()
-    command = [sys.executable, "-m", "backends", "parity", str(bundle)]
+    command = [sys.executable, "-m", "backends.commands.parity", "--model", str(bundle)]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     if code:
         print(
             f"parity failed with exit code {code}: the bundle {bundle} is complete, its numbers are"
-            f" not vouched for\n  next: addbench parity {bundle}",
+            f" not vouched for\n  next: addbench parity --model {bundle}",
             file=sys.stderr,
         )
     return code if code >= 0 else EXIT_FAILED  # a negative one is a signal

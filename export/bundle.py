@@ -264,7 +264,7 @@ class Bundle:
                 raise AddbenchError(
                     f"the reference image {index.parent / entry['file']} has changed",
                     "its hash is not the one in reference.json",
-                    f"draw it again: addbench parity {self.path}",
+                    f"draw it again: addbench parity --model {self.path}",
                 )
             decoder, _, steps = key.rpartition("-")
             images[decoder, int(steps)] = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.rows.cell import Cell
+from bench.rows.fields import OK
 from bench.rows.stats import median_or_none
-from bench.rows.store import OK, Row, Run
+from bench.rows.store import Row, Run
 from core.devices import devices, identify
 
 DATA = Path(__file__).with_name("data")

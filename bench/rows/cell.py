@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any, Self
 
+from bench.rows.fields import KEY_COLUMNS, LATER
 from export.models import MODELS, scheduler_name
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
     """One point of a sweep. Rows of different runs are about the same thing if their cells match.
+
+    Its fields are the key columns of `bench.rows.fields`, in their order.
 
     Attributes:
         model, weights: the bundle's name, and `hub`, `folder` or `random`.
@@ -88,8 +91,3 @@ class Cell:
         """Names of the key columns in which two cells differ."""
         pairs = zip(KEY_COLUMNS, astuple(self), astuple(other), strict=True)
         return [name for name, mine, theirs in pairs if mine != theirs]
-
-
-KEY_COLUMNS = tuple(field.name for field in fields(Cell))
-LATER: dict[str, Any] = {"guidance": 0.0, "guidance_mode": "none", "low_memory": False}
-"""Columns that rows written before they existed lack, with what those rows mean."""

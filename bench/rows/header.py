@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from bench.rows.cell import KEY_COLUMNS, LATER, Cell
-from bench.rows.types import WORDS, allowed
+from bench.rows.cell import Cell
+from bench.rows.fields import BY_NAME, KEY_COLUMNS, LATER, SCHEMA
+from bench.rows.types import WORDS
 from core.errors import PreconditionError, no_text
 from core.files import read_json
 
-SCHEMA = 1
 HEADER = "header.json"
 NEEDED: dict[str, tuple[type, tuple[str, ...]]] = {
     "run": (str, ()),
@@ -153,7 +153,7 @@ def fault_of(said: Mapping[str, Any]) -> str | None:
         for column in KEY_COLUMNS:
             if column not in LATER and column not in cell:
                 return f"plan[{place}].{column}"
-            if column in cell and type(cell[column]) not in allowed(column):
-                return f"plan[{place}].{column} ({WORDS[allowed(column)[-1]]})"
+            if column in cell and type(cell[column]) not in BY_NAME[column].types:
+                return f"plan[{place}].{column} ({WORDS[BY_NAME[column].types[-1]]})"
         right.add(kinds)
     return None

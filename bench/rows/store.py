@@ -1,6 +1,6 @@
 """Rows: append, read, resume. A run is a folder with a header and `rows.jsonl`.
 
-results/README.md documents every column; `tests/bench/test_store.py` holds the two together.
+Columns are those of `bench.rows.fields`; results/README.md is derived from them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from bench.rows.cell import KEY_COLUMNS, LATER, Cell
-from bench.rows.header import HEADER, SCHEMA, Header
+from bench.rows.cell import Cell
+from bench.rows.fields import (
+    COLUMNS,
+    CONTEXT,
+    EMULATED,
+    FIGURES,
+    MODELLED,
+    NUMERICS,
+    OK,
+    OLDER,
+    SCHEMA,
+    STATUSES,
+)
+from bench.rows.header import HEADER, Header
 from bench.rows.names import label_of, names_in
 from bench.rows.types import Types
 from core.errors import AddbenchError, PreconditionError, no_text
@@ -29,75 +41,8 @@ LATEST = "latest"
 RUNS = ROOT / "results" / "runs"
 PUBLISHED = ROOT / "results" / "published"
 
-OK = "ok"
-STATUSES = (
-    OK,
-    "failed",
-    "crashed",
-    "timeout",
-    "oom",
-    "non_finite",
-    "mismatch",
-    "unavailable",
-    "skipped",
-)
-FLAGS = ("single_sample", "unstable", "under_sampled", "disturbed", "throttled", "stage_gap",
-         "process_peak")  # fmt: skip
-FIGURES: dict[str, Any] = {
-    "samples_ms": [],
-    "cold_ms": None,
-    "process_cold": None,
-    "median_ms": None,
-    "low_ms": None,
-    "high_ms": None,
-    "mean_ms": None,
-    "min_ms": None,
-    "max_ms": None,
-    "sd_ms": None,
-    "cv": None,
-    "p90_ms": None,
-    "p99_ms": None,
-    "images_per_s": None,
-    "period_ms": None,
-    "stages_ms": None,
-    "stages_samples_ms": None,
-    "stages_from": None,
-    "nfe": None,
-    "warmup_calls": None,
-    "load_s": None,
-    "compile_s": None,
-    "compile_cached": None,
-    "compile_peak_mb": None,
-    "peak_memory_mb": None,
-    "energy_j": None,
-    "accelerator": None,
-    "modelled": None,
-    "roofline": None,
-    "flags": [],
-    "image_check": None,
-    "quality": None,
-    "artifacts": {},
-    "versions": None,
-    "load_avg": None,
-    "other_cpu": None,
-    "cpu_freq_mhz": None,
-    "error": None,
-}
-"""What a worker fills in, with the values of a cell that never ran."""
-ADDED = ("low_ms", "high_ms", "period_ms", "compile_peak_mb", "accelerator", "modelled", "quality",
-         "versions")  # fmt: skip
-"""Which of them rows may lack that were written before they existed: they mean the same there."""
-MODELLED = "modelled"
-"""Provenance of a device that is not here: its row needs no samples."""
-EMULATED = "emulated"
-"""Provenance of numerics without a speed: a row of it holds no time, and no figure of one."""
-NUMERICS = ("nfe", "image_check", "quality", "artifacts", "error")
-"""What of FIGURES such a row holds."""
-IDENTITY = ("schema", "row", "run", "round", "status", "provenance")
-CONTEXT = ("time_utc", "git_commit", "git_dirty", "bundle_hash")
-COLUMNS = (*IDENTITY, *KEY_COLUMNS, *FIGURES, *CONTEXT)
 COLUMN_SET = frozenset(COLUMNS)
-TYPES = Types(COLUMNS)
+TYPES = Types()
 
 Row = dict[str, Any]
 
@@ -160,7 +105,7 @@ def check_row(row: Any, path: Path, line: int) -> Row:
     if row["schema"] != SCHEMA or row["schema"] is True:
         reject(path, line, f"its schema is {row['schema']!r} and this version reads {SCHEMA}")
     if not row.keys() >= COLUMN_SET:
-        row = LATER | {name: FIGURES[name] for name in ADDED} | row
+        row = OLDER | row
     if not row.keys() >= COLUMN_SET:
         missing = [name for name in COLUMNS if name not in row]
         reject(path, line, f"it lacks {', '.join(missing)}")

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.rows.cell import Cell
+from bench.rows.fields import FLAGS, OK
 from bench.rows.stats import median_or_none
-from bench.rows.store import FLAGS, OK, Row
+from bench.rows.store import Row
 
 
 @dataclass(frozen=True)

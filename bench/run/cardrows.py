@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bench.rows.store import MODELLED, NUMERICS, OK
+from bench.rows.fields import MODELLED, NUMERICS, OK
 from core.errors import AddbenchError, PreconditionError
 from core.process import run_apart
 from export.models import DEFAULT_MODEL

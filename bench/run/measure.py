@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.rows.store import EMULATED
+from bench.rows.fields import EMULATED
 from core.errors import AddbenchError
 from export.prompts import GENERAL
 

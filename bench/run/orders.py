@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from bench.rows.cell import Cell
-from bench.rows.store import OK, Row, is_timed
+from bench.rows.fields import OK
+from bench.rows.store import Row, is_timed
 from bench.run.plan import groups
 from bench.verdict.outcome import FAILED, FASTER, INCONCLUSIVE, MISSING, SLOWER, Line, decided
 

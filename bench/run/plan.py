@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.rows.cell import Cell
-from bench.rows.store import MODELLED, Row, is_timed, open_run, run_names
+from bench.rows.fields import MODELLED
+from bench.rows.store import Row, is_timed, open_run, run_names
 from bench.run.measure import FEWEST_SAMPLES, LONG_CALL_S, StopRule
 from core.errors import AddbenchError, PreconditionError
 

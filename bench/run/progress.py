@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bench.rows.cell import Cell
-from bench.rows.store import OK, Row, is_timed
+from bench.rows.fields import OK
+from bench.rows.store import Row, is_timed
 
 if TYPE_CHECKING:
     from rich.progress import Progress

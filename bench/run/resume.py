@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.rows.cell import Cell
-from bench.rows.store import OK, Run, open_run, run_names
+from bench.rows.fields import OK
+from bench.rows.store import Run, open_run, run_names
 from bench.run.plan import Candidate, Settings, probe
 from core.cli import image_size
 from core.errors import PreconditionError

@@ -214,7 +214,7 @@ def text_of(name: str) -> Callable[[CellRounds], str]:
     headers = {short(column.header) for column in all_columns.COLUMNS}
     if name in headers:
         return find_column(name).text
-    from bench.rows.cell import KEY_COLUMNS
+    from bench.rows.fields import KEY_COLUMNS
 
     if name not in KEY_COLUMNS:
         find_column(name)  # which says what there is

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bench.rows.cell import Cell
-from bench.rows.store import MODELLED, OK
+from bench.rows.fields import MODELLED, OK
 from bench.rows.summary import CellRounds
 from core.table import EMPTY, Column
 

@@ -15,78 +15,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.rows.cell import LATER
+from bench.rows.fields import FIELDS, LATER
 from bench.rows.header import HEADER, Header
-from bench.rows.store import COLUMNS, ROWS, Row, Run
+from bench.rows.kinds import NUMBER, TEXT, TRUTH, WHOLE, Kind, Leaf, ListOf, MapOf
+from bench.rows.store import ROWS, Row, Run
 from bench.rows.summary import CellRounds, by_cell
-from bench.rows.types import TEXT, TRUTH, WHOLE
 from bench.verdict.compare import gather
 from core.errors import AddbenchError, PreconditionError
 
 if TYPE_CHECKING:
     import pyarrow
 
-MODELLED_STAGES = ("text", "unet_step", "decode", "rest")
-
 
 def schema(header: Header) -> pyarrow.Schema:
-    """The type of every column. Whatever is neither text, whole, true nor nested is a float.
+    """The type of every column.
 
     Types are stated, not found: a run in which all p90 are null still has a column of numbers.
     """
     import pyarrow as pa
 
-    number, text = pa.float64(), pa.string()
-    numbers = pa.list_(number)
+    plain = {TEXT: pa.string(), WHOLE: pa.int64(), NUMBER: pa.float64(), TRUTH: pa.bool_()}
 
-    def record(of: pa.DataType, *names: str) -> pa.DataType:
-        return pa.struct([(name, of) for name in names])
+    def arrow(kind: Kind) -> pa.DataType:
+        if isinstance(kind, Leaf):
+            return plain[kind]
+        if isinstance(kind, ListOf):
+            return pa.list_(arrow(kind.of))
+        if isinstance(kind, MapOf):
+            return pa.map_(pa.string(), arrow(kind.of))
+        return pa.struct([(name, arrow(inner)) for name, inner in kind.of.items()])
 
-    interval = record(number, "low_ms", "mid_ms", "high_ms")
-    nested = {
-        "samples_ms": numbers,
-        "flags": pa.list_(text),
-        "artifacts": pa.map_(text, text),
-        "versions": pa.map_(text, text),
-        "stages_ms": record(number, "text", "unet_first", "unet_step", "decode", "rest", "load"),
-        "stages_samples_ms": pa.struct(
-            [
-                ("text", numbers),
-                ("unet", pa.list_(numbers)),
-                *((name, numbers) for name in ("decode", "rest", "load")),
-            ]
-        ),
-        "roofline": pa.map_(text, record(number, "tflops", "gb_per_s", "floor_ms", "fraction")),
-        "modelled": pa.struct(
-            [
-                ("split", text),
-                *((name, number) for name in ("tdp_w", "floor_ms")),
-                ("stages", pa.struct([(name, interval) for name in MODELLED_STAGES])),
-                ("period", interval),
-                ("switching", pa.struct([("latency", interval), ("period", interval)])),
-            ]
-        ),
-        "accelerator": record(
-            number,
-            "clock_mhz",
-            "clock_lowest_mhz",
-            "clock_limit_mhz",
-            "temperature_c",
-            "power_w",
-            "peak_memory_mb",
-            "other_use",
-        ),
-        "image_check": pa.struct([("status", text), ("psnr_db", number), ("ssim", number)]),
-        "quality": pa.map_(text, number),
-        "error": record(text, "type", "what", "why", "next"),
-    }
-    plain = {
-        **dict.fromkeys(TEXT, text),
-        **dict.fromkeys(WHOLE, pa.int64()),
-        **dict.fromkeys(TRUTH, pa.bool_()),
-    }
-    fields = [(name, nested.get(name) or plain.get(name, number)) for name in COLUMNS]
-    return pa.schema(fields, metadata={"header": json.dumps(header.as_json())})
+    columns = [(field.name, arrow(field.kind)) for field in FIELDS]
+    return pa.schema(columns, metadata={"header": json.dumps(header.as_json())})
 
 
 def parquet(target: Run) -> bytes:

@@ -20,7 +20,8 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bench.rows.store import MODELLED, Row, Run, is_timed
+from bench.rows.fields import MODELLED
+from bench.rows.store import Row, Run, is_timed
 from bench.rows.summary import CellRounds, by_cell
 from bench.show.canvas import STYLE, digits, save, scale_of
 from bench.show.series import (

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.limits import frontier
+from bench.rows.fields import OK
 from bench.rows.header import HEADER
 from bench.rows.names import INDEX, NAME, index_text, names_in
 from bench.rows.store import (
     ABSOLUTE_PATH,
-    OK,
     ROWS,
     Run,
     last_rows,
@@ -27,7 +27,7 @@ from bench.rows.store import (
     run_names,
 )
 from bench.show import frontier as frontier_plot
-from bench.show import latency, stages, sums, table
+from bench.show import latency, schema, stages, sums, table
 from bench.show.blocks import Drawn, Published, disagreements, fill
 from bench.show.sums import PUBLISHED
 from bench.verdict import speedup
@@ -121,6 +121,8 @@ def publish(
         derived = sorted(derived_files(aside))
         contents |= {results / name: (aside / name).read_bytes() for name in derived}
         contents[results / sums.SUMS] = sums.text(aside).encode()
+    if (described := stale_schema(results)) is not None:
+        contents[results / "README.md"] = described.encode()
     fresh = fresh_pages(pages, results, drawn)
     contents |= {page: text.encode() for page, text in fresh.items()}
     write_together(contents)
@@ -167,6 +169,13 @@ def names_for(targets: Sequence[Run], names: Sequence[str]) -> dict[str, str]:
                 "one like cpu-zen4-peers",
             )  # fmt: skip
     return {name: target.name for name, target in zip(names, targets, strict=bool(names))}
+
+
+def stale_schema(results: Path) -> str | None:
+    """The page of the results' columns as it should be; None where it is, or there is none."""
+    page = results / "README.md"
+    text = page.read_text() if page.exists() else ""
+    return None if schema.filled(text) == text else schema.filled(text)
 
 
 def fresh_pages(pages: Sequence[Path], results: Path, drawn: Drawn) -> dict[Path, str]:
@@ -216,6 +225,8 @@ def stale(results: Path, pages: Sequence[Path]) -> list[str]:
     published = results / PUBLISHED
     gone = set(names_in(published).values()) - set(run_names(published))
     problems += [f"{PUBLISHED}/{INDEX}: names run {run}, which is gone" for run in sorted(gone)]
+    if stale_schema(results) is not None:
+        problems.append("README.md: its tables of columns differ")
     differ = fresh_pages(pages, results, drawn)
     problems += [f"{page.name}: its results block differs" for page in differ]
     contradicted = (disagreements(page.read_text(), drawn) for page in pages)

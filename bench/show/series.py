@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.rows.fields import MODELLED
 from bench.rows.stats import Fit, fit_steps
-from bench.rows.store import MODELLED
 from bench.rows.summary import CellRounds
 from bench.show.canvas import RUN_MARKERS, SHAPES, Look, look_of
 

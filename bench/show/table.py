@@ -8,7 +8,8 @@ from pathlib import Path
 
 from backends.check.gate import QUANTISED, RANDOM_WORDS
 from bench.rows.cell import Cell
-from bench.rows.store import EMULATED, MODELLED, OK, Row, Run
+from bench.rows.fields import EMULATED, MODELLED, OK
+from bench.rows.store import Row, Run
 from bench.rows.summary import CellRounds, by_cell
 from bench.show import stages
 from bench.show.columns import (

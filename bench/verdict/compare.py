@@ -10,9 +10,10 @@ from datetime import datetime
 from operator import itemgetter
 from typing import Any
 
-from bench.rows.cell import KEY_COLUMNS, Cell
+from bench.rows.cell import Cell
+from bench.rows.fields import EMULATED, KEY_COLUMNS, OK
 from bench.rows.stats import median_or_none
-from bench.rows.store import EMULATED, OK, Row, Run, is_timed
+from bench.rows.store import Row, Run, is_timed
 from bench.verdict.outcome import (
     FAILED,
     INCONCLUSIVE,

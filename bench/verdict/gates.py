@@ -12,8 +12,7 @@ from typing import Any
 from backends.base import Shapes
 from backends.check.parity import check
 from backends.registry import parse_backend
-from bench.rows.header import SCHEMA
-from bench.rows.store import COLUMNS, FLAGS, STATUSES
+from bench.rows.fields import COLUMNS, FLAGS, SCHEMA, STATUSES
 from export.bundle import Bundle
 
 STEPS = (1, 2, 4)

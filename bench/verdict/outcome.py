@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from bench.rows.cell import KEY_COLUMNS, LATER, Cell
+from bench.rows.cell import Cell
+from bench.rows.fields import KEY_COLUMNS, LATER
 from core.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, EXIT_REGRESSION
 from core.table import Column, draw, markdown_lines, print_json
 

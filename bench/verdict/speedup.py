@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bench.limits.ledger import Claim, hardware_of, read_claims
-from bench.rows.cell import KEY_COLUMNS, LATER
-from bench.rows.store import OK, Run
+from bench.rows.fields import KEY_COLUMNS, LATER, OK
+from bench.rows.store import Run
 from bench.rows.summary import CellRounds, by_cell
 from bench.verdict.pairs import PAIRS
 from bench.verdict.ratio import (

@@ -19,5 +19,5 @@ TRAINERS = {
 
 def trainer(name: str, context: Context) -> Trainer:
     module, _, cls = TRAINERS[name].partition(":")
-    made: Trainer = getattr(importlib.import_module(f"distill.stages.{module}"), cls)(context)
-    return made
+    stage: Trainer = getattr(importlib.import_module(f"distill.stages.{module}"), cls)(context)
+    return stage

@@ -79,10 +79,10 @@ class AutoencoderTrainer(Trainer):
             pictures = crops(pictures, places, settings.crop)
         side = pictures.shape[-1] // SCALE
         drawn = torch.randn((settings.batch, LATENTS, side, side), generator=generator)
-        made, kl = self.networks["vae"](pictures, context.share(drawn))
+        decoded, kl = self.networks["vae"](pictures, context.share(drawn))
         # L1 alone is content to leave the small objects out of the picture for a long time.
-        flat, square = functional.l1_loss(made, pictures), functional.mse_loss(made, pictures)
-        edges = edge_loss(made, pictures)
+        flat, square = functional.l1_loss(decoded, pictures), functional.mse_loss(decoded, pictures)
+        edges = edge_loss(decoded, pictures)
         # The KL term comes in slowly: latents that are small from the start are slow to learn.
         kl_weight = settings.kl * min(1.0, 2 * self.progress)
         loss = flat + settings.square * square + settings.edges * edges + kl_weight * kl
@@ -97,11 +97,11 @@ class AutoencoderTrainer(Trainer):
         drawn = draw(self.checks, self.config.seed, self.config.data.size)
         pictures = torch.from_numpy(drawn).permute(0, 3, 1, 2).float() / 127.5 - 1
         vae = self.plain("vae").vae
-        made = vae.decode(vae.encode(pictures.to(self.context.device)).latent_dist.mean).sample
-        error = (made.float().clamp(-1, 1).cpu() - pictures).square().mean((1, 2, 3)) / 4
-        pairs = np.stack([drawn, to_uint8(made)], 1).reshape(-1, *drawn.shape[1:])
+        decoded = vae.decode(vae.encode(pictures.to(self.context.device)).latent_dist.mean).sample
+        error = (decoded.float().clamp(-1, 1).cpu() - pictures).square().mean((1, 2, 3)) / 4
+        pairs = np.stack([drawn, to_uint8(decoded)], 1).reshape(-1, *drawn.shape[1:])
         figures = {"psnr_db": float(-10 * error.log10().mean())}
-        return pairs[:64], figures | following(to_uint8(made), self.checks)
+        return pairs[:64], figures | following(to_uint8(decoded), self.checks)
 
     def write(self, folder: Path) -> None:
         vae = self.plain("vae").vae

@@ -49,9 +49,9 @@ def place_labels(items: list[Scene], layouts: list[Layout], side: int) -> NDArra
         for item, centre, radius in zip(scene.objects, centres, radii, strict=True):
             reach = max(radius * EXTENT[item.shape], step * 0.75)
             inside = np.hypot(grid[None] - centre[0], grid[:, None] - centre[1]) <= reach
-            words = (SHAPES.index(item.shape), list(COLOURS).index(item.colour),
+            answers = (SHAPES.index(item.shape), list(COLOURS).index(item.colour),
                      SIZES.index(item.size))  # fmt: skip
-            for question, word in enumerate(words):
+            for question, word in enumerate(answers):
                 labels[index, question][inside] = word + 1
     return labels
 
@@ -119,14 +119,14 @@ class FeaturesTrainer(Trainer):
         items = [self.source.scenes[i] for i in indices]
         layouts = [self.source.layouts[i] for i in indices]
         wanted = torch.from_numpy(fact_labels(items, layouts)).to(context.device)
-        where = torch.stack([self._where(found, items, layouts) for found in places]).mean()
+        where = torch.stack([self._where(answer, items, layouts) for answer in places]).mean()
         what = fact_loss(facts, wanted)
         self.update("features", where + what)
         return {"places": where, "facts": what}
 
-    def _where(self, found: Tensor, items: list[Scene], layouts: list[Layout]) -> Tensor:
-        labels = torch.from_numpy(place_labels(items, layouts, found.shape[-1])).to(found.device)
-        pieces = found.float().split(QUESTIONS, 1)
+    def _where(self, answer: Tensor, items: list[Scene], layouts: list[Layout]) -> Tensor:
+        labels = torch.from_numpy(place_labels(items, layouts, answer.shape[-1])).to(answer.device)
+        pieces = answer.float().split(QUESTIONS, 1)
         losses = [
             # Most places are empty: weigh them less.
             functional.cross_entropy(
@@ -164,7 +164,7 @@ def save_network(network: nn.Module, folder: Path, name: str, settings: dict[str
     write_json(folder / f"{name}.json", settings)
 
 
-def fact_loss(found: Tensor, wanted: Tensor) -> Tensor:
+def fact_loss(answer: Tensor, wanted: Tensor) -> Tensor:
     """Binary cross-entropy, summed over facts: each of them is rare."""
-    loss = functional.binary_cross_entropy_with_logits(found.float(), wanted, reduction="none")
+    loss = functional.binary_cross_entropy_with_logits(answer.float(), wanted, reduction="none")
     return loss.sum(1).mean() / 10

@@ -177,7 +177,7 @@ class StudentTrainer(Trainer):
     def _features(self, pictures: Tensor) -> tuple[list[Tensor], Tensor]:
         with self.context.accelerator.autocast():
             maps, embedding = self.features(pictures)
-        return [found.float() for found in maps], embedding.float()
+        return [level.float() for level in maps], embedding.float()
 
     @torch.no_grad()
     def _condition(self, batch: Batch) -> tuple[Condition, list[Tensor]]:

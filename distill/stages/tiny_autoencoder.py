@@ -119,7 +119,7 @@ class TinyAutoencoderTrainer(Trainer):
         self.plain("vae").vae.to(memory_format=torch.contiguous_format).save_pretrained(folder)
 
 
-def object_loss(made: Tensor, wanted: Tensor) -> Tensor:
+def object_loss(decoded: Tensor, wanted: Tensor) -> Tensor:
     """L1 where the wanted picture differs from its border's colour, as the judge sees objects.
 
     Objects are a tenth of a picture: over the whole of it their colour hardly counts.
@@ -127,4 +127,4 @@ def object_loss(made: Tensor, wanted: Tensor) -> Tensor:
     border = torch.cat([wanted[:, :, [0, -1]].flatten(2), wanted[..., [0, -1]].flatten(2)], 2)
     ground = border.median(2).values[..., None, None]
     away = (wanted - ground).abs().mean(1, keepdim=True)
-    return ((made - wanted).abs() * away).sum() / (away.sum() * wanted.shape[1] + 1e-6)
+    return ((decoded - wanted).abs() * away).sum() / (away.sum() * wanted.shape[1] + 1e-6)

@@ -21,7 +21,8 @@ from backends.base import BackendError, Shapes, UnsupportedError
 from backends.check.parity import seeded_inputs
 from backends.pipeline.pipeline import Pipeline
 from backends.registry import parse_backend
-from bench.rows.store import FIGURES, NUMERICS, Run, check_row, open_run
+from bench.rows.fields import FIGURES, NUMERICS
+from bench.rows.store import Run, check_row, open_run
 from bench.show.export import smaller_is_better
 from bench.show.table import EMULATED_WORDS, markdown
 from bench.sweep import main as sweep_main

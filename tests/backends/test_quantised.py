@@ -20,6 +20,7 @@ from backends.base import Artifact, BackendError, Shapes, UnsupportedError, arti
 from backends.check.gate import GATES, RANDOM_WORDS, gate_for, image_distance
 from backends.check.parity import record_name, report
 from backends.commands.image import main as generate_main
+from backends.commands.parity import main as parity_main
 from backends.pipeline.pipeline import load_pipeline
 from backends.quantised.schemes import RECORD
 from backends.registry import parse_backend, with_precision
@@ -268,7 +269,7 @@ def test_every_command_takes_a_precision(
     for main, argv in (
         (sweep_main, [*sweep, "--backend", "ort", "--backend", "null"]),
         (backends_main, ["compile", *model, "--precision", "int8", "--backend", "null"]),
-        (backends_main, ["parity", *model[1:], "--precision", "int8", "--backend", "null"]),
+        (parity_main, [*model, "--precision", "int8", "--backend", "null"]),
         (generate_main, ["a star", *model, "--precision", "int8", "--backend", "null"]),
     ):
         with pytest.raises(UnsupportedError, match="backend null has no precision int8"):

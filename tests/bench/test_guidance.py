@@ -10,7 +10,8 @@ import pytest
 from made import cell, make_run, row
 
 from bench.commands.show import main as show
-from bench.rows.cell import KEY_COLUMNS, LATER, Cell
+from bench.rows.cell import Cell
+from bench.rows.fields import KEY_COLUMNS, LATER
 from bench.rows.header import Header
 from bench.rows.store import ROWS, Run, open_run
 from bench.rows.summary import by_cell

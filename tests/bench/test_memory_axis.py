@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
-from bench.rows.cell import LATER, Cell
+from bench.rows.cell import Cell
+from bench.rows.fields import LATER
 from bench.rows.store import ROWS, Run, open_run
 from bench.run.measure import Measurement
 from bench.run.plan import make_cells, probe

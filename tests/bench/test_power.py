@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from bench.machine import power
 from bench.machine.power import Gauge, Nvml, Rapl, Reading
-from bench.rows.store import FLAGS
+from bench.rows.fields import FLAGS
 
 
 @dataclass

@@ -25,6 +25,7 @@ from bench.limits.floors import (
 )
 from bench.machine import ceilings as measured
 from bench.machine.ceilings import Ceilings
+from bench.run.plan import default_steps
 from bench.show.roofline import figure
 from core.cli import run as shell
 from core.errors import PreconditionError
@@ -221,7 +222,9 @@ def test_whole_images_take_the_evaluations_that_the_scheduler_runs() -> None:
     parts = [{"part": name, **one} for name in ("text_encoder", "unet", "taesd_decoder")]
     found = {}
     for model in ("sd15", "sdxl-lightning-8step", "lcm-sdxl", "sd-turbo"):
-        lines = pipelines(parts, open_checkpoint(MODELS[model], "random"))
+        lines = pipelines(
+            parts, open_checkpoint(MODELS[model], "random"), default_steps(MODELS[model])
+        )
         assert all(line["gflop"] == line["nfe"] + 2 for line in lines)
         found[model] = [(line["steps"], line["nfe"]) for line in lines]
     assert found == {

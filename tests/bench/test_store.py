@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -14,19 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import cell, make_run, row
 
+from bench.rows.cell import Cell
+from bench.rows.fields import BY_NAME, COLUMNS, FLAGS, KEY_COLUMNS, LATER, STATUSES
 from bench.rows.header import HEADER, Header
-from bench.rows.store import (
-    COLUMNS,
-    FLAGS,
-    ROWS,
-    STATUSES,
-    RowWriter,
-    last_rows,
-    open_run,
-    portable,
-    read_rows,
-    run_names,
-)
+from bench.rows.store import ROWS, RowWriter, last_rows, open_run, portable, read_rows, run_names
+from bench.show import schema
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT, json_bytes
 
@@ -43,18 +39,64 @@ def test_a_row_has_every_column_in_order() -> None:
     assert {"status", "provenance", "samples_ms"} <= set(made)
 
 
-def test_the_readme_documents_every_column_and_no_other() -> None:
-    text = (ROOT / "results" / "README.md").read_text()
-    body = text.partition("## A row")[2].partition("## The header")[0]
-    tables: dict[str, set[str]] = {}
-    head = ""
-    for line in body.splitlines():
-        if found := re.match(r"\| (column|status|flag) \|", line):
-            head = found[1]
-        elif line.startswith("| `"):
-            names = re.findall(r"`([\w]+)`", line.split("|")[1])
-            tables.setdefault(head, set()).update(names)
-    assert tables == {"column": set(COLUMNS), "status": set(STATUSES), "flag": set(FLAGS)}
+def test_the_readme_says_what_the_fields_say() -> None:
+    page = (ROOT / "results" / "README.md").read_text()
+    assert schema.filled(page) == page
+    assert all(f"| `{name}` |" in page for name in (*COLUMNS, *STATUSES, *FLAGS))
+
+
+def test_a_cell_is_the_key_columns_in_their_order() -> None:
+    mine = dataclasses.fields(Cell)
+    assert tuple(field.name for field in mine) == KEY_COLUMNS
+    words = {"str": str, "int": int, "float": float, "bool": bool}
+    for field in mine:
+        assert words[str(field.type)] in BY_NAME[field.name].types
+    usual = {each.name: each.default for each in mine if each.default is not dataclasses.MISSING}
+    assert usual == LATER
+
+
+NEW = '    figure("joy", NUMBER, "of the reader, 0 to 1", since="2027-01-01"),\n'
+USE = """
+import io, json, sys
+from pathlib import Path
+sys.path.insert(0, "tests/bench")
+from made import cell, make_run, row
+from bench.rows.store import read_rows
+from bench.show import export, schema
+made = make_run(Path(sys.argv[1]), [row(cell(), [1.0], joy=0.5)])
+assert made.rows()[0]["joy"] == 0.5
+old = made.rows()[0]
+del old["joy"]
+(made.path / "rows.jsonl").write_text(json.dumps(old) + chr(10))
+assert made.rows()[0]["joy"] is None
+(made.path / "rows.jsonl").write_text(json.dumps(old | {"joy": "much"}) + chr(10))
+try:
+    made.rows()
+except Exception as error:
+    assert "its joy is text and should be a number or null" in str(error), error
+else:
+    raise AssertionError("another type was taken")
+assert "| `joy` | number | of the reader, 0 to 1 |" in schema.schema_text()
+assert str(export.schema(made.header).field("joy").type) == "double"
+"""
+
+
+def test_a_new_column_is_one_line(tmp_path: Path) -> None:
+    """A line in the fields, and rows, their check, parquet and the page of columns have it."""
+    pytest.importorskip("pyarrow", reason="the extra `parquet` is not installed")
+    copy = tmp_path / "checkout"
+    for room in ("core", "export", "backends", "bench"):
+        keep = shutil.ignore_patterns("__pycache__", "*.onnx", "*.so", "architectures")
+        shutil.copytree(ROOT / room, copy / room, ignore=keep)
+    shutil.copytree(ROOT / "tests" / "bench", copy / "tests" / "bench", ignore=keep)
+    file = copy / "bench" / "rows" / "fields.py"
+    before, mark, after = file.read_text().partition('    figure("roofline"')
+    file.write_text(f"{before}{NEW}{mark}{after}")
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(tmp_path / "runs")],
+        cwd=copy, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @given(st.integers(1, 400))

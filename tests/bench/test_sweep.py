@@ -12,7 +12,8 @@ from made import gone
 
 from backends.null import NullBackend
 from bench.rows.cell import Cell
-from bench.rows.store import COLUMNS, Row, Run, open_run
+from bench.rows.fields import COLUMNS
+from bench.rows.store import Row, Run, open_run
 from bench.show.publish import private
 from export.bundle import Bundle
 

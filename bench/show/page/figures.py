@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bench.rows.store import MODELLED
+from bench.rows.fields import MODELLED
 from bench.rows.summary import CellRounds
 from bench.show.canvas import COLOURS, NEUTRAL, STYLE, digits, hue, image_bytes, scale_of
 

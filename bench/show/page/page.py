@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from bench.limits import claims
 from bench.limits.ledger import measured, read_claims
-from bench.rows.stats import DISTURBED_CPU, UNSTABLE_CV
-from bench.rows.store import FLAGS, MODELLED, OK, Row, Run, portable
+from bench.rows.fields import FLAGS, MODELLED, OK
+from bench.rows.store import Row, Run, portable
 from bench.rows.summary import CellRounds
 from bench.show import columns, table
 from bench.show.canvas import digits
@@ -33,15 +33,6 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 HERE = Path(__file__).parent
-FLAG_WORDS = {
-    "unstable": f"the samples of a round scatter by more than {UNSTABLE_CV:.1%} of their mean",
-    "single_sample": "one call, after one of fewer steps: no spread between calls is known",
-    "under_sampled": "fewer samples than asked for: the time limit ended the cell",
-    "disturbed": f"other processes used more than {DISTURBED_CPU:.0%} of the cores",
-    "throttled": "the GPU's clock fell below 75% of the highest it can be set to",
-    "stage_gap": "the stages do not add up to the call",
-    "process_peak": "peak memory is that of the whole process so far",
-}
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,7 @@ def render(target: Run, base: Run | None = None) -> str:
         conditions=[text for text in table.conditions(target, lines) if text],
         cards={kind: headlines(found) for kind, found in groups.items()},
         counts=counts(target, rows, lines),
-        flags={name: FLAG_WORDS[name] for name in FLAGS if any(name in r["flags"] for r in rows)},
+        flags={name: FLAGS[name] for name in FLAGS if any(name in r["flags"] for r in rows)},
         brief=brief(lines),
         full=ordered(column for column in columns.COLUMNS if column_says(column, lines)),
         lines=lines,

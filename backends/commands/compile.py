@@ -1,0 +1,104 @@
+"""`addbench compile`: compile a model's parts into the artifact cache, ahead of a sweep."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from core.cli import (
+    Parser,
+    add_backend_argument,
+    add_model_arguments,
+    add_precision_argument,
+    int_list,
+    run,
+    word_list,
+)
+from core.errors import EXIT_OK
+from export.models import DEFAULT_MODEL
+
+
+def parser() -> Parser:
+    top = Parser(prog="addbench compile", description=__doc__)
+    add_model_arguments(top, DEFAULT_MODEL)
+    add_backend_argument(top, many=True)
+    add_precision_argument(top)
+    top.add_argument(
+        "--batch", type=int_list, default=[1], metavar="1,4", help="images of a call (1)"
+    )
+    top.add_argument(
+        "--decoder", type=word_list, default=["vae", "taesd"], metavar="vae,taesd",
+        help="(vae,taesd)",
+    )  # fmt: skip
+    top.add_argument(
+        "--dry-run", action="store_true",
+        help="print the vendor's own commands for it; needs no device",
+    )  # fmt: skip
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    from backends.base import (
+        DryRuns,
+        DryRunsModels,
+        Remarks,
+        Shapes,
+        UnsupportedError,
+        check_decoder,
+        probe_compiler,
+        stage_parts,
+    )
+    from backends.registry import parse_backend, with_precision
+
+    texts = [with_precision(text, args.precision) for text in args.backend or ["ort"]]
+    chosen, done = [parse_backend(text) for text in texts], []
+    for backend in chosen:
+        if not args.dry_run:
+            probe_compiler(backend).require(backend.name)
+            continue
+        if isinstance(backend, DryRunsModels):
+            what = (args.model, args.weights, args.dtype, args.decoder, args.batch)
+            print("\n".join(backend.dry_run_model(*what)))
+            done.append(backend)
+        elif not isinstance(backend, DryRuns):
+            raise UnsupportedError(
+                f"backend {backend.name} has no dry run",
+                "what it compiles with is not a command-line tool",
+                "leave --dry-run out",
+            )
+    chosen = [backend for backend in chosen if backend not in done]
+    if not chosen:
+        return EXIT_OK
+    from backends.pipeline.recipe import make_recipe
+    from export.bundle import find_bundle
+
+    bundle = find_bundle(args.model, args.weights, args.dtype)
+    for decoder in args.decoder:
+        check_decoder(bundle, decoder)
+    width, height = bundle.size
+    recipe = make_recipe(bundle)
+    for backend in chosen:
+        every = backend.parts(bundle)
+        wanted = {part for decoder in args.decoder for part in stage_parts(every, decoder)}
+        for batch in args.batch:
+            for part in (part for part in every if part in wanted):
+                shapes = recipe.shapes(part, Shapes(batch, width, height))
+                if args.dry_run and isinstance(backend, DryRuns):
+                    print(f"# {backend.name} {bundle.path.name} {part} batch {batch}")
+                    for command in backend.dry_run(bundle, part, shapes):
+                        print(shlex.join(command))
+                    continue
+                artifact = backend.compile(bundle, part, shapes)
+                how = "cached" if artifact.cached else "compiled"
+                print(
+                    f"{backend.name} {bundle.path.name} {part} batch {batch}: {how} in"
+                    f" {artifact.compile_s:.1f} s, {artifact.path or 'nothing to keep'}"
+                )
+                if isinstance(backend, Remarks) and (remark := backend.remark(artifact)):
+                    print(f"  {remark}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))
