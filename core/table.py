@@ -97,8 +97,13 @@ def console(width: int | None = None) -> Console:
     return Console(width=room, highlight=False, markup=False)
 
 
-def terminal_table(columns: Sequence[Column], lines: Sequence[Any], title: str = "") -> Table:
-    """The table for `rich` to draw; `title` stands above it. No figure and no word is cut."""
+def terminal_table(
+    columns: Sequence[Column], lines: Sequence[Any], title: str = "", one_line: bool = False
+) -> Table:
+    """The table for `rich` to draw; `title` stands above it. No figure and no word is cut.
+
+    `one_line`: nothing but headers goes on several lines.
+    """
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left", title_style="")
@@ -106,7 +111,7 @@ def terminal_table(columns: Sequence[Column], lines: Sequence[Any], title: str =
         table.add_column(
             column.header,
             justify="left" if column.digits is None else "right",
-            min_width=least_width(column, lines),
+            min_width=(full_width if one_line else least_width)(column, lines),
         )
     for line in lines:
         table.add_row(*(column.text(line) for column in columns))
@@ -125,13 +130,15 @@ def draw(
     In a log, where nobody can widen the window, they go before a line of the table takes two.
     """
     drawn_on = console(width)
-    needs = least_width if width or sys.stdout.isatty() else full_width
+    one_line = not width and not sys.stdout.isatty()
+    needs = full_width if one_line else least_width
     kept = list(columns)
     for header in least_needed:
         if sum(needs(column, lines) + 3 for column in kept) + 1 <= drawn_on.width:
             break
         kept = [column for column in kept if column.header != header]
-    drawn_on.print(terminal_table(kept, lines, title))
+    fits = sum(needs(column, lines) + 3 for column in kept) + 1 <= drawn_on.width
+    drawn_on.print(terminal_table(kept, lines, title, one_line and fits))
 
 
 def least_width(column: Column, lines: Sequence[Any]) -> int:
