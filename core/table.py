@@ -102,7 +102,7 @@ def terminal_table(
 ) -> Table:
     """The table for `rich` to draw; `title` stands above it. No figure and no word is cut.
 
-    `one_line`: nothing but headers goes on several lines.
+    `one_line`: nothing but headers goes on several lines, and these do.
     """
     from rich.table import Table
 
@@ -112,6 +112,7 @@ def terminal_table(
             column.header,
             justify="left" if column.digits is None else "right",
             min_width=(full_width if one_line else least_width)(column, lines),
+            max_width=full_width(column, lines) if one_line else None,
         )
     for line in lines:
         table.add_row(*(column.text(line) for column in columns))
@@ -134,11 +135,19 @@ def draw(
     needs = full_width if one_line else least_width
     kept = list(columns)
     for header in least_needed:
-        if sum(needs(column, lines) + 3 for column in kept) + 1 <= drawn_on.width:
+        if total([needs(column, lines) for column in kept]) <= drawn_on.width:
             break
         kept = [column for column in kept if column.header != header]
-    fits = sum(needs(column, lines) + 3 for column in kept) + 1 <= drawn_on.width
-    drawn_on.print(terminal_table(kept, lines, title, one_line and fits))
+    if one_line:  # where there is room for headers too they need not break
+        natural = [max(full_width(column, lines), len(column.header)) for column in kept]
+        least = [full_width(column, lines) for column in kept]
+        one_line = total(least) <= drawn_on.width < total(natural)
+    drawn_on.print(terminal_table(kept, lines, title, one_line))
+
+
+def total(widths: Sequence[int]) -> int:
+    """Characters of a line of columns that wide, with the lines between them."""
+    return sum(width + 3 for width in widths) + 1
 
 
 def least_width(column: Column, lines: Sequence[Any]) -> int:
