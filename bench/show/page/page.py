@@ -17,7 +17,7 @@ from bench.rows.fields import FLAGS, MODELLED, OK
 from bench.rows.store import Row, Run, portable
 from bench.rows.summary import CellRounds
 from bench.show import columns, table
-from bench.show.canvas import digits
+from bench.show.canvas import digits, hue
 from bench.show.export import by_provenance, some_rows
 from bench.show.latency import legend_text
 from bench.show.page import figures
@@ -92,6 +92,7 @@ def render(target: Run, base: Run | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters["code"] = code
+    environment.filters["hue"] = hue
     script = (HERE / "page.js").read_text()
     return environment.get_template("page.html").render(
         run=target,
@@ -194,9 +195,9 @@ def column_says(column: Column, lines: Sequence[CellRounds]) -> bool:
     return any(column.text(line) != EMPTY for line in lines)
 
 
-FIRST = ("backend", "options", "decoder", "batch", "steps", "base (ms)", "head (ms)",
-         "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)", "period (ms)", "images/s",
-         "images/J", "images/J at TDP", "change", "verdict", "reason", "numerics",
+FIRST = ("backend", "options", "decoder", "batch", "steps", "status", "flags", "base (ms)",
+         "head (ms)", "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)", "period (ms)",
+         "images/s", "images/J", "images/J at TDP", "change", "verdict", "reason", "numerics",
          "weights")  # fmt: skip
 """What a phone shows before one scrolls sideways."""
 
