@@ -29,6 +29,13 @@ STAGES = {
     "unet_step": ("unet",),
     "decode": ("vae_decoder", "taesd_decoder"),
 }
+WINOGRAD = 4.0
+"""Multiply-adds of a direct 3x3 convolution for one of Winograd's F(4x4), the fewest in use."""
+BY_PARTS = {"fp32": 16 / 3}
+"""How many times as fast as its own units a product can be on those of another precision: three
+products of BF16, each 16 times as fast."""
+ERROR = 0.05
+"""Of a ceiling, and of the time of a stage."""
 SPLIT_UNET = "unet of context"
 """In a survey's costs: what is left of the UNet for every step where CONTEXT_PART is split off."""
 
@@ -66,6 +73,14 @@ def floor(cost: Cost, ceilings: Ceilings, graph_dtype: str, precision: str) -> F
     compute_s = (cost.flops - conv) / (peaks["matmul"] * 1e12) + conv / (peaks["conv"] * 1e12)
     memory_s = moved_bytes(cost, graph_dtype, precision) / (ceilings.gb_per_s * 1e9)
     return Floor(1e3 * compute_s, 1e3 * memory_s)
+
+
+def least_ms(cost: Cost, ceilings: Ceilings, precision: str) -> float:
+    """What is left of a floor by the cleverest algorithm and the fastest unit, nothing moved."""
+    peaks, conv = ceilings.tflops[precision], cost.by_kind["conv"]
+    products_s = (cost.flops - conv) / (peaks["matmul"] * 1e12)
+    conv_s = conv / (WINOGRAD * peaks["conv"] * 1e12)
+    return 1e3 * (products_s + conv_s) / BY_PARTS.get(precision, 1.0)
 
 
 def survey(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -131,11 +146,15 @@ def evaluations_of(part: str, cell: Cell) -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """What one stage does: FLOPs, bytes at least, floor in ms. Of the UNet: at one timestep."""
+    """What one stage does: FLOPs, bytes at least, floor in ms. Of the UNet: at one timestep.
+
+    `least_ms`: what no algorithm that is known here goes below, under the same ceilings.
+    """
 
     flops: float
     moved: float
     floor_ms: float
+    least_ms: float = 0.0
 
 
 def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
@@ -163,6 +182,7 @@ def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
             sum(cost.flops for cost in costs),
             sum(moved_bytes(cost, graph_dtype, cell.precision) for cost in costs),
             sum(each.ms for each in floors if each is not None),
+            sum(least_ms(cost, ceilings, cell.precision) for cost in costs),
         )
     return found
 
@@ -174,7 +194,7 @@ def call_work(cell: Cell, works: Mapping[str, Work]) -> Work:
     def total(name: str) -> float:
         return sum(calls[stage] * getattr(work, name) for stage, work in works.items())
 
-    return Work(total("flops"), total("moved"), total("floor_ms"))
+    return Work(total("flops"), total("moved"), total("floor_ms"), total("least_ms"))
 
 
 def call_floor_s(cell: Cell, surveyed: Mapping[str, Any]) -> float | None:
@@ -211,6 +231,55 @@ def achieved(work: Work, ms: float) -> dict[str, float]:
         "floor_ms": round(work.floor_ms, 4),
         "fraction": round(work.floor_ms / ms, 4),
     }
+
+
+def share_of_floor(fraction: float | None) -> float | None:
+    """A fraction as a share that can be shown: None where it is none, for nothing passes a floor.
+
+    A stage that is faster than direct algorithms has a lower floor than the one that is known.
+    """
+    if fraction is None or fraction > 1 + ERROR:
+        return None
+    return min(fraction, 1.0)
+
+
+def beaten(rows: Sequence[Mapping[str, Any]], surveyed: Mapping[str, Any]) -> dict[str, float]:
+    """Ceilings that rows of the run show to be too low: `cpu bf16` -> by which factor, at least.
+
+    A stage that was faster than every algorithm that is known here was held against a ceiling
+    that something had disturbed while it was measured.
+    """
+    from bench.rows.cell import Cell
+
+    factors: dict[str, float] = {}
+    for row in rows:
+        if row["status"] != "ok" or not row["roofline"]:
+            continue
+        cell = Cell.of(row)
+        works = stage_work(cell, surveyed)
+        works = {**works, "image": call_work(cell, works)} if works else {}
+        for stage, figures in row["roofline"].items():
+            work = works.get(stage)
+            if work is None or not work.floor_ms:
+                continue
+            factor = figures["fraction"] * work.least_ms / work.floor_ms
+            if factor > 1 + ERROR:
+                name = f"{cell.device} {cell.precision}"
+                factors[name] = max(factor, factors.get(name, 0.0))
+    return factors
+
+
+def beaten_text(factors: Mapping[str, float]) -> str:
+    """What is said beside figures that a ceiling is part of; "" where none is beaten."""
+    if not factors:
+        return ""
+    named = ", ".join(
+        f"{name} (by a factor of {factor:.1f} or more)" for name, factor in factors.items()
+    )
+    return (
+        f"Ceilings that were measured too low, as stages of this run show: {named}. Something"
+        " disturbed them; no share of them is shown. Measure the run again on a calm machine."
+    )
 
 
 def survey_apart(bundle: Path, cells: Sequence[Cell]) -> dict[str, Any]:

@@ -77,31 +77,93 @@ def median_or_none(values: Sequence[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
+BARS = 2.0
+"""Standard errors that a fitted figure has to be away from what it must not be."""
+OFF_THE_LINE = 0.10
+"""How far off a point may lie, as a share of it, whatever its own error."""
+
+
 @dataclass(frozen=True)
 class Fit:
-    """latency_ms ~ fixed_ms + per_step_ms * steps."""
+    """latency_ms ~ fixed_ms + per_step_ms * steps.
+
+    Attributes:
+        worst: the largest distance of a point from the line, as a share of the point.
+        per_step_error_ms, fixed_error_ms: standard errors, from those of the points or from their
+            distances to the line, whichever are larger.
+        refused: why no figure of it should be shown; "" where its points support it.
+    """
 
     per_step_ms: float
     fixed_ms: float
     points: int
     worst: float
-    """Largest distance of a point from the line, as a share of the point."""
+    per_step_error_ms: float = 0.0
+    fixed_error_ms: float = 0.0
+    refused: str = ""
 
 
-def fit_steps(points: Sequence[tuple[int, float]]) -> Fit | None:
+def fit_steps(
+    points: Sequence[tuple[int, float]], errors_ms: Sequence[float] | None = None
+) -> Fit | None:
     """Least squares of latency [ms] on steps; None with fewer than two step counts.
 
-    Through two step counts the line is exact, and `worst` 0 says nothing. The fixed cost is an
-    extrapolation to zero steps: with an error e in every point it is off by more than e, and it may
-    come out negative when it is small. The first step is often slower than the rest, which the fit
-    books as fixed cost: pessimistic for that, optimistic for the step.
+    Through two step counts the line is exact, and `worst` 0 says nothing: what it is worth is in
+    the errors of its points. The fixed cost is an extrapolation to zero steps: with an error e in
+    every point it is off by more than e. The first step is often slower than the rest, which the
+    fit books as fixed cost: pessimistic for that, optimistic for the step.
+
+    Args:
+        errors_ms: a standard error for each point; none of them has one where this is left out.
     """
     if len({steps for steps, _ in points}) < 2:
         return None
     steps, latencies = zip(*points, strict=True)
+    errors = [0.0] * len(points) if errors_ms is None else errors_ms
     line = statistics.linear_regression(steps, latencies)
-    gaps = [abs(line.intercept + line.slope * x - y) / y for x, y in points]
-    return Fit(line.slope, line.intercept, len(points), max(gaps))
+    off = [line.intercept + line.slope * x - y for x, y in points]
+    mean = statistics.fmean(steps)
+    spread = sum((x - mean) ** 2 for x in steps)
+    pulls = [(x - mean) / spread for x in steps]  # of a point on the slope
+    lifts = [1 / len(points) - mean * pull for pull in pulls]  # and on the intercept
+    scatter = math.sqrt(sum(gap**2 for gap in off) / max(1, len(points) - 2))
+    slope_error, fixed_error = (
+        max(
+            math.hypot(*(part * error for part, error in zip(parts, errors, strict=True))),
+            scatter * math.hypot(*parts),
+        )
+        for parts in (pulls, lifts)
+    )
+    return Fit(
+        line.slope,
+        line.intercept,
+        len(points),
+        max(abs(gap) / y for gap, y in zip(off, latencies, strict=True)),
+        slope_error,
+        fixed_error,
+        _refusal(line.slope, line.intercept, slope_error, fixed_error, points, off, errors),
+    )
+
+
+def _refusal(
+    slope: float,
+    fixed: float,
+    slope_error: float,
+    fixed_error: float,
+    points: Sequence[tuple[int, float]],
+    off: Sequence[float],
+    errors: Sequence[float],
+) -> str:
+    """Why points do not support the line through them; "" where they do."""
+    if slope <= BARS * slope_error or slope <= 0:
+        return "no cost of a step beyond the spread of its points"
+    for (steps, ms), gap, error in zip(points, off, errors, strict=True):
+        if abs(gap) > max(OFF_THE_LINE * ms, BARS * error):
+            return f"its points lie on no line: {abs(gap) / ms:.0%} off at {steps}"
+    # What a call of one step more than none takes cannot be less than that step.
+    if fixed < -max(BARS * fixed_error, OFF_THE_LINE * min(ms for _, ms in points)):
+        return "its points ask for a fixed cost below zero"
+    return ""
 
 
 def flags_of(summary: Summary, count: int, wanted: int, other_cpu: float | None) -> list[str]:

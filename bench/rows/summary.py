@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.rows.cell import Cell
-from bench.rows.fields import FLAGS, OK
+from bench.rows.fields import FLAGS, MODELLED, OK
 from bench.rows.stats import median_or_none
 from bench.rows.store import Row
+
+UNKNOWN = 0.10
+"""Of a latency whose spread nobody saw, or that other processes disturbed in every round."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,22 @@ class CellRounds:
     def median(self, column: str) -> float | None:
         """The median over rounds of a figure."""
         return median_or_none([row[column] for row in self.good])
+
+    @property
+    def error_ms(self) -> float:
+        """How far the median latency may be off: half of what its rounds differ by, of one round
+        what its samples differ by, and of one sample `UNKNOWN`; 0 of what is modelled."""
+        good = [row for row in self.good if row["median_ms"] is not None]
+        middle = self.median("median_ms")
+        if middle is None or all(row["provenance"] == MODELLED for row in good):
+            return 0.0
+        medians = [row["median_ms"] for row in good]
+        if len(medians) > 1:
+            spread = (max(medians) - min(medians)) / 2
+        else:
+            spread = good[0]["sd_ms"] if good[0]["sd_ms"] is not None else UNKNOWN * middle
+        calm = any("disturbed" not in row["flags"] for row in good)
+        return float(spread if calm else max(spread, UNKNOWN * middle))
 
     def stage(self, name: str) -> float | None:
         """The median over rounds of a stage's milliseconds."""

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bench.rows.fields import MODELLED
+from bench.rows.stats import OFF_THE_LINE
 from bench.rows.store import Row, Run, is_timed
 from bench.rows.summary import CellRounds, by_cell
 from bench.show.canvas import STYLE, digits, save, scale_of
@@ -153,7 +154,7 @@ def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
             sound = validity(series) == SOUND
             axes.plot(
                 reach,
-                (series.fit.fixed_ms + series.fit.per_step_ms * reach) / unit_ms,
+                np.maximum(series.fit.fixed_ms + series.fit.per_step_ms * reach, 0) / unit_ms,
                 linestyle=series.dash if sound else ":",
                 color=series.colour,
                 linewidth=1.5 if sound else 1.1,
@@ -281,22 +282,21 @@ def legend_text(series: Series) -> str:
 
 def fit_text(series: Series) -> str:
     """The fitted cost of a step and of all else, and what that is worth."""
-    fit = series.fit
+    fit, line = series.fit, series.line
     largest = max(value for _, value in series.points("median_ms"))
     unit_ms, unit = scale_of(largest)
-    if fit is None:
+    if line is None:
         return f"{digits(largest / unit_ms)} {unit}, no fit through one step count"
+    if fit is None:
+        return f"no line: {line.refused}"
     per_step, fixed = fit.per_step_ms / unit_ms, fit.fixed_ms / unit_ms
-    sign = "+" if fixed >= 0 else "\u2212"
     each = "step" if series.axis == "steps" else "evaluation"
-    text = f"{digits(per_step)} {unit}/{each} {sign} {digits(abs(fixed))} {unit} fixed"
     worth = validity(series)
     worst = f"at most {100 * fit.worst:.1f}% off"
-    return f"{text}, {worst if worth == SOUND else worth}"
+    more = f"+ {digits(fixed)} {unit} fixed" if fixed >= 0 else "and nothing fixed"
+    return f"{digits(per_step)} {unit}/{each} {more}, {worst if worth == SOUND else worth}"
 
 
-FIT_LIMIT = 0.1
-"""A point this far from the line, as a share of the point, says that it is no line."""
 SOUND = "fits"
 
 
@@ -304,11 +304,8 @@ def validity(series: Series) -> str:
     """What a series' fit is worth in a few words; SOUND where nothing speaks against it."""
     fit = series.fit
     assert fit is not None
-    off = f"{100 * fit.worst:.0f}%" if fit.worst >= 0.01 else "under 1%"
-    if fit.worst > FIT_LIMIT:
-        return f"no line: a point is {off} off"
-    if fit.fixed_ms < 0:
-        return "no line: fixed cost below zero"
+    if fit.worst > OFF_THE_LINE:
+        return f"a point is {100 * fit.worst:.0f}% off, within its error"
     if series.doubted:
         return f"through {len(series.doubted)} disturbed of {fit.points} points"
     if fit.points < 3:

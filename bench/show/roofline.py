@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from bench.limits.floors import ceilings_of
+from bench.limits.floors import beaten, ceilings_of, share_of_floor
 from bench.machine.ceilings import Ceilings
+from bench.rows.cell import Cell
 from bench.rows.stats import median_or_none
 from bench.rows.store import Row, Run
 from bench.rows.summary import CellRounds, by_cell
@@ -65,10 +66,14 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
     for name in dict.fromkeys(key[0] for key in found):
         backend, _, options = name.partition(":")
         looks[name] = look_of(backend, options, looks.values())
+    low = beaten(rows, surveyed)
+    doubted = {
+        Cell.of(row).backend_text for row in rows if f"{row['device']} {row['precision']}" in low
+    }
     labels = {
         (backend, batch, stage): f"{NAMES[stage]}, {backend}"
         + (f", batch {batch}" if batch > 1 else "")
-        + f": {100 * fraction:.0f}%"
+        + f": {share_text(fraction, backend in doubted)}"
         for (backend, batch, stage), (_, _, fraction) in found.items()
     }
     with style.context(STYLE):
@@ -119,6 +124,14 @@ def figure(target: Run, rows: Sequence[Row]) -> Figure:
             title="fraction of the floor reached", alignment="left",
         )  # fmt: skip
     return drawn
+
+
+def share_text(fraction: float, doubted: bool) -> str:
+    """The share of its floor that a stage reached, where there is one."""
+    if doubted:
+        return "its ceiling is doubted"
+    share = share_of_floor(fraction)
+    return "faster than direct" if share is None else f"{100 * share:.0f}%"
 
 
 def rate(value: float) -> str:

@@ -75,8 +75,18 @@ class Series:
         return sorted((place, value) for place, value in values if value is not None)
 
     @property
+    def line(self) -> Fit | None:
+        """The line through its points, whatever it is worth; None at one step count."""
+        timed = [line for line in self.lines if line.median("median_ms") is not None]
+        ordered = sorted(timed, key=self.place)
+        points = [(self.place(line), line.median("median_ms") or 0.0) for line in ordered]
+        return fit_steps(points, [line.error_ms for line in ordered])
+
+    @property
     def fit(self) -> Fit | None:
-        return fit_steps(self.points("median_ms"))
+        """The line where its points support it: what a plot draws and a page says."""
+        line = self.line
+        return None if line is None or line.refused else line
 
 
 def series_of(

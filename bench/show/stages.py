@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.limits.floors import ceilings_of
+from bench.limits.floors import beaten, beaten_text, ceilings_of, share_of_floor
 from bench.rows.stats import median_or_none
 from bench.rows.store import Row, Run
 from bench.rows.summary import CellRounds, by_cell
@@ -19,20 +19,27 @@ WORDS = (
     " of a large matrix product measured in the same run, in the cell's precision even where layers"
     " of a stage stay in FP32 (INT8's convolutions). `ort` can pass 100%: Winograd's convolutions"
     " do fewer, and FP32 by parts on BF16 units does them faster than FP32's own (docs/cpu.md)."
-    " Share of floor: as `addbench roofline` has it. Peak memory and image PSNR are of the cells:"
+    " Share of floor: as `addbench roofline` has it, and nothing where a stage is faster than"
+    " direct algorithms are, whose floor it is not. Peak memory and image PSNR are of the cells:"
     " the most and the worst. Speed: the first line of a stage is 1."
 )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of cells that run it alike. `peak`: TFLOP/s of a matrix product so computed."""
+    """One stage of cells that run it alike.
+
+    Attributes:
+        peak: TFLOP/s of a matrix product so computed.
+        doubted: whether that was measured too low, as the run's own rows show.
+    """
 
     key: str
     name: str
     lines: Sequence[CellRounds]
     peak: float | None
     first: Stage | None = None
+    doubted: bool = False
 
     @property
     def ms(self) -> float | None:
@@ -55,11 +62,12 @@ class Stage:
 
     @property
     def share_of_peak(self) -> float | None:
-        return self.rate / self.peak / 10 if self.rate and self.peak else None
+        known = self.rate and self.peak and not self.doubted
+        return self.rate / self.peak / 10 if known else None  # type: ignore[operator]
 
     @property
     def share_of_floor(self) -> float | None:
-        share = self.reached("fraction")
+        share = share_of_floor(None if self.doubted else self.reached("fraction"))
         return None if share is None else 100 * share
 
     @property
@@ -111,6 +119,7 @@ def stages_of(target: Run, rows: Sequence[Row]) -> list[Stage]:
             name = f"{name} ({cell.decoder})" if key == "decode" else name
             alike = (cell.backend_text, cell.numerics, cell.low_memory, cell.batch)
             found.setdefault((list(STAGES).index(key), name, key, *alike), []).append(line)
+    low = beaten(rows, surveyed) if surveyed else {}
     stages: list[Stage] = []
     firsts: dict[tuple[str, int], Stage] = {}
     # Stable: within a stage the order of the run stays.
@@ -118,7 +127,8 @@ def stages_of(target: Run, rows: Sequence[Row]) -> list[Stage]:
         cell = lines[0].cell
         on = ceilings.get(cell.device)
         peak = on.tflops.get(cell.precision, {}).get("matmul") if on else None
-        stage = Stage(key, name, lines, peak, firsts.get((name, cell.batch)))
+        doubted = f"{cell.device} {cell.precision}" in low
+        stage = Stage(key, name, lines, peak, firsts.get((name, cell.batch)), doubted)
         firsts.setdefault((name, cell.batch), stage)
         stages.append(stage)
     return stages
@@ -130,4 +140,7 @@ def markdown(target: Run, rows: Sequence[Row]) -> str:
     if not stages:
         return ""
     printed = [column for column in COLUMNS if {column.text(s) for s in stages} != {"-"}]
-    return "\n".join([WORDS, "", *markdown_lines(printed, stages)]) + "\n"
+    surveyed = target.header.roofline
+    doubts = beaten_text(beaten(rows, surveyed)) if surveyed else ""
+    words = [WORDS, "", *([doubts, ""] if doubts else [])]
+    return "\n".join([*words, *markdown_lines(printed, stages)]) + "\n"

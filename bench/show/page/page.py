@@ -273,6 +273,7 @@ def breakdown(groups: Mapping[str, Sequence[CellRounds]]) -> list[Plot]:
 
 
 def roofline(target: Run, rows: Sequence[Row]) -> Plot | AddbenchError:
+    from bench.limits.floors import beaten, beaten_text
     from bench.show import roofline as roofplot
 
     own = [row for row in rows if row["roofline"]]
@@ -286,7 +287,12 @@ def roofline(target: Run, rows: Sequence[Row]) -> Plot | AddbenchError:
         return error
     kinds = ", ".join(sorted({row["provenance"] for row in own}))
     words = "What each stage reached under the machine's ceilings"
-    caption = f"Rates: {kinds}. Fractions above 100% are possible where an algorithm does less."
+    surveyed = target.header.roofline
+    doubts = beaten_text(beaten(own, surveyed)) if surveyed else ""
+    caption = (
+        f"Rates: {kinds}. Where an algorithm does less than the direct one, its floor is lower and"
+        f" no share is given. {doubts}".rstrip()
+    )
     return Plot("Roofline", figures.inline(drawn, "roofline", words), caption)
 
 
