@@ -1,0 +1,276 @@
+"""No figure that cannot be is shown, however noisy, few or failed the rows are."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from backends.base import UnsupportedError
+from backends.modelled.card import SPLITS, Call, estimate
+from backends.modelled.costs import known_costs
+from bench.limits.floors import ERROR, beaten, beaten_text, of_row, share_of_floor
+from bench.limits.ranges import can_model, modelled
+from bench.machine import ceilings
+from bench.machine.ceilings import Ceilings, agree, looked_at
+from bench.rows.stats import fit_steps
+from bench.rows.store import Row, Run
+from bench.rows.summary import by_cell
+from bench.show import stages
+from bench.show.columns import COLUMNS
+from bench.show.latency import legend_text
+from bench.show.page.page import headlines
+from bench.show.roofline import points, share_text
+from bench.show.series import series_of
+from core.devices import devices
+from export.cost import Cost
+from tests.bench.made import cell, row
+
+PEAK = Ceilings("cpu", {"bf16": {"matmul": 2.0, "conv": 1.0}}, 10.0, "measured")
+PARTS = {
+    "text_encoder": (2e9, 0.0, 10**6),
+    "unet": (8e9, 2e9, 10**7),
+    "vae_decoder": (1e9, 9e9, 10**6),
+    "taesd_decoder": (0.0, 4e9, 10**6),
+}
+SURVEYED = {
+    "ceilings": [PEAK.columns()],
+    "graph_dtype": "bf16",
+    "split": [],
+    "costs": {
+        part: {
+            "1": asdict(
+                Cost(part, linear + conv, weights, weights,
+                     {"linear": linear, "conv": conv, "attention": 0.0})
+            )
+        }
+        for part, (linear, conv, weights) in PARTS.items()
+    },
+}  # fmt: skip
+TARGET = cast(Run, SimpleNamespace(header=SimpleNamespace(roofline=SURVEYED)))
+times = st.floats(0.05, 5e4)
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> list[Row]:
+    """Rows of cells that differ in steps and decoder: noise of every size, and what went wrong."""
+    every: list[Row] = []
+    for decoder in draw(st.sampled_from([("vae",), ("vae", "taesd")])):
+        for steps in draw(st.lists(st.integers(1, 50), min_size=1, max_size=4, unique=True)):
+            of = cell(backend="ort", precision="bf16", storage="bf16", decoder=decoder, steps=steps)
+            for round_ in range(draw(st.integers(1, 3))):
+                if draw(st.integers(0, 5)) == 0:
+                    error = {"type": "OOM", "what": "no memory", "why": "", "next": ""}
+                    every.append(row(of, [], round_, status="oom", error=error, stages_ms=None))
+                    continue
+                samples = draw(st.lists(times, min_size=1, max_size=5))
+                text, unet, decode = draw(st.tuples(times, times, times))
+                flags = draw(st.lists(st.sampled_from(["disturbed", "unstable"]), unique=True))
+                found = row(of, samples, round_, flags=flags, cv=None, stages_ms={
+                    "text": text, "unet_first": unet, "unet_step": None, "decode": decode,
+                    "rest": 0.1, "load": None,
+                })  # fmt: skip
+                every.append(found | {"roofline": of_row(found, of, SURVEYED)})
+    return every
+
+
+def numbers(text: str) -> list[float]:
+    return [float(each) for each in re.findall(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", text)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows())
+def test_lines_are_drawn_only_where_points_support_them(drawn: list[Row]) -> None:
+    for series in (each for some in series_of({"": by_cell(drawn)}).values() for each in some):
+        text = legend_text(series).removeprefix(f"{series.label}: ")
+        assert "\u2212" not in text  # a minus
+        if series.fit is None:
+            assert "no fit" in text
+            continue
+        assert series.fit.per_step_ms > 2 * series.fit.per_step_error_ms >= 0
+        assert all(number >= 0 for number in numbers(text))
+        for steps, ms in series.points("median_ms"):
+            line = series.fit.fixed_ms + series.fit.per_step_ms * steps
+            error = next(each.error_ms for each in series.lines if each.cell.steps == steps)
+            assert abs(line - ms) <= 1.001 * max(0.1 * ms, 2 * error)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows())
+def test_headlines_are_times_and_rates(drawn: list[Row]) -> None:
+    for card in headlines(by_cell(drawn)):
+        assert float(str(card.value).replace(",", "")) > 0, card
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows())
+def test_no_cell_of_a_table_is_below_zero_or_no_number(drawn: list[Row]) -> None:
+    for line in by_cell(drawn):
+        for column in COLUMNS:
+            text = column.text(line)
+            assert text not in ("nan", "inf", "-inf"), column.header
+            if column.digits is not None and text != "-":
+                assert float(text) >= 0, column.header
+        low, middle, high = (line.median(name) for name in ("min_ms", "median_ms", "max_ms"))
+        if low is not None and middle is not None and high is not None:
+            assert low <= middle <= high
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows())
+def test_nothing_is_more_than_its_floor(drawn: list[Row]) -> None:
+    low = beaten(drawn, SURVEYED)
+    for stage in stages.stages_of(TARGET, drawn):
+        share = stage.share_of_floor
+        assert share is None or 0 <= share <= 100
+        assert stage.share_of_peak is None or not stage.doubted
+        assert stage.doubted == bool(low)
+    for _, _, fraction in points(by_cell(drawn)).values():
+        shown = share_text(fraction, bool(low))
+        assert not numbers(shown) or numbers(shown)[0] <= 100
+    # Whatever is faster than any algorithm makes its ceiling doubted, and only that.
+    for each in drawn:
+        for name, figures in (each["roofline"] or {}).items():
+            text_is_twice_too_fast = name == "text" and figures["fraction"] > 1 + ERROR
+            assert not text_is_twice_too_fast or "cpu bf16" in low
+
+
+def test_a_ceiling_that_a_stage_beats_is_named_and_none_of_its_shares_is_shown() -> None:
+    """Its text encoders, matrix products all, at twice what the probe said is the peak."""
+    of = cell(backend="ort", precision="bf16", storage="bf16", decoder="vae", steps=1)
+    stages_ms = {"text": 0.5, "unet_first": 9.0, "unet_step": None, "decode": 20.0, "rest": 0.1,
+                 "load": None}  # fmt: skip
+    found = row(of, [30.0], stages_ms=stages_ms)
+    found |= {"roofline": of_row(found, of, SURVEYED)}
+    assert found["roofline"]["text"]["fraction"] == pytest.approx(2.0, rel=0.01)
+    assert beaten([found], SURVEYED) == {"cpu bf16": pytest.approx(2.0, rel=0.01)}
+    text = stages.markdown(TARGET, [found])
+    assert "cpu bf16 (by a factor of 2.0 or more)" in text
+    assert "share of floor (%)" not in text
+    assert "share of peak (%)" not in text
+    # Winograd's convolutions are no sign of it.
+    decode = row(of, [30.0], stages_ms=stages_ms | {"text": 2.0, "decode": 5.0})
+    decode |= {"roofline": of_row(decode, of, SURVEYED)}
+    assert decode["roofline"]["decode"]["fraction"] > 1.5
+    assert beaten([decode], SURVEYED) == {}
+    assert beaten_text({}) == ""
+    assert share_of_floor(decode["roofline"]["decode"]["fraction"]) is None
+    assert share_of_floor(1.02) == 1.0
+
+
+def test_a_negative_step_is_no_headline() -> None:
+    """What a noisy machine once said: one step slower than four."""
+    drawn = [
+        row(cell(backend="ort", steps=steps), [ms, ms * 1.01])
+        for steps, ms in ((1, 120.0), (2, 100.0), (4, 85.0))
+    ]
+    cards = headlines(by_cell(drawn))
+    assert [card.title for card in cards] == ["Shortest call", "Most images"]
+    (series,) = series_of({"": by_cell(drawn)})[1]
+    assert series.line is not None
+    assert series.line.per_step_ms < 0
+    assert "no fit: no cost of a step beyond the spread of its points" in legend_text(series)
+
+
+@pytest.mark.parametrize(
+    ("latencies", "refused"),
+    [
+        ([10.0, 20.0, 40.0], ""),
+        ([12.0, 22.0, 41.0], ""),
+        ([10.0, 30.0, 40.0, 80.0, 160.0], "its points lie on no line: 35% off at 1"),
+        ([10.0, 20.0, 20.0], "no cost of a step"),
+        ([10.0, 30.0, 70.0], "its points ask for a fixed cost below zero"),
+        ([10.0, 10.0, 10.0], "no cost of a step"),
+    ],
+    ids=str,
+)
+def test_why_a_line_is_refused(latencies: Sequence[float], refused: str) -> None:
+    fit = fit_steps(list(zip((1, 2, 4, 8, 16), latencies, strict=False)), [0.1] * len(latencies))
+    assert fit is not None
+    assert fit.refused.startswith(refused)
+    assert bool(fit.refused) == bool(refused)
+
+
+def test_two_points_are_worth_what_their_errors_are() -> None:
+    sure = fit_steps([(1, 10.0), (2, 12.0)], [0.1, 0.1])
+    unsure = fit_steps([(1, 10.0), (2, 12.0)], [1.0, 1.0])
+    assert sure is not None
+    assert unsure is not None
+    assert not sure.refused
+    assert "spread" in unsure.refused
+    assert unsure.per_step_error_ms == pytest.approx(2**0.5)
+
+
+# ---- ceilings
+
+
+def test_a_disturbed_look_is_not_the_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first look at half of the rate: a third one, and the best of all."""
+    looks: list[str] = []
+
+    def measure_dtype(name: str, *_: Any) -> dict[str, float]:
+        looks.append(name)
+        rate = 0.217 if len(looks) == 1 else 0.419
+        return {"matmul": rate, "conv": rate}
+
+    monkeypatch.setattr(ceilings, "measure_dtype", measure_dtype)
+    monkeypatch.setattr(ceilings, "copy_rate", lambda *_: 10.0)
+    found = looked_at("cpu", ["bf16"], 8)
+    assert found.tflops == {"bf16": {"matmul": 0.419, "conv": 0.419}}
+    assert len(looks) == 3
+    looks[:] = ["calm"]
+    looked_at("cpu", ["bf16"], 8)
+    assert len(looks) == 3  # two looks were enough
+    assert not agree(found, dataclasses.replace(found, gb_per_s=5.0))
+
+
+# ---- models
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    name=st.sampled_from([each for each, device in devices().items() if can_model(device)]),
+    size=st.sampled_from([512, 1024]),
+    batch=st.integers(1, 8),
+    steps=st.integers(1, 50),
+    decoder=st.sampled_from(["vae", "taesd"]),
+    precision=st.sampled_from(["fp16", "int8", "fp8"]),
+)
+def test_a_range_starts_above_its_floor(
+    name: str, size: int, batch: int, steps: int, decoder: str, precision: str
+) -> None:
+    device = devices()[name]
+    if precision != "fp16" and device.int8_tops_dense is None:
+        return
+    found = modelled(device, size, batch, steps, decoder, precision=precision)
+    assert found is not None
+    assert 0 < found.floor <= found.fast < found.slow <= (found.switched or found.slow)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    card=st.sampled_from([each for each in devices().values() if each.vendor == "Qualcomm"]),
+    model=st.sampled_from([("sdxl-turbo", 512), ("sdxl-base", 1024)]),
+    call=st.builds(Call, st.sampled_from(["vae", "taesd"]), st.integers(1, 50), st.integers(1, 9),
+                   st.sampled_from(SPLITS), st.sampled_from([1, 2])),
+)  # fmt: skip
+def test_a_modelled_card_holds_its_own_middle(
+    card: Any, model: tuple[str, int], call: Call
+) -> None:
+    name, side = model
+    try:
+        found = estimate(card, known_costs(name, (side, side)), call)
+    except UnsupportedError:
+        return
+    for each in (found.latency, found.period, found.switching_latency, found.switching_period):
+        assert 0 < each.low <= each.mid <= each.high
+    assert found.floor <= found.latency.low
+    assert found.period_floor <= found.period.low
+    assert all(0 < stage.low <= stage.mid <= stage.high for stage in found.stages.values())
