@@ -252,6 +252,8 @@ def beaten(rows: Sequence[Mapping[str, Any]], surveyed: Mapping[str, Any]) -> di
     from bench.rows.cell import Cell
 
     factors: dict[str, float] = {}
+    if not surveyed.get("costs"):
+        return factors  # ceilings alone say nothing of what a stage does
     for row in rows:
         if row["status"] != "ok" or not row["roofline"]:
             continue
