@@ -66,6 +66,13 @@ def parser() -> Parser:
         help="LoRA weights to fuse, repeatable; the bundle's name says so",
     )
     top.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE|ID[:TOKEN]",
+        help="learned vectors of a token (textual inversion), repeatable",
+    )
+    top.add_argument(
         "--size",
         type=image_size,
         metavar="PIXELS|WxH",
@@ -101,12 +108,14 @@ def _export(args: argparse.Namespace) -> int:
     console = Console(file=sys.stdout)
     model, weights = _model_and_weights(args.model, args.weights)
     request = make_request(
-        model, weights, args.vae, args.taesd, args.seed, args.allow_pickle, args.unet, args.lora
-    )
+        model, weights, args.vae, args.taesd, args.seed, args.allow_pickle, args.unet, args.lora,
+        args.embedding,
+    )  # fmt: skip
     width, height = args.size or (model.size, model.size)
     size = width if width == height else f"{width}x{height}"
     asked = {"dtype": args.dtype, "size": size} | request.as_dict()
     named = "+".join([model.name, *(lora.name for lora in request.loras)])
+    named = "+".join([named, *(embedding.name for embedding in request.embeddings)])
     other = None if size == model.size else (width, height)
     target: Path = args.out or bundle_path(named, request.weights.kind, args.dtype, other)
     target = target.expanduser().absolute()
@@ -152,6 +161,8 @@ def _build(
         console.print(f"  {model.licence_notice}", soft_wrap=True, highlight=False)
     checkpoint = open_request(model, request, dtype)
     require_size(model, checkpoint.multiple, *size)
+    for note in checkpoint.scheduler.notes:
+        console.print(note, soft_wrap=True, highlight=False)
     with console.status("loading torch"):
         from export.build import Plan, build_bundle
     build_bundle(Plan(checkpoint, dtype, *size, asked), target, console)

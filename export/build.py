@@ -21,7 +21,8 @@ from core.files import require_disk, sha256_file, staged_folder, write_json
 from core.memory import give_memory_back, require_memory
 from export.bundle import MANIFEST, SCHEMA, part_hash
 from export.request import require_size
-from export.source.checkpoint import Checkpoint
+from export.source.checkpoint import ENCODERS, Checkpoint, CheckpointError
+from export.source.scheduler import least_steps
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,19 +33,26 @@ BATCH = 2
 
 @dataclass(frozen=True)
 class Plan:
-    """What one export makes. `request` is kept in the manifest, to tell what a bundle is of."""
+    """What one export makes.
+
+    Attributes:
+        request: kept in the manifest, to tell what a bundle is of.
+        graphs: whether graphs are made; without, a bundle runs on torch's own modules alone.
+    """
 
     checkpoint: Checkpoint
     dtype: str
     width: int
     height: int
     request: dict[str, Any]
+    graphs: bool = True
 
     @property
     def name(self) -> str:
-        """Of the model, and of the LoRA weights that are fused into it."""
-        loras = (lora["name"] for lora in self.checkpoint.source.get("loras", ()))
-        return "+".join([self.checkpoint.model.name, *loras])
+        """Of the model, and of what is fused into it."""
+        source = self.checkpoint.source
+        added = (*source.get("loras", ()), *source.get("embeddings", ()))
+        return "+".join([self.checkpoint.model.name, *(entry["name"] for entry in added)])
 
 
 def build_bundle(plan: Plan, target: Path, console: Console) -> None:
@@ -52,21 +60,24 @@ def build_bundle(plan: Plan, target: Path, console: Console) -> None:
     from export.graphs import OPSET
 
     checkpoint, model = plan.checkpoint, plan.checkpoint.model
-    skeletons = {part: checkpoint.skeleton(part) for part in model.parts}
-    scale, channels = check_sizes(plan, {part: m.config for part, m in skeletons.items()})
-    for lora in checkpoint.loras:
-        lora.check(skeletons, checkpoint.config("unet"))
-    need = weight_bytes(plan, skeletons)
-    require_disk(target, int(sum(need.values()) * 1.02) + (16 << 20), f"the bundle {target.name}")
-    # Beside the weights of a part: 0.6 GB of libraries, a tenth for the traced graph.
-    require_memory(int(max(need.values()) * 1.1 + 0.6e9), f"exporting {model.name}")
+    with console.status("opening everything"):
+        opened = open_all(plan)
+    if plan.graphs:
+        need = weight_bytes(plan, opened.skeletons)
+        disk = int(sum(need.values()) * 1.02) + (16 << 20)
+        require_disk(target, disk, f"the bundle {target.name}")
+        # Beside the weights of a part: 0.6 GB of libraries, a tenth for the traced graph.
+        require_memory(int(max(need.values()) * 1.1 + 0.6e9), f"exporting {model.name}")
     with _disk_errors(target), _heard_interrupt() as check, staged_folder(target) as folder:
         checkpoint.save_tokenizers(folder)
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.scheduler_config())
         parts = {}
         for part in model.parts:
-            parts[part] = _export_part(plan, part, folder, console)
+            if plan.graphs:
+                parts[part] = _export_part(plan, part, folder, console, opened.scale)
+            else:
+                parts[part] = opened.described[part]
             check()
         with console.status("hashing"):
             files: dict[str, dict[str, Any]] = {
@@ -78,10 +89,11 @@ def build_bundle(plan: Plan, target: Path, console: Console) -> None:
                 if file.is_file()
             }
         for entry in parts.values():
-            names = [entry["graph"], *([entry["data"]] if entry["data"] else [])]
+            names = [name for name in (entry["graph"], entry["data"]) if name in files]
             entry["hash"] = part_hash([files[name]["sha256"] for name in names])
         manifest = {
             "schema": SCHEMA,
+            "graphs": plan.graphs,
             "model": plan.name,
             "name": target.name,
             "weights": checkpoint.kind,
@@ -91,9 +103,9 @@ def build_bundle(plan: Plan, target: Path, console: Console) -> None:
             "source": checkpoint.source,
             "request": {"model": model.name} | plan.request,
             "licence": licence(checkpoint),
-            "steps": model.steps,
+            "steps": max(model.steps, opened.least_steps),
             "guidance": model.guidance,
-            "pipeline": pipeline_entry(checkpoint, scale, channels),
+            "pipeline": pipeline_entry(checkpoint, opened),
             "parts": parts,
             "files": files,
             "versions": _versions(),
@@ -103,6 +115,93 @@ def build_bundle(plan: Plan, target: Path, console: Console) -> None:
         check()
 
 
+@dataclass(frozen=True)
+class Opened:
+    """All that a pipeline opens, opened before the first graph is made.
+
+    Attributes:
+        skeletons: part -> its module without weights.
+        scale: pixels along one side of a latent.
+        channels: of the latents.
+        least_steps: that the scheduler can take.
+        described: part -> its entry in a manifest, read off a run without numbers.
+    """
+
+    skeletons: dict[str, Any]
+    scale: int
+    channels: int
+    least_steps: int
+    described: dict[str, dict[str, Any]]
+
+
+def open_all(plan: Plan) -> Opened:
+    """Open every component of a checkpoint, and run all of it without weights.
+
+    Raises:
+        PreconditionError: something would fail later, or draw another image than diffusers does.
+    """
+    checkpoint, model = plan.checkpoint, plan.checkpoint.model
+    checkpoint.require_readable()
+    skeletons = {part: checkpoint.skeleton(part) for part in model.parts}
+    scale, channels = check_sizes(plan, {part: m.config for part, m in skeletons.items()})
+    for lora in checkpoint.loras:
+        lora.check(skeletons, checkpoint.config("unet"))
+    checkpoint.require_tokenizers(
+        [
+            module.get_input_embeddings().num_embeddings  # type: ignore[operator]
+            for part, module in skeletons.items()
+            if part in ENCODERS
+        ]
+    )
+    least = least_steps(checkpoint.scheduler_config(), model.step_counts, channels)
+    described = {}
+    for part, module in skeletons.items():
+        try:
+            described[part] = describe(plan, part, module, scale)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise CheckpointError(
+                f"{checkpoint.origins[part].folder} cannot be run at {plan.width}x{plan.height}",
+                reason,
+                "check its config.json against those of the other components",
+            ) from error
+    return Opened(skeletons, scale, channels, least, described)
+
+
+def describe(plan: Plan, part: str, module: Any, scale: int) -> dict[str, Any]:
+    """A part's entry in the manifest: its signature, by running it without weights or numbers."""
+    import torch
+
+    from export.graphs import UNBATCHED
+    from export.parts import example_inputs, output_names, wrap
+
+    model, dtype = plan.checkpoint.model, torch_dtype(plan.dtype)
+    inputs = example_inputs(part, module, BATCH, plan.width, plan.height, dtype, scale=scale)
+    wrapped = wrap(part, module, model).to("meta", dtype=dtype)
+    with torch.no_grad():
+        result = wrapped(*(tensor.to("meta") for tensor in inputs.values()))
+    results = result if isinstance(result, tuple) else (result,)
+
+    def specs(tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": name,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape if name in UNBATCHED else ("batch", *tensor.shape[1:])),
+            }
+            for name, tensor in tensors.items()
+        ]
+
+    return {
+        "graph": f"{part}/none",
+        "data": None,
+        "inputs": specs(inputs),
+        "outputs": specs(dict(zip(output_names(part, model), results, strict=True))),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in wrapped.parameters()),
+        "ops": {},
+    }
+
+
 def licence(checkpoint: Checkpoint) -> str:
     """Of everything that is in the bundle's graphs."""
     names = [lora["name"] for lora in checkpoint.source.get("loras", ())]
@@ -110,17 +209,21 @@ def licence(checkpoint: Checkpoint) -> str:
     return checkpoint.model.licence + rest
 
 
-def pipeline_entry(checkpoint: Checkpoint, scale: int, channels: int) -> dict[str, Any]:
+def pipeline_entry(checkpoint: Checkpoint, opened: Opened) -> dict[str, Any]:
     """The manifest's `pipeline`: the model's entry, with what the checkpoint itself decides."""
     return dataclasses.asdict(checkpoint.model) | {
         "scheduler": checkpoint.scheduler_config()["_class_name"],
         "force_zeros": checkpoint.force_zeros,
-        "vae_scale": scale,
-        "latent_channels": channels,
+        "vae_scale": opened.scale,
+        "latent_channels": opened.channels,
+        "least_steps": opened.least_steps,
+        "steps": max(checkpoint.model.steps, opened.least_steps),
     }
 
 
-def _export_part(plan: Plan, part: str, folder: Path, console: Console) -> dict[str, Any]:
+def _export_part(
+    plan: Plan, part: str, folder: Path, console: Console, scale: int
+) -> dict[str, Any]:
     """Export one part into its folder; its manifest entry, the hash apart. Frees all it loaded."""
     from export.graphs import describe_graph, exported_graph, save_graph
     from export.parts import example_inputs, output_names, wrap
@@ -131,7 +234,7 @@ def _export_part(plan: Plan, part: str, folder: Path, console: Console) -> dict[
     with console.status(f"{part}: reading the weights"):
         module = plan.checkpoint.module(part, dtype)
     read = time.perf_counter()
-    inputs = example_inputs(part, module, BATCH, plan.width, plan.height, dtype)
+    inputs = example_inputs(part, module, BATCH, plan.width, plan.height, dtype, scale=scale)
     status = console.status(f"{part}: exporting the graph")
     with (
         status,
@@ -178,11 +281,19 @@ def check_sizes(plan: Plan, configs: dict[str, Any]) -> tuple[int, int]:
     Returns:
         Pixels along one side of a latent, and channels of the latents.
     """
+    from export.parts import context_width
+
     model = plan.checkpoint.model
     unet, vae, taesd = (configs[part] for part in ("unet", "vae_decoder", "taesd_decoder"))
     scale = int(2 ** (len(vae.block_out_channels) - 1))
     require_size(model, plan.checkpoint.multiple, plan.width, plan.height)
     channels = int(unet.in_channels)
+    if channels in (8, 9):
+        raise PreconditionError(
+            f"the UNet of {model.name} draws on a picture: in_channels is {channels}",
+            "beside the latents it takes those of a picture" + (" and a mask" * (channels == 9)),
+            "pass a checkpoint that draws from text alone",
+        )
     encoders = [configs[part] for part in configs if part.startswith("text_encoder")]
     tiny_scale = int(2 ** (len(taesd.num_decoder_blocks) - 1))
     whole = "pass a whole checkpoint of one model"
@@ -193,9 +304,10 @@ def check_sizes(plan: Plan, configs: dict[str, Any]) -> tuple[int, int]:
         (
             "the width of the text encoders",
             sum(encoder.hidden_size for encoder in encoders),
-            unet.cross_attention_dim,
+            context_width(unet),
             whole,
         ),
+        ("the channels that the UNet gives", unet.out_channels, channels, whole),
         ("the pooled embedding", "text_time" if model.pooled else None, unet.addition_embed_type,
          whole),
         (

@@ -158,6 +158,11 @@ class Bundle:
         return int(self.manifest["pipeline"]["latent_channels"])
 
     @property
+    def least_steps(self) -> int:
+        """The least step count that the bundle's own scheduler takes."""
+        return int(self.manifest["pipeline"].get("least_steps", 1))
+
+    @property
     def scheduler_name(self) -> str:
         return str(self.manifest["pipeline"]["scheduler"])
 
@@ -225,10 +230,10 @@ class Bundle:
         Args:
             name: another class than the bundle's own, on the same config.
         """
-        import diffusers
+        from export.source.scheduler import make_scheduler
 
         config = read_json(self.path / "scheduler" / "scheduler_config.json")
-        return getattr(diffusers, name or self.scheduler_name).from_config(config)
+        return make_scheduler(config, name or self.scheduler_name)
 
     def tokenizers(self) -> list[Any]:
         """One transformers CLIP tokenizer for each text encoder."""
@@ -238,7 +243,7 @@ class Bundle:
 
     def checkpoint(self) -> Checkpoint:
         """Open again what the bundle was made from; CheckpointError when it is gone."""
-        if not self.has_graphs:
+        if not self.has_graphs and self.weights == "random":
             from export.graphless import drawn_checkpoint
 
             return drawn_checkpoint(self.model, self.manifest["source"]["seed"])
@@ -276,7 +281,7 @@ class Bundle:
         for name, entry in self.manifest["files"].items():
             if sha256_file(self.path / name) != entry["sha256"]:
                 problems.append(f"{name}: the content is not what was exported (sha256 differs)")
-        for name, entry in self.manifest["parts"].items():
+        for name, entry in self.manifest["parts"].items() if self.has_graphs else ():
             hashes = [self.manifest["files"][entry["graph"]]["sha256"]]
             if entry["data"]:
                 hashes.append(self.manifest["files"][entry["data"]]["sha256"])

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from core.files import sha256_file, sha256_json, staged_folder, write_json
-from export.build import Plan, check_sizes, pipeline_entry, torch_dtype
+from export.build import Plan, open_all, pipeline_entry
 from export.bundle import MANIFEST, SCHEMA
 from export.models import Model
 from export.source.checkpoint import Checkpoint, open_checkpoint
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-BATCH = 2
 WEIGHTS = "weights.json"
 
 
@@ -63,8 +62,7 @@ def write_graphless(
     """
     checkpoint, side = drawn_checkpoint(model, seed), model.size
     plan = Plan(checkpoint, dtype, side, side, {})
-    skeletons = {part: checkpoint.skeleton(part) for part in model.parts}
-    scale, channels = check_sizes(plan, {part: m.config for part, m in skeletons.items()})
+    opened = open_all(plan)
     weights = {"drawn_on": device, "seed": seed, "dtype": dtype, "size": side}
     with staged_folder(target) as folder:
         checkpoint.save_tokenizers(folder)
@@ -92,45 +90,11 @@ def write_graphless(
             "licence": model.licence,
             "steps": model.steps,
             "guidance": model.guidance,
-            "pipeline": pipeline_entry(checkpoint, scale, channels),
+            "pipeline": pipeline_entry(checkpoint, opened),
             "parts": {
-                part: describe(plan, part, module) | {"hash": sha256_json([part, files[WEIGHTS]])}
-                for part, module in skeletons.items()
+                part: entry | {"hash": sha256_json([part, files[WEIGHTS]])}
+                for part, entry in opened.described.items()
             },
             "files": files,
         }
         write_json(folder / MANIFEST, manifest)
-
-
-def describe(plan: Plan, part: str, module: nn.Module) -> dict[str, Any]:
-    """A part's entry in the manifest: its signature, by running it without weights or numbers."""
-    import torch
-
-    from export.graphs import UNBATCHED
-    from export.parts import example_inputs, output_names, wrap
-
-    model, dtype = plan.checkpoint.model, torch_dtype(plan.dtype)
-    inputs = example_inputs(part, module, BATCH, plan.width, plan.height, dtype)
-    wrapped = wrap(part, module, model).to("meta", dtype=dtype)
-    with torch.no_grad():
-        result = wrapped(*(tensor.to("meta") for tensor in inputs.values()))
-    results = result if isinstance(result, tuple) else (result,)
-
-    def specs(tensors: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": name,
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "shape": list(tensor.shape if name in UNBATCHED else ("batch", *tensor.shape[1:])),
-            }
-            for name, tensor in tensors.items()
-        ]
-
-    return {
-        "graph": f"{part}/none",
-        "data": None,
-        "inputs": specs(inputs),
-        "outputs": specs(dict(zip(output_names(part, model), results, strict=True))),
-        "weight_bytes": sum(p.numel() * p.element_size() for p in wrapped.parameters()),
-        "ops": {},
-    }

@@ -140,18 +140,28 @@ UNETS = {
 class VaeDecoder(nn.Module):
     """latent_sample [batch, 4, h, w] -> sample [batch, 3, 8h, 8w] in about [-1, 1], not clamped."""
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         vae: Any = module
         self.scale = float(vae.config.scaling_factor)
-        self.shift = float(vae.config.shift_factor or 0.0)
+        mean, deviation = vae.config.latents_mean, vae.config.latents_std
+        self.has_statistics = mean is not None and deviation is not None
+        if self.has_statistics:  # of each channel, in SDXL's form
+            like = next(vae.decoder.parameters())
+            for name, values in (("mean", mean), ("deviation", deviation)):
+                channels = torch.tensor(values, dtype=like.dtype, device=like.device)
+                self.register_buffer(name, channels.reshape(1, -1, 1, 1))
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        latents = latent_sample / self.scale
-        if self.shift:
-            latents = latents + self.shift
+        if self.has_statistics:
+            latents = latent_sample * self.deviation / self.scale + self.mean
+        else:
+            latents = latent_sample / self.scale
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
@@ -197,6 +207,7 @@ def example_inputs(
     height: int,
     dtype: torch.dtype,
     seed: int = 0,
+    scale: int = 8,
 ) -> dict[str, Tensor]:
     """Seeded inputs of the kind that the pipeline gives this part, drawn in float32, then cast.
 
@@ -204,6 +215,7 @@ def example_inputs(
         module: the diffusers or transformers module (`Checkpoint.module`); its config is read.
         width, height: of the image, in pixels.
         dtype: of the float inputs, `timestep` and `time_ids` apart, which are float32.
+        scale: pixels along one side of a latent.
     """
     config: Any = module.config
     generator = torch.Generator().manual_seed(seed)
@@ -213,13 +225,13 @@ def example_inputs(
 
     if part.startswith("text_encoder"):
         return {"input_ids": _token_ids(config, batch, generator)}
-    latents = normal(batch, latent_channels(part, config), height // 8, width // 8)
+    latents = normal(batch, latent_channels(part, config), height // scale, width // scale)
     if part != "unet":
         return {"latent_sample": latents}
     inputs = {
         "sample": latents,
         "timestep": torch.tensor([999.0]),
-        "encoder_hidden_states": normal(batch, TOKENS, config.cross_attention_dim),
+        "encoder_hidden_states": normal(batch, TOKENS, context_width(config)),
     }
     if config.addition_embed_type == "text_time":
         pooled_width = (
@@ -231,6 +243,12 @@ def example_inputs(
     if config.time_cond_proj_dim is not None:
         inputs["timestep_cond"] = normal(batch, config.time_cond_proj_dim)
     return inputs
+
+
+def context_width(unet: Any) -> int:
+    """Width of the hidden states that a UNet takes; a list has it once for each block."""
+    width: Any = unet.cross_attention_dim
+    return int(width[0] if isinstance(width, list | tuple) else width)
 
 
 def latent_channels(part: str, config: Any) -> int:

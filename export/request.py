@@ -12,7 +12,7 @@ from typing import Any
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT, read_json, sha256_json
 from export.models import MODELS, SOLVERS, Model
-from export.source.layout import FOLDERS, CheckpointError
+from export.source.layout import FOLDERS, LORA_FILES, CheckpointError
 
 HUB_ID = re.compile(
     r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<file>[\w./-]+\.safetensors))?(@(?P<revision>[\w./-]+))?"
@@ -76,6 +76,24 @@ class LoraPlace:
 
 
 @dataclass(frozen=True)
+class EmbeddingPlace:
+    """Learned vectors of a token; `token` None for the one that the file names."""
+
+    place: Place
+    token: str | None
+
+    @property
+    def name(self) -> str:
+        """Stem of the file or last word of the hub id, or the token in words for file names."""
+        source = self.token or self.place.file or self.place.path or str(self.place.id)
+        return re.sub(r"[^\w.-]", "", Path(source).name.removesuffix(".safetensors")) or "token"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest's source."""
+        return {"name": self.name, "place": asdict(self.place), "token": self.token}
+
+
+@dataclass(frozen=True)
 class Request:
     """One checkpoint as asked for, before any file of it is looked at.
 
@@ -92,11 +110,13 @@ class Request:
     allow_pickle: bool
     unet: Place | None = None
     loras: tuple[LoraPlace, ...] = ()
+    embeddings: tuple[EmbeddingPlace, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest, with a fingerprint of the local files (names, sizes, times)."""
         fields = asdict(self)
-        fields["loras"] = list(fields["loras"]) or None
+        for key in ("loras", "embeddings"):
+            fields[key] = list(fields[key]) or None
         return fields | {"fingerprint": fingerprint(local_paths(fields))}
 
 
@@ -109,6 +129,7 @@ def make_request(
     allow_pickle: bool = False,
     unet: str | None = None,
     loras: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
 ) -> Request:
     """Read `--weights` and the flags beside it. CheckpointError for what they cannot mean."""
     if weights == "random":
@@ -133,6 +154,7 @@ def make_request(
         allow_pickle,
         find_place(unet, "--unet", files=True) if unet else None,
         tuple(map(find_lora, loras)),
+        tuple(map(find_embedding, embeddings)),
     )
 
 
@@ -176,6 +198,7 @@ def find_lora(text: str) -> LoraPlace:
     place = find_place(name, "--lora", files=True)
     if place.kind == "folder":
         held = sorted(place.local.glob("*.safetensors"))
+        held = [file for file in held if file.name in LORA_FILES][:1] or held
         if len(held) != 1:
             raise CheckpointError(
                 f"--lora {name}: the folder holds {len(held)} .safetensors files",
@@ -186,10 +209,19 @@ def find_lora(text: str) -> LoraPlace:
     return LoraPlace(place, weight)
 
 
+def find_embedding(text: str) -> EmbeddingPlace:
+    """`FILE[:TOKEN]` or a hub id with the same."""
+    name, colon, token = text.rpartition(":")
+    if not colon or Path(text).expanduser().is_file():
+        name, token = text, ""
+    return EmbeddingPlace(find_place(name, "--embedding", files=True), token or None)
+
+
 def local_paths(fields: dict[str, Any]) -> list[Path]:
     """The local folders and files that a request names."""
     found = [fields.get(key) for key in ("weights", "vae", "taesd", "unet")]
-    found += [lora["place"] for lora in fields.get("loras") or ()]
+    for key in ("loras", "embeddings"):
+        found += [entry["place"] for entry in fields.get(key) or ()]
     places = [Place.of(place) for place in found if place]
     return [place.local for place in places if place.path]
 
@@ -214,7 +246,8 @@ def fingerprint(paths: list[Path]) -> str | None:
         if not folder.exists():
             return None
         inside = (file for name in ("", *FOLDERS) for file in (folder / name).glob("*"))
-        for file in sorted(inside) if folder.is_dir() else [folder]:
+        alone = [folder, folder.with_name("adapter_config.json")]
+        for file in sorted(inside) if folder.is_dir() else alone:
             if file.suffix in (".json", ".txt", ".safetensors", ".bin") and file.is_file():
                 stat = file.stat()
                 name = file.relative_to(folder).as_posix() if file != folder else file.name
@@ -248,7 +281,10 @@ def _short(value: Any) -> str:
     if isinstance(value, dict):
         return Place.of(value).spec or value["kind"]
     if isinstance(value, list):
-        return ", ".join(f"{_short(one['place'])}:{one['weight']:g}" for one in value)
+        return ", ".join(
+            f"{_short(entry['place'])}:{entry.get('weight') or entry.get('token') or ''}"
+            for entry in value
+        )
     return "the default" if value is None else str(value)
 
 
@@ -267,7 +303,7 @@ def infer_model(folder: Path) -> Model:
             "other commands take it as it is; export takes a folder in diffusers format",
         )
     unet = _config(folder, "unet/config.json")
-    scheduler = _config(folder, "scheduler/scheduler_config.json")
+    _config(folder, "scheduler/scheduler_config.json")
     second = (folder / "text_encoder_2").is_dir()
     added = unet.get("addition_embed_type")
     if not (folder / "text_encoder").is_dir() or added != ("text_time" if second else None):
@@ -277,7 +313,9 @@ def infer_model(folder: Path) -> Model:
             f" and none. This one has {1 + second} and {added}",
             "pass a checkpoint of one of these forms",
         )
-    scale = 2 ** (len(_config(folder, "vae/config.json").get("block_out_channels", [0] * 4)) - 1)
+    scale = 2 ** (length(_config(folder, "vae/config.json").get("block_out_channels"), 4) - 1)
+    side = unet.get("sample_size")
+    side = max(side) if isinstance(side, list) and side else side
     embedded = unet.get("time_cond_proj_dim") is not None
     return Model(
         name=folder.name,
@@ -289,15 +327,20 @@ def infer_model(folder: Path) -> Model:
         taesd=MODELS["sdxl-turbo" if second else "sd15"].taesd,
         text_encoders=("penultimate", "penultimate") if second else ("final",),
         pooled=second,
-        size=int(unet.get("sample_size", 128)) * scale,
-        scheduler=str(scheduler.get("_class_name", "EulerDiscreteScheduler")),
-        spacing=str(scheduler.get("timestep_spacing", "")),
+        size=int(side or (128 if second else 64)) * scale,
+        scheduler="",
+        spacing="",
         steps=1,
         guidance=8.0 if embedded else 0.0,
         guidance_form="embedding" if embedded else "free",
         schedulers=() if embedded else SOLVERS,
         sizes=(8, 4096),
     )
+
+
+def length(value: Any, default: int) -> int:
+    """Return how many entries a list of a config has; what is no list has its class's default."""
+    return len(value) if isinstance(value, list) else default
 
 
 def require_size(model: Model, multiple: int, width: int, height: int) -> None:

@@ -1,9 +1,10 @@
-"""Each part and the whole image against torch FP32, a part per subprocess.
+"""Each part against torch FP32, and the whole image against diffusers' own pipeline.
 
-Both runtimes walk the chain of text encoders, UNet and decoders, each on its own tensors; a process
-per part, tensors handed on in files, so that the peak is one part's and never the pipeline's. The
-torch run also watches every op's largest absolute value: FP16 overflow is judged there, because a
-CPU computes FP16 graphs in FP32 and would never show it.
+The images come from the pipeline class of diffusers that the checkpoint is for (`oracle.py`): what
+our own order of the parts left out would show. The backend walks the chain of text encoders, UNet
+and decoders on its own tensors; a process per part, tensors handed on in files, so that the peak is
+one part's and never the pipeline's. The FP32 runs also watch every op's largest absolute value:
+FP16 overflow is judged there, because a CPU computes FP16 graphs in FP32 and would never show it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.check.gate import QUANTISED, RANDOM_WORDS, gate_for, image_distance
+from backends.check.watch import rank
 from core.errors import AddbenchError
 from core.files import ROOT, read_json, sha256_json, write_json
 from core.memory import give_memory_back
@@ -43,11 +45,35 @@ HEADROOM = 0.5
 """Beyond this fraction of the FP16 maximum an op is judged to overflow: other prompts go higher."""
 
 
+ORACLE = "oracle"
+"""The part of a job that draws the reference images."""
+
+
 # ---- one part, in a subprocess
 
 
+def run_oracle(job: Mapping[str, Any]) -> None:
+    """Child process: the reference images, by diffusers' own pipeline."""
+    import torch
+    from safetensors.torch import save_file
+
+    from backends.check.oracle import Oracle
+    from backends.pipeline.recipe import make_recipe
+    from export.bundle import Bundle
+
+    folder = Path(job["folder"])
+    bundle = Bundle.open(Path(job["bundle"]))
+    oracle = Oracle(bundle, make_recipe(bundle), watched=True)
+    images = oracle.draw(bundle.model.prompts[0], reference_steps(bundle), SEED)
+    save_file(
+        {f"{decoder}-{steps}": torch.tensor(image) for (decoder, steps), image in images.items()},
+        folder / "oracle.safetensors",
+    )
+    write_json(folder / "oracle.json", oracle.describe() | {"largest": oracle.largest})
+
+
 def run_part(job: Mapping[str, Any], part: str) -> None:
-    """Child process: the part on torch, then on the backend; each walks its own chain."""
+    """Child process: the part on torch, then on the backend, which walks its own chain."""
     from export.bundle import Bundle
 
     folder = Path(job["folder"])
@@ -60,7 +86,7 @@ def run_part(job: Mapping[str, Any], part: str) -> None:
 
 
 def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dict[str, Any]]:
-    """One part on one runtime: seeded inputs, then its stage of the reference image.
+    """One part on one runtime: seeded inputs, and on a backend its stage of the reference image.
 
     Writes `part.*` and `stage.*` tensors; returns the largest values that the watch saw.
     """
@@ -90,7 +116,9 @@ def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dic
                 seeded |= pipeline.context(seeded["encoder_hidden_states"])
             for name, tensor in pipeline.run(part, **seeded).items():
                 out[f"part.{name}"] = tensor.float()
-            if part.startswith("text_encoder"):
+            if runtime == REFERENCE:
+                pass  # its images are the oracle's
+            elif part.startswith("text_encoder"):
                 ids = pipeline.tokenise(bundle.model.prompts[:1])[encoders(bundle).index(part)]
                 for name, tensor in pipeline.run(part, input_ids=ids).items():
                     out[f"stage.{name}"] = tensor.float()
@@ -128,7 +156,8 @@ def reference_steps(bundle: Bundle) -> Sequence[int]:
     if model.step_counts:
         return model.step_counts
     own = {model.steps} if bundle.parts["unet"].weight_bytes < CHEAP_BYTES else set()
-    return sorted({*STEPS} | own)
+    takes = {steps for steps in STEPS if steps >= bundle.least_steps} or {bundle.least_steps}
+    return sorted(takes | own)
 
 
 def stage(file: Path, of: str = "stage") -> dict[str, torch.Tensor]:
@@ -169,11 +198,10 @@ def check(
         folder = Path(scratch)
         peaks = walk(bundle, backend, folder, say)
         record = compare(bundle, backend, folder, peaks)
+        drawn = oracle_images(folder)
         images = {
-            (part.removesuffix("_decoder"), int(steps)): image.numpy()[0]
-            for part in bundle.parts
-            if part.endswith("_decoder")
-            for steps, image in stage(tensors(folder, part, REFERENCE)).items()
+            (decoder, int(steps)): image
+            for (decoder, _, steps), image in ((key.rpartition("-"), drawn[key]) for key in drawn)
         }
     record["seconds"] = round(time.perf_counter() - started, 1)
     write_references(bundle, images, bundle.model.prompts[0], SEED)
@@ -209,7 +237,7 @@ def record_name(bundle: Bundle, backend: str) -> str:
 def walk(
     bundle: Bundle, backend: str, folder: Path, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """Every part on torch and `backend`; part -> peak memory in MB.
+    """The oracle, and every part on torch and `backend`; part -> peak memory in MB.
 
     Each in a process of its own, whose memory is free again before the next; those of a small
     bundle share one, since starting takes longer than all of their work.
@@ -226,7 +254,7 @@ def walk(
         batch = recipe.shapes(part, Shapes(1, *bundle.size)).batch
         inputs = seeded_inputs(info.inputs, generator, batch)
         save_file(inputs, folder / f"{part}.inputs.safetensors")
-    names = list(bundle.parts)
+    names = [ORACLE, *bundle.parts]
     small = sum(info.weight_bytes for info in bundle.parts.values()) < CHEAP_BYTES
     peaks: dict[str, float] = {}
     for parts in [names] if small else [[name] for name in names]:
@@ -238,6 +266,13 @@ def walk(
         say(f"  {what:<16} {seconds:7.1f} s  {peak / 1e9:5.1f} GB")
         peaks |= dict.fromkeys(parts, round(peak / 1e6))
     return peaks
+
+
+def oracle_images(folder: Path) -> dict[str, Any]:
+    """The reference images, uint8 [height, width, 3] by `<decoder>-<steps>`."""
+    from safetensors.numpy import load_file
+
+    return dict(load_file(folder / "oracle.safetensors"))
 
 
 def seeded_inputs(
@@ -300,22 +335,24 @@ def compare(
     gate = gate_for(storage, precision, bundle.weights)
     parts: dict[str, Any] = {}
     images: dict[str, Any] = {}
+    oracle, references = read_json(folder / "oracle.json"), oracle_images(folder)
+    largest = oracle.pop("largest")
     for part in bundle.parts:
         measured = load_file(tensors(folder, part, backend))
         errors = {}
         for name, expected in load_file(tensors(folder, part, REFERENCE)).items():
-            got = measured[name]
-            if name.startswith("part."):
-                difference = (got - expected).norm() / expected.norm().clamp_min(1e-12)
-                errors[name.removeprefix("part.")] = float(difference)
-            elif part.endswith("_decoder"):
+            difference = (measured[name] - expected).norm() / expected.norm().clamp_min(1e-12)
+            errors[name.removeprefix("part.")] = float(difference)
+        for name, image in measured.items() if part.endswith("_decoder") else ():
+            if name.startswith("stage."):
                 key = f"{part.removesuffix('_decoder')}-{name.removeprefix('stage.')}"
-                distance = image_distance(got.numpy()[0], expected.numpy()[0])
+                distance = image_distance(image.numpy()[0], references[key])
                 images[key] = asdict(distance) | {"ok": distance.passes(gate)}
+        seen = [*read_json(folder / f"{part}.json")["overflow"], *largest[part]]
         parts[part] = {
             "relative_error": errors,
             "ok": all(error <= gate.relative_error for error in errors.values()),
-            "largest_values": read_json(folder / f"{part}.json")["overflow"],
+            "largest_values": sorted(seen, key=lambda op: -rank(op["largest"]))[:5],
             "peak_memory_mb": peaks[part],
         }
     return {
@@ -326,6 +363,7 @@ def compare(
         "storage": storage,
         "precision": precision,
         "weights": bundle.weights,
+        "oracle": oracle | {"peak_memory_mb": peaks[ORACLE]},
         "gate": asdict(gate),
         "parts": parts,
         "images": images,
@@ -367,6 +405,8 @@ def report(record: Mapping[str, Any]) -> str:
     lines = [
         f"storage {record['storage']}, precision {record['precision']}, weights {record['weights']}"
     ]
+    if oracle := record.get("oracle"):
+        lines.append(f"  images against {oracle['pipeline']} of diffusers {oracle['diffusers']}")
     for part, found in record["parts"].items():
         errors = ", ".join(f"{k} {v:.2e}" for k, v in found["relative_error"].items())
         largest = max((op["largest"] for op in found["largest_values"]), default=0.0)
@@ -386,7 +426,11 @@ def _child() -> None:
         raise SystemExit("the parent is gone")
     job = json.loads(sys.stdin.read())
     for part in job["parts"]:
-        run_part(job, part)
+        if part == ORACLE:
+            run_oracle(job)
+            give_memory_back()
+        else:
+            run_part(job, part)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     write_json(Path(job["folder"]) / PEAK, {"bytes": peak})
 

@@ -74,11 +74,12 @@ class Watch:
 
     def report(self, keep: int = 5) -> list[dict[str, Any]]:
         """The ops with the largest outputs, largest first."""
-        ranked = sorted(self.largest.items(), key=lambda item: -_rank(item[1]))
+        ranked = sorted(self.largest.items(), key=lambda item: -rank(item[1]))
         return [
             {"module": module, "op": op, "largest": value} for (module, op), value in ranked[:keep]
         ]
 
 
-def _rank(value: float) -> float:
+def rank(value: float) -> float:
+    """Return a value to sort by: NaN, of an op that overflowed, counts as the largest."""
     return value if value == value else float("inf")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -73,11 +72,6 @@ class Denoised(NamedTuple):
     latents: torch.Tensor
     seconds: list[float]
     nfe: int
-
-
-def takes_generator(scheduler: Any) -> bool:
-    """Whether the scheduler's `step` draws noise, and so takes the images' generators."""
-    return "generator" in inspect.signature(scheduler.step).parameters
 
 
 def guidance_embedding(scale: float, size: int) -> torch.Tensor:

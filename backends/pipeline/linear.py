@@ -134,12 +134,11 @@ class Probe:
     def __init__(self, scheduler: Any, steps: int, *, scale: float, seed: int) -> None:
         import torch
 
-        from backends.pipeline.conditioning import takes_generator
+        from export.source.scheduler import step_arguments
 
         scheduler.set_timesteps(steps)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
-        takes = takes_generator(scheduler)
         source = torch.Generator().manual_seed(seed)
         given = torch.Generator().manual_seed(seed + 1000)
         self.timesteps = scheduler.timesteps
@@ -152,7 +151,7 @@ class Probe:
         for timestep in self.timesteps:
             sample, output = (torch.randn(shape, generator=source) * scale for _ in range(2))
             before = given.get_state()
-            extra = {"generator": given} if takes else {}
+            extra = step_arguments(scheduler, given)
             self.inputs.append(scheduler.scale_model_input(sample.clone(), timestep))
             result = scheduler.step(output.clone(), timestep, sample.clone(), **extra).prev_sample
             self.noises.append(drawn(scheduler, before, given, shape))

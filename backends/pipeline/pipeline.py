@@ -32,7 +32,6 @@ from backends.pipeline.conditioning import (
     Denoised,
     EmbeddingCache,
     guidance_embedding,
-    takes_generator,
 )
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.prompts import check_prompts, check_seeds, token_ids
@@ -41,6 +40,7 @@ from backends.registry import parse_backend
 from core.memory import give_memory_back
 from export.bundle import Bundle, find_bundle
 from export.models import CONTEXT_PART
+from export.source.scheduler import step_arguments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -277,8 +277,7 @@ class Pipeline:
         scheduler.set_timesteps(steps)  # also forgets the previous call: steps, index, history
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
-        # Those that add no noise take no generator.
-        extra = {"generator": generators} if takes_generator(scheduler) else {}
+        extra = step_arguments(scheduler, generators)
         scale = self.bundle.vae_scale
         shape = (
             1,

@@ -75,6 +75,12 @@ def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
     """int64 [batch, 77] of a CLIP tokenizer; longer prompts are cut, with a warning."""
     import torch
 
+    learned = tokenizer.added_tokens_encoder
+    if any(f"{token}_1" in learned for token in learned):
+        from diffusers.loaders import TextualInversionLoaderMixin
+
+        # A token of several vectors stands for all of them: `<x>` is `<x> <x>_1 ...`.
+        prompts = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), tokenizer)
     cut = tokenizer(
         list(prompts),
         padding="max_length",

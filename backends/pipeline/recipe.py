@@ -160,6 +160,13 @@ def check_steps(bundle: Bundle, recipe: Recipe, steps: int) -> None:
             f"its weights were distilled for {own}",
             f"use --steps {model.step_counts[0]}, or the model with weights for {steps}",
         )
+    if steps < bundle.least_steps and recipe.scheduler == bundle.scheduler_name:
+        raise UnsupportedError(
+            f"{steps} step{'s are' if steps != 1 else ' is'} too few for"
+            f" {scheduler_name(recipe.scheduler)} with the settings of this checkpoint",
+            f"it takes at least {bundle.least_steps}",
+            f"use --steps {bundle.least_steps}, or another --scheduler",
+        )
     most = MOST_STEPS.get(recipe.scheduler, 1000)
     if steps > most:
         raise UnsupportedError(

@@ -8,21 +8,47 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.files import read_json
 from export.models import Model
-from export.request import LoraPlace, Place, Request, find_place, make_request
-from export.source.layout import COMPONENTS, TOKENIZER_FILES, CheckpointError, Component, Stored
+from export.request import (
+    EmbeddingPlace,
+    LoraPlace,
+    Place,
+    Request,
+    find_place,
+    length,
+    make_request,
+)
+from export.source.configs import (
+    index_class,
+    pipeline_class,
+    require_index,
+    require_readable,
+    require_scheduler_keys,
+)
+from export.source.layout import (
+    COMPONENTS,
+    TOKENIZER_FILES,
+    CheckpointError,
+    Component,
+    Stored,
+    read_object,
+)
+from export.source.quiet import quiet_libraries
 from export.source.reader import Origin, Reader, tokenizer_names
+from export.source.scheduler import ResolvedScheduler, resolve_scheduler
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from export.source.embedding import Embedding
     from export.source.lora import Lora
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint", "reopen", "tokenizer_names"]
@@ -46,6 +72,7 @@ class Checkpoint:
         origins: part -> where its module is read from.
         root: the folder with scheduler and tokenizers.
         loras: weights that are fused into the modules as they are loaded.
+        embeddings: learned vectors that are put into the text encoders as they are loaded.
     """
 
     model: Model
@@ -54,6 +81,7 @@ class Checkpoint:
     origins: dict[str, Origin]
     root: Path
     loras: tuple[Lora, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
 
     def find(self, name: str) -> Path:
         """A file or folder of the checkpoint that is no part's."""
@@ -68,17 +96,26 @@ class Checkpoint:
         from accelerate import init_empty_weights
 
         with init_empty_weights():
-            return self.construct(part)
+            module = self.construct(part)
+        self._extend(part, module)
+        return module
 
     def construct(self, part: str) -> nn.Module:
         """The module as its class makes it, in eval mode."""
         component, config = COMPONENTS[part], self.config(part)
         cls = getattr(importlib.import_module(component.library), component.cls)
-        if component.library == "transformers":
-            module = cls(cls.config_class.from_dict(config))
-        else:
-            module = cls.from_config(config)
-        return module.eval()
+        try:
+            with quiet_libraries():
+                if component.library == "transformers":
+                    return cls(cls.config_class.from_dict(config)).eval()
+                return cls.from_config(config).eval()
+        except Exception as error:  # the class judges its own settings, by errors of any kind
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise CheckpointError(
+                f"{self.origins[part].folder / 'config.json'} is no config of a {component.cls}",
+                reason,
+                "correct the file, or download the checkpoint again",
+            ) from error
 
     def module(self, part: str, dtype: torch.dtype, device: str = "cpu") -> nn.Module:
         """Load the module that `part` is cut from, in eval mode. One copy, which the caller frees.
@@ -103,80 +140,192 @@ class Checkpoint:
         for lora in self.loras:
             # Random weights are FP16 numbers in every dtype; they stay so.
             lora.fuse(part, module, self.config("unet"), half=origin.stored is None)
+        if origin.stored is not None:  # random weights are filled into a whole skeleton
+            self._extend(part, module)
         if origin.stored is not None or self.loras:
             _require_finite(module, origin)
         return module.to(device)
 
+    def _extend(self, part: str, module: nn.Module) -> None:
+        """Put the learned vectors of a text encoder where its tokenizer has their tokens."""
+        vectors = [e.vectors[part] for e in self.embeddings if part in e.vectors]
+        if not vectors or not part.startswith("text_encoder"):
+            return
+        import torch
+
+        from export.source.embedding import extend
+
+        tokenizer = self.tokenizers()[0 if part == "text_encoder" else 1]
+        extend(module, torch.cat(vectors), len(tokenizer))
+
     @property
     def multiple(self) -> int:
         """Pixels that the sides of an image are multiples of: what VAE and UNet halve."""
-        blocks = [self.config(part).get("block_out_channels") for part in ("vae_decoder", "unet")]
+        vae, unet = (self.config(part) for part in ("vae_decoder", "unet"))
         # diffusers' defaults: one block in the VAE, four in the UNet.
-        halvings = len(blocks[0] or [64]) + len(blocks[1] or [320] * 4) - 2
+        halvings = length(vae.get("block_out_channels"), 1) - 1
+        halvings += length(unet.get("block_out_channels"), 4) - 1
         return int(2**halvings)
 
+    @property
+    def index(self) -> dict[str, Any]:
+        """What model_index.json holds; empty where there is none."""
+        file = self.find("model_index.json")
+        return read_object(file) if file.is_file() else {}
+
+    @property
+    def pipeline_class(self) -> str:
+        """The diffusers pipeline class that the checkpoint is for."""
+        return pipeline_class(self.model, self.index)
+
+    @property
+    def scheduler(self) -> ResolvedScheduler:
+        """The scheduler's config, with what the model's entry says of it."""
+        stored = read_object(self.find("scheduler") / "scheduler_config.json")
+        named = index_class(self.index, "scheduler")
+        resolved = resolve_scheduler(self.model, stored, named, self.pipeline_class)
+        # An architecture of our own has no other opinion than its entry.
+        return resolved if self.kind != "random" else replace(resolved, notes=())
+
     def scheduler_config(self) -> dict[str, Any]:
-        """The config of the scheduler, with what the model's entry says of it."""
-        config: dict[str, Any] = read_json(self.find("scheduler") / "scheduler_config.json")
-        entry = {
-            "_class_name": self.model.scheduler,
-            "timestep_spacing": self.model.spacing,
-            "prediction_type": self.model.prediction,
-        }
-        return config | {key: value for key, value in entry.items() if value}
+        return self.scheduler.config
 
     @property
     def force_zeros(self) -> bool:
         """Whether an empty prompt's embeddings are zeros, as diffusers' SDXL pipeline reads it."""
-        index = self.find("model_index.json")
-        known = read_json(index) if index.is_file() else {}
-        return self.model.pooled and bool(known.get("force_zeros_for_empty_prompt", True))
+        return self.model.pooled and bool(self.index.get("force_zeros_for_empty_prompt", True))
+
+    def require_readable(self) -> None:
+        """Refuse what the JSON of the checkpoint asks for and is not done, by the key's name."""
+        require_index(self.model, self.index)
+        for part in self.model.parts:
+            require_readable(part, self.config(part), self.pipeline_class)
+        require_scheduler_keys(self.scheduler_config())
 
     def save_tokenizers(self, folder: Path) -> None:
         """Write `tokenizer/` and, for a second text encoder, `tokenizer_2/` into `folder`."""
         from export.source.tokenizer import save_tokenizer
 
-        for name in tokenizer_names(self.model):
+        for name, part in zip(tokenizer_names(self.model), ENCODERS, strict=False):
             source = self.find(name)
             if self.kind == "random" and not (source / "tokenizer.json").is_file():
                 save_tokenizer(read_json(source / "tokenizer_config.json"), folder / name)
-                continue
-            (folder / name).mkdir()
-            for file in TOKENIZER_FILES:
-                if (source / file).is_file():
-                    shutil.copyfile(source / file, folder / name / file)
+            else:
+                (folder / name).mkdir()
+                for pattern in TOKENIZER_FILES:
+                    for file in source.glob(pattern):
+                        shutil.copyfile(file, folder / name / file.name)
+            tokens = [token for each in self.embeddings for token in each.tokens(part)]
+            if tokens:
+                tokenizer = open_tokenizer(folder / name)
+                taken = sorted(set(tokens) & set(tokenizer.get_vocab()))
+                if taken:
+                    raise CheckpointError(
+                        f"--embedding: the token {taken[0]} is there already",
+                        f"{source} has it",
+                        f"give it another name: --embedding FILE:{taken[0]}-2",
+                    )
+                tokenizer.add_tokens(tokens)
+                tokenizer.save_pretrained(folder / name)
 
     def tokenizers(self) -> list[Any]:
         """One transformers tokenizer for each text encoder."""
-        import tempfile
-
         with tempfile.TemporaryDirectory() as scratch:
             self.save_tokenizers(Path(scratch))
             return load_tokenizers(self.model, Path(scratch))
 
+    def require_tokenizers(self, rows: Sequence[int]) -> None:
+        """Check that what a bundle will hold gives the ids that the checkpoint's own files give.
 
-def load_tokenizers(model: Model, folder: Path) -> list[Any]:
+        Args:
+            rows: of the text encoders' tables of tokens.
+        """
+        names = tokenizer_names(self.model)
+        for name, tokenizer, count in zip(names, self.tokenizers(), rows, strict=True):
+            place = self.find(name)
+            if len(tokenizer) > count:
+                raise CheckpointError(
+                    f"{place} has {len(tokenizer)} tokens and its text encoder {count} vectors",
+                    "a prompt with one of the last tokens would have no vector",
+                    "pass a checkpoint whose tokenizer and text encoder belong to each other",
+                )
+            if tokenizer.model_max_length < 1_000_000 and tokenizer.model_max_length != TOKENS:
+                raise CheckpointError(
+                    f"{place / 'tokenizer_config.json'}: model_max_length is"
+                    f" {tokenizer.model_max_length}",
+                    f"prompts are {TOKENS} tokens long here, as CLIP was trained",
+                    f"set it to {TOKENS}, or pass another checkpoint",
+                )
+            if self.kind == "random" or self.embeddings:
+                continue
+            own = open_tokenizer(place)
+            own.model_max_length = tokenizer.model_max_length = (
+                10**6
+            )  # no warning of the long probe
+            added = [str(token) for token in own.get_added_vocab()]
+            for text in (*PROBES, *added, *(f"a {token}, in the rain" for token in added)):
+                if own(text)["input_ids"] != tokenizer(text)["input_ids"]:
+                    raise CheckpointError(
+                        f"{place} cannot be carried into a bundle",
+                        f"its copy reads {text!r} as other tokens",
+                        "save it again with transformers (tokenizer.save_pretrained)",
+                    )
+
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENS = 77
+"""Length of a CLIP prompt in tokens."""
+PROBES = (
+    "", "a lighthouse at dusk, long exposure", "EMPHASIS  and   spaces", "naïve café, 東京, 🙂",
+    "it's (very:1.3) [blue] <lora:x:1>", "word " * 90,
+)  # fmt: skip
+"""Texts on which a copied tokenizer is held against its source."""
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Open a CLIP tokenizer from its own folder.
+
+    Raises:
+        CheckpointError: transformers cannot read it, or it lacks its merges.
+    """
     from transformers import CLIPTokenizer
 
-    return [CLIPTokenizer.from_pretrained(folder / name) for name in tokenizer_names(model)]
+    if not (folder / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).is_file():
+                raise CheckpointError(
+                    f"{folder} is no tokenizer: {name} is missing",
+                    "without tokenizer.json, vocab.json and merges.txt make one together",
+                    "download the checkpoint's tokenizer again",
+                )
+    try:
+        with quiet_libraries():
+            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # another library's code on a stranger's files
+        raise CheckpointError(
+            f"{folder} cannot be opened as a CLIP tokenizer",
+            " ".join(str(error).split())[:300] or type(error).__name__,
+            "download the checkpoint's tokenizer again",
+        ) from error
+
+
+def load_tokenizers(model: Model, folder: Path) -> list[Any]:
+    return [open_tokenizer(folder / name) for name in tokenizer_names(model)]
 
 
 def _load(component: Component, folder: Path, stored: Stored, dtype: torch.dtype) -> nn.Module:
     cls = getattr(importlib.import_module(component.library), component.cls)
-    logging = importlib.import_module(f"{component.library}.utils.logging")
     dtype_key = "dtype" if component.library == "transformers" else "torch_dtype"
-    logging.disable_progress_bar()
-    # What is missing is looked at below; diffusers warns of a key that it wrote itself.
-    logging.set_verbosity_error()
     try:
-        module, info = cls.from_pretrained(
-            folder,
-            variant=stored.variant,
-            use_safetensors=not stored.pickle,
-            local_files_only=True,
-            output_loading_info=True,
-            **{dtype_key: dtype},
-        )
+        with quiet_libraries():  # what is missing is looked at below
+            module, info = cls.from_pretrained(
+                folder,
+                variant=stored.variant,
+                use_safetensors=not stored.pickle,
+                local_files_only=True,
+                output_loading_info=True,
+                **{dtype_key: dtype},
+            )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{folder} cannot be loaded as {component.cls}",
@@ -233,6 +382,7 @@ def open_checkpoint(
     dtype: str = "fp16",
     unet: str | None = None,
     loras: Sequence[str] = (),
+    embeddings: Sequence[str] = (),
 ) -> Checkpoint:
     """Find a checkpoint, download what is missing, and check that its files are whole.
 
@@ -245,13 +395,13 @@ def open_checkpoint(
         dtype: "fp16" or "fp32": which stored variant to prefer.
         unet: hub id, folder or file of a UNet that replaces the one of the model's rule.
         loras: `FILE[:WEIGHT]` or hub ids; fused into the modules in this order.
+        embeddings: `FILE[:TOKEN]` or hub ids of learned vectors.
 
     Raises:
         CheckpointError: it cannot be had, or is not whole.
     """
-    return open_request(
-        model, make_request(model, weights, vae, taesd, seed, allow_pickle, unet, loras), dtype
-    )
+    request = make_request(model, weights, vae, taesd, seed, allow_pickle, unet, loras, embeddings)
+    return open_request(model, request, dtype)
 
 
 def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
@@ -300,7 +450,22 @@ def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
             default = model.vae if name == "vae" else model.taesd
             origins[part], used = reader.autoencoder(part, root, place, asked, default)
             source[name] = asdict(used)
-    return Checkpoint(model, place.kind, source, origins, root, tuple(lora for lora, _ in loras))
+    widths = [int(origins[part].config()["hidden_size"]) for part in model.parts[:-3]]
+    embeddings = [reader.embedding(embedding, widths) for embedding in request.embeddings]
+    if embeddings:
+        source["embeddings"] = [
+            used.as_dict() | {"name": embedding.name}
+            for embedding, (_, used) in zip(request.embeddings, embeddings, strict=True)
+        ]
+    return Checkpoint(
+        model,
+        place.kind,
+        source,
+        origins,
+        root,
+        tuple(lora for lora, _ in loras),
+        tuple(embedding for embedding, _ in embeddings),
+    )
 
 
 def reopen(model: Model, source: dict[str, Any], dtype: str) -> Checkpoint:
@@ -319,5 +484,9 @@ def reopen(model: Model, source: dict[str, Any], dtype: str) -> Checkpoint:
         allow_pickle=source["allow_pickle"],
         unet=other("unet"),
         loras=tuple(loras),
+        embeddings=tuple(
+            EmbeddingPlace(Place.of(entry["place"]), entry["token"])
+            for entry in source.get("embeddings", ())
+        ),
     )
     return open_request(model, request, dtype)

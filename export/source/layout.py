@@ -11,13 +11,10 @@ from typing import Any, Literal
 from core.errors import AddbenchError, PreconditionError
 from core.files import read_json
 
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-)
+TOKENIZER_FILES = ("*.json", "*.txt")
+"""Of a tokenizer's folder: all that transformers may read, learned tokens included."""
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""As diffusers and PEFT save them."""
 
 
 class CheckpointError(PreconditionError):
@@ -141,11 +138,22 @@ def read_config(folder: Path) -> dict[str, Any]:
             "a checkpoint in diffusers format has a folder with a config.json for each part",
             "download the checkpoint again, or pass the folder that holds its model_index.json",
         )
+    return read_object(folder / "config.json")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object that a file of a checkpoint holds."""
     try:
-        config: dict[str, Any] = read_json(folder / "config.json")
+        value = read_json(file)
     except AddbenchError as error:
         raise CheckpointError(error.what, error.why, "download the checkpoint again") from error
-    return config
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{file} does not hold a JSON object",
+            f"it holds a {type(value).__name__}",
+            "correct the file, or download the checkpoint again",
+        )
+    return value
 
 
 def require_pipeline(root: Path, tokenizers: Iterable[str]) -> None:

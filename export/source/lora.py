@@ -1,7 +1,8 @@
 """LoRA weights, fused into a module's own as it is loaded: the graph has no trace of them.
 
 A file may hold them in diffusers', PEFT's or kohya's names; each entry adds
-`weight * alpha / rank * up @ down` to the weight of one linear layer or convolution.
+`weight * scale * up @ down` to the weight of one linear layer or convolution. The scale is
+alpha / rank, where alpha is in the file, in its header, or in PEFT's adapter_config.json beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from export.source.layout import CheckpointError
+from export.source.layout import CheckpointError, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -35,18 +36,16 @@ UP = re.compile(r"(lora_B|[._]up)(\.default)?\.weight$")
 
 @dataclass(frozen=True)
 class Entry:
-    """What is added to one layer: up [out, rank, ...] @ down [rank, in, ...], times alpha/rank."""
+    """What is added to one layer: up [out, rank, ...] @ down [rank, in, ...], times a scale."""
 
     down: Tensor
     up: Tensor
-    alpha: float | None
+    scale: float
 
     def delta(self, shape: torch.Size) -> Tensor:
-        """In float32 and in the shape of the layer's weight."""
-        rank = self.down.shape[0]
-        scale = 1.0 if self.alpha is None else self.alpha / rank
+        """Return the sum in float32 and in the shape of the layer's weight."""
         product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return (scale * product).reshape(shape)
+        return (self.scale * product).reshape(shape)
 
     def fits(self, shape: torch.Size) -> bool:
         rank = self.down.shape[0]
@@ -146,18 +145,13 @@ def read_lora(file: Path, unet: Mapping[str, Any]) -> dict[str, dict[str, Entry]
             f"{file} cannot be read as LoRA weights", str(error), "pass a whole .safetensors file"
         ) from error
     odd = [key for key in tensors if re.search("dora|magnitude|hada|lokr|glora", key)]
-    settings = json.loads(header.get(METADATA, "{}"))
-    odd += [
-        key
-        for key, value in settings.items()
-        if value and key.endswith(("rslora", "alpha_pattern"))
-    ]
     if odd:
-        raise CheckpointError(
-            f"{file.name} is not plain LoRA",
-            f"it holds {odd[0]}: another method, which does more than add a product of two",
-            "fuse it with the program that made it, and export the checkpoint that it saves",
-        )
+        raise not_plain(file, odd[0])
+    if any(key.startswith(PEFT) and not key.startswith(NESTED) for key in tensors):
+        part, config = peft_part(file, tensors), adapter_config(file)
+        named = {f"{part}.{key.removeprefix(PEFT)}": tensors[key] for key in tensors}
+        return _entries(file, named, {}, {part: config})
+    settings = header_settings(file, header)
     try:
         named, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
             dict(tensors),
@@ -171,8 +165,95 @@ def read_lora(file: Path, unet: Mapping[str, Any]) -> dict[str, dict[str, Entry]
     return _entries(file, named, dict(alphas or {}), settings)
 
 
+# ---- PEFT's settings
+
+PEFT, NESTED = "base_model.model.", ("base_model.model.unet.", "base_model.model.text_encoder")
+"""How PEFT begins every key, and how it does where the model was a whole pipeline's part."""
+SETTINGS = {"lora_alpha", "use_rslora", "alpha_pattern", "r", "rank_pattern"}
+"""Of adapter_config.json: what decides the scale. Ranks are read off the tensors."""
+WITHOUT_EFFECT = {
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
+    "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform",
+    "layers_pattern", "megatron_core", "qalora_group_size", "corda_config", "eva_config",
+    "loftq_config", "ensure_weight_tying", "target_parameters", "runtime_config",
+}  # fmt: skip
+"""How an adapter was trained; its tensors are what came of it."""
+PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal")}
+"""Keys of which these values alone leave the model's own weights as they are."""
+
+
+def not_plain(file: Path, key: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file.name} is not plain LoRA",
+        f"it holds {key}: another method, which does more than add a product of two",
+        "fuse it with the program that made it, and export the checkpoint that it saves",
+    )
+
+
+def adapter_config(file: Path) -> dict[str, Any]:
+    """PEFT's settings, which lie beside the weights."""
+    place = file.parent / "adapter_config.json"
+    if not place.is_file():
+        raise CheckpointError(
+            f"{place} is missing",
+            f"{file.name} is in PEFT's own layout, whose alpha and rank rule are in that file",
+            "put it beside the weights; PEFT writes both into one folder",
+        )
+    return require_plain(file, read_object(place))
+
+
+def header_settings(file: Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """part -> PEFT's settings, as diffusers keeps them in the header of a file."""
+    settings: dict[str, dict[str, Any]] = {}
+    for key, value in json.loads(header.get(METADATA, "{}")).items():
+        part, _, name = key.partition(".")
+        settings.setdefault(part, {})[name] = value
+    return {part: require_plain(file, values) for part, values in settings.items()}
+
+
+def require_plain(file: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Refuse settings of PEFT that do more than scale a product, by their name."""
+    if config.get("peft_type", "LORA") != "LORA":
+        raise not_plain(file, f"peft_type {config['peft_type']}")
+    for key, value in config.items():
+        if key in PLAIN and (value in PLAIN[key] or value is None):
+            continue
+        if value and key not in SETTINGS | WITHOUT_EFFECT:
+            raise not_plain(file, f"{key} {value!r}")
+    return config
+
+
+def peft_part(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """The part that a file in PEFT's own layout is for: by its folder's name, else by its keys."""
+    if file.parent.name in PREFIXES:
+        return file.parent.name
+    blocks = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_emb|add_emb)")
+    if all(blocks.match(key.removeprefix(PEFT)) for key in tensors):
+        return "unet"
+    return "text_encoder"
+
+
+def scale_of(settings: Mapping[str, Any], layer: str, rank: int) -> float:
+    """What PEFT multiplies the product of one layer by.
+
+    Args:
+        layer: its name with dots; a key of `alpha_pattern` is its end, or a pattern of it.
+    """
+    alpha = settings.get("lora_alpha")
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            alpha = value
+            break
+    if alpha is None:
+        return 1.0
+    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
 def _entries(
-    file: Path, named: Mapping[str, Tensor], alphas: dict[str, Any], settings: Mapping[str, Any]
+    file: Path,
+    named: Mapping[str, Tensor],
+    alphas: dict[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Entry]]:
     pieces: dict[tuple[str, str], dict[str, Any]] = {}
     unknown = []
@@ -186,19 +267,24 @@ def _entries(
             continue
         start = next(start for start in PREFIXES[part] if key.startswith(start))
         kind = "alpha" if key.endswith("alpha") else "up" if UP.search(key) else "down"
-        piece = pieces.setdefault((part, flat(bare.removeprefix(start))), {})
+        layer = bare.removeprefix(start)
+        piece = pieces.setdefault((part, flat(layer)), {"layer": layer})
         piece[kind] = float(value) if kind == "alpha" else value
-    found: dict[str, dict[str, Entry]] = {}
+    entries: dict[str, dict[str, Entry]] = {}
     for (part, name), piece in pieces.items():
         if not {"up", "down"} <= piece.keys():
             unknown.append(f"{part} {name}, of which one half is missing")
             continue
-        alpha = piece.get("alpha", settings.get(f"{part}.lora_alpha"))
-        found.setdefault(part, {})[name] = Entry(piece["down"], piece["up"], alpha)
-    if unknown or not found:
+        rank = piece["down"].shape[0]
+        if "alpha" in piece:
+            scale = piece["alpha"] / rank
+        else:
+            scale = scale_of(settings.get(part, {}), piece["layer"], rank)
+        entries.setdefault(part, {})[name] = Entry(piece["down"], piece["up"], scale)
+    if unknown or not entries:
         raise CheckpointError(
             f"{file.name} does not hold LoRA weights",
             f"the key {unknown[0]} is of no LoRA layer" if unknown else "it holds no tensors",
             "pass a file in the format of diffusers, PEFT or kohya",
         )
-    return found
+    return entries

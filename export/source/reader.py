@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.models import Model
-from export.request import LoraPlace, Place
+from export.request import EmbeddingPlace, LoraPlace, Place
 from export.source.layout import (
     COMPONENTS,
+    LORA_FILES,
     TOKENIZER_FILES,
     CheckpointError,
     Stored,
@@ -21,10 +23,8 @@ from export.source.layout import (
 )
 
 if TYPE_CHECKING:
+    from export.source.embedding import Embedding
     from export.source.lora import Lora
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""As diffusers saves them."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,16 @@ class Reader:
         require_whole(file)
         return Lora(file, asked.weight), LoraPlace(place, asked.weight)
 
+    def embedding(
+        self, asked: EmbeddingPlace, widths: Sequence[int]
+    ) -> tuple[Embedding, EmbeddingPlace]:
+        """Learned vectors, downloaded if need be, and their place with the commit."""
+        from export.source.embedding import read_embedding
+
+        file, place = self.file(asked.place, "--embedding")
+        embedding = read_embedding(file, asked.token, widths, self.allow_pickle)
+        return embedding, EmbeddingPlace(place, asked.token)
+
     def file(self, place: Place, flag: str) -> tuple[Path, Place]:
         """One .safetensors file: local, or of a repository; which one need be said if it has more.
 
@@ -145,16 +155,17 @@ class Reader:
 
         def choose(names: list[str]) -> list[str]:
             held = [name for name in names if name.endswith(".safetensors")]
-            wanted = place.file or LORA_FILE
-            found = [wanted] if wanted in held or place.file else held
-            if len(found) != 1:
+            usual = [name for name in LORA_FILES if name in held]
+            wanted = [place.file] if place.file else usual[:1] or held
+            if len(wanted) != 1:
                 raise CheckpointError(
                     f"{flag} {place.spec}: which of its files is meant?",
                     f"the repository holds {', '.join(held[:8]) or 'no .safetensors file'}",
                     f"name one: {flag} {place.id}/FILE.safetensors",
                 )
-            chosen.append(found[0])
-            return found
+            chosen.append(wanted[0])
+            beside = Path(wanted[0]).with_name("adapter_config.json").as_posix()
+            return [*wanted, *([beside] if beside in names else [])]
 
         folder, commit = fetch(str(place.id), place.revision, [], choose, flag)
         if not (folder / chosen[0]).is_file():

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.base import UnsupportedError
-from backends.pipeline.conditioning import takes_generator
 from backends.pipeline.linear import TOLERANCE, Schedule, read_schedule, relative
 from export.models import SCHEDULERS
+from export.source.scheduler import step_arguments
 
 SDXL = {
     "beta_start": 0.00085,
@@ -38,7 +38,7 @@ def own_steps(scheduler: Any, schedule: Schedule, steps: int, scale: float, seed
     generators = [torch.Generator().manual_seed(seed + n) for n in range(2)]
     noises = [torch.Generator().manual_seed(seed + n) for n in range(2)]
     scheduler.set_timesteps(steps)
-    extra = {"generator": generators} if takes_generator(scheduler) else {}
+    extra = step_arguments(scheduler, generators)
     sample = torch.randn(shape, generator=source) * scheduler.init_noise_sigma
     samples, outputs, drawn = [sample], [], []
     worst = abs(schedule.first / float(scheduler.init_noise_sigma) - 1)
@@ -57,7 +57,7 @@ def own_steps(scheduler: Any, schedule: Schedule, steps: int, scale: float, seed
         samples.append(schedule.next_sample(index, samples, outputs, drawn))
         worst = max(worst, relative(samples[-1], sample))
     for ours, theirs in zip(noises, generators, strict=True):
-        if takes_generator(scheduler):
+        if "generator" in step_arguments(scheduler, None):
             assert torch.equal(ours.get_state(), theirs.get_state()), "noise is drawn otherwise"
     return worst
 

@@ -30,8 +30,9 @@ ON_HUB = dataclasses.replace(TINY, checkpoint="org/tiny", taesd="org/taesd")
 
 def test_a_folder_gives_the_weights_that_are_in_it(folder: Path) -> None:
     model = infer_model(folder)
-    assert (model.name, model.size, model.spacing) == ("my-sdxl", 64, "trailing")
+    assert (model.name, model.size, model.scheduler) == ("my-sdxl", 64, "")
     checkpoint = open_checkpoint(model, str(folder))
+    assert checkpoint.scheduler_config()["timestep_spacing"] == "trailing"
     assert checkpoint.kind == "folder"
     assert checkpoint.source["taesd"]["kind"] == "own"
     expected = open_checkpoint(TINY, "random", seed=5)

@@ -226,6 +226,7 @@ def test_a_checkpoint_that_ships_with_the_checkout(
     edit = Path(shutil.copytree(base, tmp_path / "shipped"))
     edit_json(edit / "scheduler" / "scheduler_config.json", _class_name="DDIMScheduler",
               prediction_type="v_prediction", rescale_betas_zero_snr=True)  # fmt: skip
+    edit_json(edit / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     monkeypatch.setattr("export.request.ROOT", tmp_path)
     model = replace(TINY_SDXL, folder="shipped", scheduler="", spacing="")
     request = make_request(model, "folder")
@@ -351,14 +352,48 @@ def test_lora_weights_with_peft_settings(tmp_path: Path) -> None:
 
     name = f"{LAYERS['unet']}.weight"
     before = plain.module("unet", torch.float32).get_parameter(name)
-    after = (
-        with_settings(**{"unet.lora_alpha": 8}).module("unet", torch.float32).get_parameter(name)
-    )
-    assert torch.allclose(after - before, deltas["unet"] * 8 / RANK, atol=1e-2)
-    for odd in ({"unet.use_rslora": True}, {"unet.alpha_pattern": {"to_q": 4}}):
-        with pytest.raises(CheckpointError, match="not plain LoRA"):
-            with_settings(**odd).module("unet", torch.float32)
-    assert with_settings(**{"unet.alpha_pattern": {}}).module("unet", torch.float32)
+    alpha = {"unet.lora_alpha": 8, "unet.r": RANK}
+    for settings, scale in (
+        (alpha, 8 / RANK),
+        (alpha | {"unet.use_rslora": True}, 8 / RANK**0.5),
+        (alpha | {"unet.alpha_pattern": {"attn1.to_q": 4}}, 4 / RANK),
+        (alpha | {"unet.alpha_pattern": {}, "text_encoder.lora_alpha": 1}, 8 / RANK),
+    ):
+        after = with_settings(**settings).module("unet", torch.float32).get_parameter(name)
+        assert torch.allclose(after - before, deltas["unet"] * scale, atol=0.1), settings
+    for odd in ("use_dora", "lora_bias", "modules_to_save", "fan_in_fan_out"):
+        with pytest.raises(CheckpointError, match=odd):
+            with_settings(**{f"unet.{odd}": True}).module("unet", torch.float32)
+
+
+def test_lora_weights_in_peft_s_own_layout(tmp_path: Path) -> None:
+    """Settings lie in adapter_config.json beside the weights; the keys begin as PEFT has them."""
+    from safetensors.torch import load_file
+
+    plain = open_checkpoint(TINY_SDXL, "random")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.parent.mkdir()
+    deltas = write_lora(file, plain, peft)
+    renamed = {
+        f"base_model.model.{key.removeprefix('unet.')}": tensor
+        for key, tensor in load_file(file).items()
+        if key.startswith("unet.")
+    }
+    save_file(renamed, file)
+    folder, name = str(file.parent), f"{LAYERS['unet']}.weight"
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json is missing"):
+        open_checkpoint(TINY_SDXL, "random", loras=[folder]).module("unet", torch.float32)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "bias": "none",
+              "target_modules": ["to_q"], "init_lora_weights": True}  # fmt: skip
+    write_json(file.parent / "adapter_config.json", config)
+    fused = open_checkpoint(TINY_SDXL, "random", loras=[folder])
+    fused.loras[0].check({p: fused.skeleton(p) for p in TINY_SDXL.parts}, fused.config("unet"))
+    before = plain.module("unet", torch.float32).get_parameter(name)
+    after = fused.module("unet", torch.float32).get_parameter(name)
+    assert torch.allclose(after - before, deltas["unet"] * 16 / RANK, atol=0.1)
+    write_json(file.parent / "adapter_config.json", config | {"init_lora_weights": "pissa"})
+    with pytest.raises(CheckpointError, match="init_lora_weights 'pissa'"):
+        fused.module("unet", torch.float32)
 
 
 def test_lora_weights_of_the_hub_keep_the_name_that_was_asked_for(
