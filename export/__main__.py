@@ -66,6 +66,11 @@ def parser() -> Parser:
         help="LoRA weights to fuse, repeatable; the bundle's name says so",
     )
     top.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="of the weights' files, such as fp16 or non_ema (default: that of --dtype, else any)",
+    )
+    top.add_argument(
         "--embedding",
         action="append",
         default=[],
@@ -109,7 +114,7 @@ def _export(args: argparse.Namespace) -> int:
     model, weights = _model_and_weights(args.model, args.weights)
     request = make_request(
         model, weights, args.vae, args.taesd, args.seed, args.allow_pickle, args.unet, args.lora,
-        args.embedding,
+        args.embedding, args.variant,
     )  # fmt: skip
     width, height = args.size or (model.size, model.size)
     size = width if width == height else f"{width}x{height}"
@@ -117,7 +122,8 @@ def _export(args: argparse.Namespace) -> int:
     named = "+".join([model.name, *(lora.name for lora in request.loras)])
     named = "+".join([named, *(embedding.name for embedding in request.embeddings)])
     other = None if size == model.size else (width, height)
-    target: Path = args.out or bundle_path(named, request.weights.kind, args.dtype, other)
+    kind = request.weights.kind.replace("file", "folder")
+    target: Path = args.out or bundle_path(named, kind, args.dtype, other)
     target = target.expanduser().absolute()
     lock = FileLock(target.parent / f".{target.name}.lock")
     try:
@@ -161,7 +167,7 @@ def _build(
         console.print(f"  {model.licence_notice}", soft_wrap=True, highlight=False)
     checkpoint = open_request(model, request, dtype)
     require_size(model, checkpoint.multiple, *size)
-    for note in checkpoint.scheduler.notes:
+    for note in checkpoint.notes:
         console.print(note, soft_wrap=True, highlight=False)
     with console.status("loading torch"):
         from export.build import Plan, build_bundle
@@ -170,10 +176,11 @@ def _build(
 
 def _model_and_weights(model: str, weights: str | None) -> tuple[Model, str]:
     """What `--model` and `--weights` mean together."""
-    from export.request import infer_model
+    from export.request import FILES, find_place, infer_file, infer_model
 
     path = Path(model).expanduser()
-    if model in MODELS or not (path.is_dir() or "/" in model):
+    is_file = path.is_file() or path.suffix in FILES
+    if model in MODELS or not (path.is_dir() or is_file or "/" in model):
         entry = find_model(model)
         return entry, weights or default_weights(entry)
     if weights not in (None, "folder"):
@@ -182,6 +189,9 @@ def _model_and_weights(model: str, weights: str | None) -> tuple[Model, str]:
             "with a folder as the model, the weights are those in it",
             f"leave --weights out, or write --model {next(iter(MODELS))} --weights {weights}",
         )
+    if is_file:
+        find_place(str(path), "--model", files=True)
+        return infer_file(path), str(path)
     return infer_model(path), str(path)
 
 

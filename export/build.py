@@ -73,7 +73,7 @@ def build_bundle(plan: Plan, target: Path, console: Console) -> None:
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.scheduler_config())
         parts = {}
-        for part in model.parts:
+        for part in checkpoint.parts:
             if plan.graphs:
                 parts[part] = _export_part(plan, part, folder, console, opened.scale)
             else:
@@ -142,7 +142,7 @@ def open_all(plan: Plan) -> Opened:
     """
     checkpoint, model = plan.checkpoint, plan.checkpoint.model
     checkpoint.require_readable()
-    skeletons = {part: checkpoint.skeleton(part) for part in model.parts}
+    skeletons = {part: checkpoint.skeleton(part) for part in checkpoint.parts}
     scale, channels = check_sizes(plan, {part: m.config for part, m in skeletons.items()})
     for lora in checkpoint.loras:
         lora.check(skeletons, checkpoint.config("unet"))
@@ -284,7 +284,8 @@ def check_sizes(plan: Plan, configs: dict[str, Any]) -> tuple[int, int]:
     from export.parts import context_width
 
     model = plan.checkpoint.model
-    unet, vae, taesd = (configs[part] for part in ("unet", "vae_decoder", "taesd_decoder"))
+    unet, vae = configs["unet"], configs["vae_decoder"]
+    taesd = configs.get("taesd_decoder")
     scale = int(2 ** (len(vae.block_out_channels) - 1))
     require_size(model, plan.checkpoint.multiple, plan.width, plan.height)
     channels = int(unet.in_channels)
@@ -295,12 +296,9 @@ def check_sizes(plan: Plan, configs: dict[str, Any]) -> tuple[int, int]:
             "pass a checkpoint that draws from text alone",
         )
     encoders = [configs[part] for part in configs if part.startswith("text_encoder")]
-    tiny_scale = int(2 ** (len(taesd.num_decoder_blocks) - 1))
     whole = "pass a whole checkpoint of one model"
     wanted = [
         ("the VAE's latent channels", vae.latent_channels, channels, "pass another with --vae"),
-        ("TAESD's latent channels", taesd.latent_channels, channels, "pass another with --taesd"),
-        ("TAESD's scale", tiny_scale, scale, "pass another with --taesd"),
         (
             "the width of the text encoders",
             sum(encoder.hidden_size for encoder in encoders),
@@ -317,6 +315,13 @@ def check_sizes(plan: Plan, configs: dict[str, Any]) -> tuple[int, int]:
             "pass the UNet that the model was distilled to with --unet, or another --model",
         ),
     ]  # fmt: skip
+    if taesd is not None:
+        other = "pass another with --taesd"
+        tiny_scale = int(2 ** (len(taesd.num_decoder_blocks) - 1))
+        wanted += [
+            ("TAESD's latent channels", taesd.latent_channels, channels, other),
+            ("TAESD's scale", tiny_scale, scale, other),
+        ]
     if model.pooled and unet.addition_embed_type == "text_time":
         pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
         wanted.append(("the width of the pooled embedding", encoders[-1].projection_dim, pooled,

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -307,6 +308,9 @@ def find_bundle(
     Args:
         size: width and height in pixels; None for the bundle with the model's own.
     """
+    own = bundle_of_checkpoint(Path(model).expanduser(), dtype, size)
+    if own is not None:
+        return own
     if os.sep in model or Path(model, MANIFEST).is_file():
         bundle = Bundle.open(Path(model))
         if size not in (None, bundle.size):
@@ -329,6 +333,30 @@ def find_bundle(
         f"there is no bundle of {model}" + (f" at {size_text(size)}" if size else ""),
         f"looked for {bundle_path(model, weights or '*', dtype or '*', size)}",
         _export_command(model, weights, dtype, size),
+    )
+
+
+def bundle_of_checkpoint(
+    place: Path, dtype: str | None, size: tuple[int, int] | None
+) -> Bundle | None:
+    """The bundle that was exported from a checkpoint's folder or file; None if that is none."""
+    is_folder = (place / "unet").is_dir() and not (place / MANIFEST).is_file()
+    if not is_folder and not (place.is_file() and place.suffix == ".safetensors"):
+        return None
+    name = place.resolve().name if is_folder else place.stem
+    for kind in DTYPES if dtype is None else (dtype,):
+        for path in {bundle_path(name, "folder", kind, asked): 0 for asked in (size, None)}:
+            if not (path / MANIFEST).is_file():
+                continue
+            bundle = Bundle.open(path)
+            source = bundle.manifest["source"].get("path")
+            if source == str(place.resolve()) and size in (None, bundle.size):
+                return bundle
+    raise PreconditionError(
+        f"there is no bundle of {place}" + (f" at {size_text(size)}" if size else ""),
+        f"looked for {bundle_path(name, 'folder', dtype or '*', size)}",
+        f"export it first: addbench export --model {shlex.quote(str(place))}"
+        + (f" --size {size_text(size)}" if size else ""),
     )
 
 

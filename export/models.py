@@ -62,6 +62,8 @@ class Model:
         folder: a checkpoint that ships with the checkout, relative to it, or None.
         like: architecture folders that give what `architecture` lacks, the first that has it.
         sizes: least and greatest side of an image in pixels.
+        pixels: that an image may have: the models of this family were trained at about so many, in
+            buckets of many aspects.
         judge: what reads back from pixels whether a picture shows its caption (`distill/judge.py`).
         prompts: what it is asked to draw when it is timed and compared.
     """
@@ -87,7 +89,8 @@ class Model:
     unet: str | None = None
     folder: str | None = None
     like: tuple[str, ...] = ()
-    sizes: tuple[int, int] = (256, 1024)
+    sizes: tuple[int, int] = (256, 2048)
+    pixels: int = 1024 * 1024
     judge: Literal["shapes"] | None = None
     prompts: tuple[str, ...] = prompts.GENERAL
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,7 @@ class Request:
     unet: Place | None = None
     loras: tuple[LoraPlace, ...] = ()
     embeddings: tuple[EmbeddingPlace, ...] = ()
+    variant: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest, with a fingerprint of the local files (names, sizes, times)."""
@@ -130,6 +131,7 @@ def make_request(
     unet: str | None = None,
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
+    variant: str | None = None,
 ) -> Request:
     """Read `--weights` and the flags beside it. CheckpointError for what they cannot mean."""
     if weights == "random":
@@ -145,17 +147,27 @@ def make_request(
             )
         place = Place("hub", model.checkpoint)
     else:
-        place = find_place(weights, "--weights")
+        place = find_place(weights, "--weights", files=True)
     return Request(
         place,
-        find_place(vae, "--vae") if vae else None,
-        find_place(taesd, "--taesd") if taesd else None,
+        find_place(vae, "--vae", files=True) if vae else None,
+        find_place(taesd, "--taesd", files=True) if taesd else None,
         seed if place.kind == "random" else None,
         allow_pickle,
         find_place(unet, "--unet", files=True) if unet else None,
         tuple(map(find_lora, loras)),
         tuple(map(find_embedding, embeddings)),
+        variant,
     )
+
+
+FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+"""How the files of weights end."""
+
+
+def files_read(flag: str) -> tuple[str, ...]:
+    """Return how the files that a flag takes may end."""
+    return FILES if flag == "--embedding" else (".safetensors",)
 
 
 def find_place(text: str, flag: str, *, files: bool = False) -> Place:
@@ -167,9 +179,25 @@ def find_place(text: str, flag: str, *, files: bool = False) -> Place:
     path = Path(text).expanduser()
     if path.is_dir():
         return Place("folder", path=str(path.resolve()))
-    if files and path.is_file():
+    if files and path.is_file() and path.suffix in (*files_read(flag),):
         return Place("file", path=str(path.resolve()))
     match = HUB_ID.fullmatch(text)
+    if path.suffix in FILES and (match is None or not match["file"]):
+        raise CheckpointError(
+            f"{flag} {text}: there is no such file"
+            if not path.is_file()
+            else f"{flag} {text}: this file is not read",
+            f"the current folder is {Path.cwd()}"
+            if not path.is_file()
+            else f"{flag} takes .safetensors files"
+            if files
+            else f"{flag} takes no file",
+            "check the path"
+            if not path.is_file()
+            else "convert it to .safetensors"
+            if files
+            else "pass a folder in diffusers format",
+        )
     if match is None or text.startswith(".") or (match["file"] and not files):
         raise CheckpointError(
             f"{flag} {text}: there is no such folder" + (" or file" if files else ""),
@@ -335,6 +363,26 @@ def infer_model(folder: Path) -> Model:
         guidance_form="embedding" if embedded else "free",
         schedulers=() if embedded else SOLVERS,
         sizes=(8, 4096),
+        pixels=4096 * 4096,
+    )
+
+
+def infer_file(file: Path) -> Model:
+    """The entry of a single file with a whole model; its keys tell the architecture."""
+    from export.source.single_file import tell_architecture
+
+    base = MODELS[tell_architecture(file)]
+    return replace(
+        base,
+        name=file.stem,
+        licence="not known: see the checkpoint's own terms",
+        licence_notice="",
+        vae=None,
+        steps=1,
+        guidance=0.0,
+        guidance_form="free",
+        schedulers=SOLVERS,
+        prompts=MODELS["sdxl-base"].prompts,
     )
 
 
@@ -344,16 +392,16 @@ def length(value: Any, default: int) -> int:
 
 
 def require_size(model: Model, multiple: int, width: int, height: int) -> None:
-    """The model can draw images of this size: sides within its range, and what its UNet divides.
+    """The model can draw images of this size.
 
     Args:
-        multiple: pixels that both sides must be multiples of.
+        multiple: pixels along one side of a latent, which both sides must be multiples of.
     """
     least, most = model.sizes
     for side in (width, height):
         if side % multiple or not least <= side <= most:
             nearest = min(max(side // multiple * multiple, multiple, least), most)
-            why = f"its UNet halves latents: sides are multiples of {multiple}"
+            why = f"latents are 1/{multiple} of an image: sides are multiples of {multiple}"
             if not side % multiple:
                 why = f"it draws images with sides of {least} to {most} pixels"
             raise PreconditionError(
@@ -361,6 +409,13 @@ def require_size(model: Model, multiple: int, width: int, height: int) -> None:
                 why,
                 f"use --size {nearest}",
             )
+    if width * height > model.pixels:
+        side = math.isqrt(model.pixels)
+        raise PreconditionError(
+            f"--size {width}x{height} does not fit {model.name}",
+            f"it was trained on images of about {side}x{side} pixels, in any aspect",
+            f"use --size {side}",
+        )
 
 
 def _card_licence(folder: Path) -> str | None:

@@ -141,7 +141,8 @@ class Oracle:
         given: dict[str, Any] = {name: None for name in IGNORED_COMPONENTS if name in takes}
         if "requires_safety_checker" in takes:
             given["requires_safety_checker"] = False
-        by_itself = checkpoint.kind in ("hub", "folder") and bool(checkpoint.index)
+        by_itself = checkpoint.kind in ("hub", "folder") and not checkpoint.is_single
+        by_itself = by_itself and bool(checkpoint.index)
         variant = next((o.stored.variant for o in checkpoint.origins.values() if o.stored), None)
         for name, part in named.items():
             if part not in parts:

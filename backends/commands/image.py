@@ -28,7 +28,7 @@ def parser() -> Parser:
     add_model_arguments(made, DEFAULT_MODEL)
     made.add_argument("--backend", default="ort", metavar="NAME[:KEY=VALUE,...]")
     add_precision_argument(made)
-    made.add_argument("--decoder", default="taesd", help="vae or taesd")
+    made.add_argument("--decoder", help="vae or taesd (default: taesd where there is one)")
     made.add_argument("--steps", type=int, default=None, help="default: the model's own")
     made.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="of the bundle")
     made.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (the model's)")
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "licence": bundle.licence,
             "backend": args.backend,
             "provenance": out.provenance,
-            "decoder": args.decoder,
+            "decoder": pipeline.decoder,
             "low_memory": args.low_memory,
             "precision": pipeline.backend.precision(bundle),
             "storage": pipeline.backend.storage(bundle),
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ) from error
     print(
         f"{args.out}: {bundle.name} ({bundle.weights} weights), {steps} steps, NFE {out.nfe}, "
-        f"seed {args.seed}, {args.backend}, {args.decoder}"
+        f"seed {args.seed}, {args.backend}, {facts['decoder']}"
     )
     times = out.timings
     stages = ""

@@ -404,7 +404,7 @@ def non_finite() -> NonFiniteError:
 def load_pipeline(
     model: str,
     backend: str = "ort",
-    decoder: str = "taesd",
+    decoder: str | None = None,
     *,
     batch: int = 1,
     weights: str | None = None,
@@ -419,6 +419,7 @@ def load_pipeline(
     """A ready pipeline for a model's name or a bundle's folder.
 
     Args:
+        decoder: `vae` or `taesd`; None for the tiny one, or the VAE where a bundle has no other.
         size: width and height in pixels; None for the model's own.
         low_memory: load each part when a call needs it, see `Pipeline.use_low_memory`.
         scheduler, guidance, guidance_mode: see `backends.pipeline.recipe.make_recipe`.
@@ -432,6 +433,7 @@ def load_pipeline(
     if low_memory:
         chosen.require_low_memory()
     bundle = find_bundle(model, weights, dtype, size)
+    decoder = decoder or ("taesd" if "taesd_decoder" in bundle.parts else "vae")
     check_decoder(bundle, decoder)
     made = chosen.pipeline(
         bundle,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,26 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
             raise PreconditionError(
                 f"the prompt {prompt!a} is not valid text", why, "pass valid Unicode"
             )
+    warn_of_weights(listed)
     return listed
+
+
+WEIGHTED = re.compile(r"\([^()]*:\s*\d*\.?\d+\)|<lora:[^>]*>")
+
+
+def warn_of_weights(prompts: Sequence[str]) -> None:
+    """Say, once in a process, that weights in a prompt are text like any other."""
+    global _warned
+    if not _warned and any(WEIGHTED.search(prompt) for prompt in prompts):
+        _warned = True
+        warnings.warn(
+            "weights in a prompt, as in (word:1.3) or <lora:name:1>, are read as text here, as"
+            " diffusers' pipelines read them",
+            stacklevel=3,
+        )
+
+
+_warned = False
 
 
 def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:

@@ -43,6 +43,7 @@ from export.source.layout import (
 from export.source.quiet import quiet_libraries
 from export.source.reader import Origin, Reader, tokenizer_names
 from export.source.scheduler import ResolvedScheduler, resolve_scheduler
+from export.source.single_file import has_part, shapes_of, tell_architecture
 
 if TYPE_CHECKING:
     import torch
@@ -82,23 +83,46 @@ class Checkpoint:
     root: Path
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
+    remarks: tuple[str, ...] = ()
+    tokenizer_root: Path | None = None
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one file, whose configs and tokenizers are those of the model's entry."""
+        return self.tokenizer_root is not None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the model that there are: TAESD may be out of reach."""
+        return tuple(part for part in self.model.parts if part in self.origins)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of how the checkpoint is read."""
+        return (*self.remarks, *self.scheduler.notes)
 
     def find(self, name: str) -> Path:
         """A file or folder of the checkpoint that is no part's."""
-        return architecture(self.model, name) if self.kind == "random" else self.root / name
+        if self.kind == "random" or self.is_single:
+            return architecture(self.model, name)
+        return self.root / name
 
     def config(self, part: str) -> dict[str, Any]:
         """The diffusers or transformers config of the module that `part` is cut from."""
         return self.origins[part].config()
 
     def skeleton(self, part: str) -> nn.Module:
-        """The module without weights: its parameters are on the meta device."""
+        """The module without weights, learned tokens included: it is on the meta device."""
+        module = self.construct_bare(part)
+        self._extend(part, module)
+        return module
+
+    def construct_bare(self, part: str) -> nn.Module:
+        """The module on the meta device, as its config has it."""
         from accelerate import init_empty_weights
 
         with init_empty_weights():
-            module = self.construct(part)
-        self._extend(part, module)
-        return module
+            return self.construct(part)
 
     def construct(self, part: str) -> nn.Module:
         """The module as its class makes it, in eval mode."""
@@ -132,8 +156,11 @@ class Checkpoint:
             module = self.skeleton(part)
             fill_random(module, origin.seed, dtype)
         elif origin.file is not None:
-            module = self.skeleton(part)
-            _fill(module, origin.file, dtype)
+            module = self.construct_bare(part)
+            if not _fill(module, origin.file, dtype):
+                from export.source.single_file import load_part
+
+                module = load_part(part, origin.file, origin.folder, dtype)
         else:
             module = _load(COMPONENTS[part], origin.folder, origin.stored, dtype)
         module = module.eval().requires_grad_(False)
@@ -160,12 +187,10 @@ class Checkpoint:
 
     @property
     def multiple(self) -> int:
-        """Pixels that the sides of an image are multiples of: what VAE and UNet halve."""
-        vae, unet = (self.config(part) for part in ("vae_decoder", "unet"))
-        # diffusers' defaults: one block in the VAE, four in the UNet.
-        halvings = length(vae.get("block_out_channels"), 1) - 1
-        halvings += length(unet.get("block_out_channels"), 4) - 1
-        return int(2**halvings)
+        """Pixels along one side of a latent: what the sides of an image are multiples of."""
+        # diffusers' default is one block.
+        vae = self.config("vae_decoder")
+        return int(2 ** (length(vae.get("block_out_channels"), 1) - 1))
 
     @property
     def index(self) -> dict[str, Any]:
@@ -198,7 +223,7 @@ class Checkpoint:
     def require_readable(self) -> None:
         """Refuse what the JSON of the checkpoint asks for and is not done, by the key's name."""
         require_index(self.model, self.index)
-        for part in self.model.parts:
+        for part in self.parts:
             require_readable(part, self.config(part), self.pipeline_class)
         require_scheduler_keys(self.scheduler_config())
 
@@ -207,8 +232,12 @@ class Checkpoint:
         from export.source.tokenizer import save_tokenizer
 
         for name, part in zip(tokenizer_names(self.model), ENCODERS, strict=False):
-            source = self.find(name)
-            if self.kind == "random" and not (source / "tokenizer.json").is_file():
+            source = (self.tokenizer_root or self.root) / name
+            if self.kind == "random":
+                source = self.find(name)
+            if (self.kind == "random" or self.is_single) and not (
+                source / "tokenizer.json"
+            ).is_file():
                 save_tokenizer(read_json(source / "tokenizer_config.json"), folder / name)
             else:
                 (folder / name).mkdir()
@@ -242,7 +271,7 @@ class Checkpoint:
         """
         names = tokenizer_names(self.model)
         for name, tokenizer, count in zip(names, self.tokenizers(), rows, strict=True):
-            place = self.find(name)
+            place = (self.tokenizer_root or self.root) / name
             if len(tokenizer) > count:
                 raise CheckpointError(
                     f"{place} has {len(tokenizer)} tokens and its text encoder {count} vectors",
@@ -256,7 +285,8 @@ class Checkpoint:
                     f"prompts are {TOKENS} tokens long here, as CLIP was trained",
                     f"set it to {TOKENS}, or pass another checkpoint",
                 )
-            if self.kind == "random" or self.embeddings:
+            trained = not any((place / file).is_file() for file in ("tokenizer.json", "vocab.json"))
+            if trained or self.embeddings:
                 continue
             own = open_tokenizer(place)
             own.model_max_length = tokenizer.model_max_length = (
@@ -342,20 +372,27 @@ def _load(component: Component, folder: Path, stored: Stored, dtype: torch.dtype
     return module
 
 
-def _fill(module: nn.Module, file: Path, dtype: torch.dtype) -> None:
-    """Give `module` (on the meta device) the weights of one file, which must be exactly its own."""
+def _fill(module: nn.Module, file: Path, dtype: torch.dtype) -> bool:
+    """Give `module` (on the meta device) the weights of a file; False when it has other names."""
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
+    from export.source.single_file import PREFIXES, unfit
+
+    own = set(module.state_dict())
+    with safe_open(file, framework="numpy") as opened:
+        names = set(opened.keys())
+    starts = tuple(start for each in PREFIXES.values() for start in each)
+    starts += ("encoder.down.", "decoder.up.")  # a VAE that is alone in its file
+    if not own & names or any(name.startswith(starts) for name in names):
+        return False
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
     try:
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{file} does not hold the weights of {type(module).__name__}",
-            reason,
-            "pass a file of the model that --model names",
-        ) from error
+        part = next(p for p, c in COMPONENTS.items() if c.cls == type(module).__name__)
+        raise unfit(part, file, " ".join(str(error).split())[:300]) from error
+    return True
 
 
 def _require_finite(module: nn.Module, origin: Origin) -> None:
@@ -383,6 +420,7 @@ def open_checkpoint(
     unet: str | None = None,
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
+    variant: str | None = None,
 ) -> Checkpoint:
     """Find a checkpoint, download what is missing, and check that its files are whole.
 
@@ -396,18 +434,21 @@ def open_checkpoint(
         unet: hub id, folder or file of a UNet that replaces the one of the model's rule.
         loras: `FILE[:WEIGHT]` or hub ids; fused into the modules in this order.
         embeddings: `FILE[:TOKEN]` or hub ids of learned vectors.
+        variant: of the weights' files, as in diffusers; None for the one of `dtype`, else any.
 
     Raises:
         CheckpointError: it cannot be had, or is not whole.
     """
-    request = make_request(model, weights, vae, taesd, seed, allow_pickle, unet, loras, embeddings)
+    request = make_request(
+        model, weights, vae, taesd, seed, allow_pickle, unet, loras, embeddings, variant
+    )
     return open_request(model, request, dtype)
 
 
 def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
     """`open_checkpoint` of what was asked for in its own form."""
     place, asked_unet = request.weights, request.unet
-    reader = Reader(dtype, request.allow_pickle)
+    reader, notes = Reader(dtype, request.allow_pickle, request.variant), list[str]()
     if asked_unet is None and model.unet and (place.kind, place.id) == ("hub", model.checkpoint):
         asked_unet = find_place(model.unet, "--unet", files=True)
     elif asked_unet is None and model.unet and place.kind != "random":
@@ -417,8 +458,32 @@ def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
             " same shapes, nobody would see",
             f"pass it too: --unet {model.unet}, or a folder or file of it",
         )
-    origins = {}
-    if place.kind == "random":
+    origins: dict[str, Origin] = {}
+    tokenizer_root = None
+    if place.kind == "file" or (place.kind == "hub" and place.file):
+        file, place = reader.file(place, "--weights")
+        root = ARCHITECTURES / model.architecture
+        shapes = shapes_of(file)
+        for part in model.parts:
+            if has_part(shapes, part):
+                stored = Stored((file.name,), None, False)
+                folder = architecture(model, COMPONENTS[part].folder)
+                origins[part] = Origin(folder, stored, file=file)
+        lacking = [
+            p
+            for p in model.parts[:-1]
+            if p not in origins and (p != "vae_decoder" or not request.vae)
+        ]
+        if lacking:
+            raise CheckpointError(
+                f"{file} holds no {lacking[0]} of a {model.name} under its original names",
+                f"it holds {len(shapes)} tensors, the first {next(iter(shapes), 'nothing')}",
+                "pass a file of the model that --model names, or --unet FILE for a UNet alone",
+            )
+        told = tell_architecture(file)
+        notes.append(f"{file.name} is of the architecture of {told}, by its keys")
+        tokenizer_root = reader.tokenizers(model, root)
+    elif place.kind == "random":
         root, seed = ARCHITECTURES / model.architecture, request.seed or 0
         for part in model.parts:
             origins[part] = Origin(architecture(model, COMPONENTS[part].folder), None, seed)
@@ -430,9 +495,10 @@ def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
     source: dict[str, Any] = asdict(place) | {
         "seed": request.seed,
         "allow_pickle": request.allow_pickle,
+        "variant": request.variant,
     }
     if asked_unet is not None:
-        config = origins["unet"].folder if place.kind == "random" else root / "unet"
+        config = origins["unet"].folder if "unet" in origins else root / "unet"
         origins["unet"], used = reader.unet(config, asked_unet)
         source["unet"] = asdict(used)
     loras = [reader.lora(lora) for lora in request.loras]
@@ -446,9 +512,26 @@ def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
         name = COMPONENTS[part].folder
         if asked is None and place.kind == "random":
             source[name] = asdict(Place("random"))
+            continue
+        if asked is None and part in origins:  # in the same file
+            source[name] = asdict(Place("own"))
+            continue
+        default = model.vae if name == "vae" else model.taesd
+        config = root / name if (root / name).is_dir() else architecture(model, name)
+        try:
+            origins[part], used = reader.autoencoder(part, root, place, asked, default, config)
+        except CheckpointError as error:
+            if (
+                name == "vae"
+                or asked is not None
+                or ((root / name).is_dir() and tokenizer_root is None)
+            ):
+                raise
+            # An extra of ours: the checkpoint has none, and the model's usual one is out of reach.
+            reason = "the file holds none" if tokenizer_root is not None else error.what
+            notes.append(f"there is no taesd decoder ({reason}): --taesd PATH would add one")
+            source[name] = None
         else:
-            default = model.vae if name == "vae" else model.taesd
-            origins[part], used = reader.autoencoder(part, root, place, asked, default)
             source[name] = asdict(used)
     widths = [int(origins[part].config()["hidden_size"]) for part in model.parts[:-3]]
     embeddings = [reader.embedding(embedding, widths) for embedding in request.embeddings]
@@ -459,12 +542,14 @@ def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
         ]
     return Checkpoint(
         model,
-        place.kind,
+        "folder" if place.kind == "file" else place.kind,
         source,
         origins,
         root,
         tuple(lora for lora, _ in loras),
         tuple(embedding for embedding, _ in embeddings),
+        tuple(notes),
+        tokenizer_root,
     )
 
 
@@ -482,6 +567,7 @@ def reopen(model: Model, source: dict[str, Any], dtype: str) -> Checkpoint:
         taesd=other("taesd"),
         seed=source["seed"],
         allow_pickle=source["allow_pickle"],
+        variant=source.get("variant"),
         unet=other("unet"),
         loras=tuple(loras),
         embeddings=tuple(

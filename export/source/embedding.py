@@ -94,11 +94,10 @@ def extend(module: nn.Module, rows: Tensor | None, count: int) -> None:
     import torch
 
     table: Any = module.get_input_embeddings()  # type: ignore[operator]
-    old = table.weight
-    kept = count - (0 if rows is None else len(rows))
-    new = torch.nn.Embedding(count, old.shape[1], device=old.device, dtype=old.dtype)
-    new.weight.requires_grad_(False)
-    new.weight[:kept] = old[:kept]
-    if rows is not None and old.device.type != "meta":
-        new.weight[kept:] = rows.to(old.dtype)
-    module.set_input_embeddings(new)  # type: ignore[operator]
+    old = table.weight.data
+    if old.device.type == "meta":
+        weight = torch.empty(count, old.shape[1], device="meta", dtype=old.dtype)
+    else:
+        new = old[:0] if rows is None else rows.to(old.dtype)
+        weight = torch.cat([old[: count - len(new)], new])
+    module.set_input_embeddings(torch.nn.Embedding.from_pretrained(weight))  # type: ignore[operator]

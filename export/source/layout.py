@@ -57,49 +57,60 @@ class Stored:
     pickle: bool
 
 
-def pick_weights(names: Iterable[str], stem: str, prefer: str, pickle: bool) -> Stored | None:
+def pick_weights(
+    names: Iterable[str], stem: str, prefer: str, pickle: bool, variant: str | None = None
+) -> Stored | None:
     """The files that hold a module's weights, out of the `names` in its folder.
 
     Args:
         stem: `Component.stem`.
-        prefer: "fp16" or "fp32"; the other one serves when this one is not there.
+        prefer: "fp16" or "fp32"; the other one serves when this one is not there, and else the
+            variant that is there.
         pickle: look for .bin files rather than safetensors.
+        variant: the one to take, and no other; None for the rule.
     """
-    names = sorted(names)
     ending = "bin" if pickle else "safetensors"
     if pickle and stem == "model":
         stem = "pytorch_model"
-    for variant in ("fp16", None) if prefer == "fp16" else (None, "fp16"):
-        infix = rf"\.{variant}" if variant else ""
-        single_or_shard = rf"{stem}{infix}(-\d{{5}}-of-\d{{5}})?\.{ending}"
-        index = rf"{stem}\.{ending}\.index{infix}\.json"
-        pattern = re.compile(rf"{single_or_shard}|{index}")
-        files = tuple(name for name in names if pattern.fullmatch(name))
-        if any(not name.endswith(".json") for name in files):
-            return Stored(files, variant, pickle)
-    return None
+    # Shards of a variant have its name before the number (diffusers today) or after it.
+    shard, word = r"-\d{5}-of-\d{5}", r"[A-Za-z][\w-]*?"
+    pattern = re.compile(
+        rf"{stem}(\.(?P<a>{word}))?({shard})?(\.(?P<b>{word}))?\.{ending}"
+        rf"|{stem}\.{ending}\.index(\.(?P<c>{word}))?\.json"
+    )
+    held: dict[str | None, list[str]] = {}
+    for name in sorted(names):
+        if match := pattern.fullmatch(name):
+            kind = match["a"] or match["b"] or match["c"]
+            held.setdefault(kind, []).append(name)
+    held = {k: v for k, v in held.items() if any(not name.endswith(".json") for name in v)}
+    order = ("fp16", None) if prefer == "fp16" else (None, "fp16")
+    wanted = (variant,) if variant else (*order, *sorted(kind for kind in held if kind))
+    return next((Stored(tuple(held[k]), k, pickle) for k in wanted if k in held), None)
 
 
-def find_weights(folder: Path, part: str, prefer: str, allow_pickle: bool) -> Stored:
+def find_weights(
+    folder: Path, part: str, prefer: str, allow_pickle: bool, variant: str | None = None
+) -> Stored:
     """The weights of one module in its local `folder`, checked to be there and whole."""
     component = COMPONENTS[part]
     read_config(folder)
-    names = [file.name for file in folder.iterdir() if file.is_file()]
-    stored = pick_weights(names, component.stem, prefer, pickle=False)
-    if stored is None and allow_pickle:
-        stored = pick_weights(names, component.stem, prefer, pickle=True)
-    if stored is None:
-        pickles = sorted(name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth")))
-        if pickles:
-            raise CheckpointError(
-                f"{folder} holds its weights as a pickle only: {pickles[0]}",
-                "reading a pickle can run code that is in the file",
-                "get the safetensors, or pass --allow-pickle if you trust where it is from",
-            )
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    stored = pick_weights(names, component.stem, prefer, False, variant)
+    pickled = pick_weights(names, component.stem, prefer, True, variant)
+    if stored is None and pickled is not None and not allow_pickle:
         raise CheckpointError(
-            f"{folder} holds no weights",
-            f"there is no {component.stem}.safetensors",
-            "download the checkpoint again",
+            f"{folder} holds its weights as a pickle only: {pickled.files[0]}",
+            "reading a pickle can run code that is in the file",
+            "get the safetensors, or pass --allow-pickle if you trust where it is from",
+        )
+    stored = stored or pickled
+    if stored is None:
+        called = f"{component.stem}{f'.{variant}' if variant else ''}.safetensors"
+        raise CheckpointError(
+            f"{folder} holds no weights by a name that is read",
+            f"that is {called}, in shards too; the folder holds {', '.join(names)}",
+            f"call the file {called}" + (", or leave --variant out" if variant else ""),
         )
     for name in stored.files:
         if name.endswith(".safetensors"):

@@ -53,9 +53,11 @@ class Reader:
 
     dtype: str
     allow_pickle: bool
+    variant: str | None = None
 
     def origin(self, folder: Path, part: str) -> Origin:
-        return Origin(folder, find_weights(folder, part, self.dtype, self.allow_pickle))
+        stored = find_weights(folder, part, self.dtype, self.allow_pickle, self.variant)
+        return Origin(folder, stored)
 
     def pipeline(
         self, place: Place, model: Model, without: str | None = None
@@ -77,14 +79,27 @@ class Reader:
         return root, place
 
     def autoencoder(
-        self, part: str, root: Path, place: Place, asked: Place | None, default: str | None
+        self,
+        part: str,
+        root: Path,
+        place: Place,
+        asked: Place | None,
+        default: str | None,
+        config: Path,
     ) -> tuple[Origin, Place]:
         """The autoencoder asked for; else the checkpoint's own; else the default of the model.
+
+        Args:
+            config: the folder whose config a single file has.
 
         A VAE whose config does not deny `force_upcast` overflows in FP16: the model's default comes
         before it.
         """
         name = COMPONENTS[part].folder
+        if asked is not None and (asked.kind == "file" or asked.file):
+            file, asked = self.file(asked, f"--{name}")
+            require_whole(file)
+            return Origin(config, Stored((file.name,), None, False), file=file), asked
         own = root / name
         has_own = (own / "config.json").is_file()
         safe = name != "vae" or (has_own and not read_config(own).get("force_upcast", True))
@@ -122,6 +137,18 @@ class Reader:
         if not (folder / "config.json").is_file() and (folder / "unet").is_dir():
             folder = folder / "unet"
         return self.origin(folder, "unet"), asked
+
+    def tokenizers(self, model: Model, root: Path) -> Path:
+        """The folder with the tokenizers for a single file, which holds none: the entry's."""
+        if model.checkpoint is None or (root / "tokenizer" / "tokenizer.json").is_file():
+            return root
+        small = [f"{name}/{file}" for name in tokenizer_names(model) for file in TOKENIZER_FILES]
+        from export.source.hub import fetch
+
+        def is_whole(names: list[str]) -> bool:
+            return any(name.startswith("tokenizer/") for name in names)
+
+        return fetch(model.checkpoint, None, small, lambda names: [], "--weights", is_whole)[0]
 
     def lora(self, asked: LoraPlace) -> tuple[Lora, LoraPlace]:
         """LoRA weights, downloaded if need be, and their place with the commit."""
@@ -167,7 +194,9 @@ class Reader:
             beside = Path(wanted[0]).with_name("adapter_config.json").as_posix()
             return [*wanted, *([beside] if beside in names else [])]
 
-        folder, commit = fetch(str(place.id), place.revision, [], choose, flag)
+        folder, commit = fetch(
+            str(place.id), place.revision, [], choose, flag, lambda names: place.file in names
+        )
         if not (folder / chosen[0]).is_file():
             raise CheckpointError(
                 f"{flag} {place.spec}: {chosen[0]} cannot be had from the hub",
@@ -182,16 +211,25 @@ class Reader:
         from export.source.hub import fetch
 
         def choose(names: list[str]) -> list[str]:
+            missing.clear()
             wanted = []
-            for folder, part in folders.items():
-                prefix = f"{folder}/" if folder else ""
-                inside = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+            for inside, part in folders.items():
+                prefix = f"{inside}/" if inside else ""
+                held = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
                 stem = COMPONENTS[part].stem
-                stored = pick_weights(inside, stem, self.dtype, pickle=False)
+                stored = pick_weights(held, stem, self.dtype, False, self.variant)
                 if stored is None and self.allow_pickle:
-                    stored = pick_weights(inside, stem, self.dtype, pickle=True)
-                wanted += [prefix + file for file in stored.files] if stored else []
+                    stored = pick_weights(held, stem, self.dtype, True, self.variant)
+                if stored is None:
+                    missing.append(inside)
+                else:
+                    wanted += [prefix + file for file in stored.files]
             return wanted
 
-        folder, commit = fetch(str(place.id), place.revision, small, choose, flag)
+        def is_whole(names: list[str]) -> bool:
+            # An autoencoder or UNet lies at the top of its repository or in its folder.
+            return bool(choose(names)) and (not missing or "" in folders)
+
+        missing: list[str] = []
+        folder, commit = fetch(str(place.id), place.revision, small, choose, flag, is_whole)
         return folder, Place("hub", place.id, commit)

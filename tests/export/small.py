@@ -14,10 +14,11 @@ import torch
 from folders import edit_json
 from rich.console import Console
 
-from backends.base import Shapes, parse_backend
+from backends.base import Shapes
 from backends.check.gate import image_distance
 from backends.check.oracle import Oracle
 from backends.pipeline.recipe import make_recipe
+from backends.registry import parse_backend
 from export.build import Plan, build_bundle
 from export.bundle import Bundle
 from export.models import MODELS

@@ -199,6 +199,39 @@ def test_a_pinned_revision_stays_when_main_moves_on(hub_cache: Path, folder: Pat
     assert with_revision.source["revision"] == "1" * 40
 
 
+def test_a_pinned_commit_is_not_asked_for(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", asked)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
+    opened = open_checkpoint(ON_HUB, f"org/tiny@{'1' * 40}", taesd=f"org/taesd@{'2' * 40}")
+    assert opened.source["revision"] == "1" * 40
+    again = reopen(ON_HUB, opened.source, "fp16")
+    assert again.origins == opened.origins
+
+
+def test_one_failed_connection_is_enough(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import huggingface_hub
+
+    calls: list[object] = []
+
+    def unreachable(*_: object, **named: object) -> None:
+        calls.append(named)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    opened = open_checkpoint(ON_HUB, "hub")
+    assert (opened.source["revision"], len(calls)) == ("1" * 40, 1)
+    assert capsys.readouterr().err.count("no route to host") == 1
+
+
 def test_the_fp16_safe_vae_replaces_one_that_needs_upcasting(hub_cache: Path) -> None:
     root = hub_cache / "models--org--tiny" / "snapshots" / ("1" * 40)
     lay_out(hub_cache, "org/safe", root / "vae", "4" * 40)
@@ -216,8 +249,12 @@ def test_a_folder_without_taesd_takes_the_models_or_names_the_flag(
     model = dataclasses.replace(infer_model(folder), taesd="org/taesd")
     assert open_checkpoint(model, str(folder)).source["taesd"]["id"] == "org/taesd"
     gone = dataclasses.replace(model, taesd="org/gone")
+    without = open_checkpoint(gone, str(folder))
+    assert "taesd_decoder" not in without.parts
+    assert "--taesd PATH would add one" in without.notes[0]
+    assert reopen(gone, without.source, "fp16").parts == without.parts
     with pytest.raises(CheckpointError, match="--taesd PATH"):
-        open_checkpoint(gone, str(folder))
+        open_checkpoint(gone, str(folder), taesd="org/gone")
 
 
 @pytest.mark.parametrize("network", ["offline", "unreachable"])

@@ -189,11 +189,11 @@ def test_two_exports_at_once_make_one_bundle(tiny_bundle: Bundle, tmp_path: Path
     assert "nothing to do" in stdout
 
 
-def test_a_size_the_unet_cannot_halve_is_told(
+def test_a_size_that_is_no_multiple_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(main, [*TINY, "--size", "72", "--out", str(tmp_path / "b")]) == EXIT_USAGE
-    assert "multiples of 32" in capsys.readouterr().err
+    assert run(main, [*TINY, "--size", "70", "--out", str(tmp_path / "b")]) == EXIT_USAGE
+    assert "multiples of 8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

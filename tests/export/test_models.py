@@ -462,9 +462,9 @@ def test_lora_words_that_mean_nothing(text: str) -> None:
         find_lora(text)
 
 
-def test_a_vae_is_no_single_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such folder"):
-        find_place("org/name/vae.safetensors", "--vae")
+def test_a_vae_may_be_a_single_file() -> None:
+    place = find_place("org/name/vae.safetensors", "--vae", files=True)
+    assert (place.kind, place.id, place.file) == ("hub", "org/name", "vae.safetensors")
 
 
 # ---- sizes and names
@@ -473,10 +473,10 @@ def test_a_vae_is_no_single_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "size", "words"),
     [
-        ("sd15", (520, 512), "multiples of 64"),
-        ("sdxl-turbo", (512, 520), "multiples of 32"),
-        ("sdxl-base", (1280, 512), "256 to 1024"),
-        ("sd15", (128, 128), "256 to 1024"),
+        ("sd15", (516, 512), "multiples of 8"),
+        ("sdxl-base", (2056, 512), "256 to 2048"),
+        ("sdxl-base", (1216, 896), "about 1024x1024 pixels"),
+        ("sd15", (128, 128), "256 to 2048"),
     ],
 )
 def test_sizes_that_a_model_does_not_draw(model: str, size: tuple[int, int], words: str) -> None:
@@ -486,10 +486,14 @@ def test_sizes_that_a_model_does_not_draw(model: str, size: tuple[int, int], wor
     assert "--size" in caught.value.next
 
 
+BUCKETS = ((1216, 832), (1152, 896), (1344, 768), (1536, 640), (2048, 512), (512, 1984))
+"""Some of the aspects that SDXL was trained on."""
+
+
 @pytest.mark.parametrize("name", [m.name for m in MODELS.values() if m.checkpoint is not None])
 def test_sizes_that_every_large_model_draws(name: str) -> None:
     checkpoint = open_checkpoint(MODELS[name], "random")
-    for size in ((256, 256), (512, 512), (1024, 1024), (768, 512)):
+    for size in ((256, 256), (512, 512), (1024, 1024), (768, 512), (520, 512), *BUCKETS):
         require_size(checkpoint.model, checkpoint.multiple, *size)
 
 
@@ -518,7 +522,7 @@ def test_a_bundle_is_found_by_its_size(
 def test_an_older_manifest_still_opens(tiny_bundle: Bundle) -> None:
     """Made before guidance, LoRA weights and UNets of their own were known."""
     new = {"guidance_form", "schedulers", "step_counts", "prediction", "unet", "folder", "like",
-           "sizes", "judge", "force_zeros"}  # fmt: skip
+           "sizes", "judge", "force_zeros", "pixels", "least_steps"}  # fmt: skip
     pipeline = {k: v for k, v in tiny_bundle.manifest["pipeline"].items() if k not in new}
     old = Bundle(tiny_bundle.path, tiny_bundle.manifest | {"pipeline": pipeline})
     assert old.model.guidance_form == "none"
@@ -527,7 +531,7 @@ def test_an_older_manifest_still_opens(tiny_bundle: Bundle) -> None:
     from export.request import differences
 
     request = {k: v for k, v in tiny_bundle.manifest["request"].items()
-               if k not in ("unet", "loras")}  # fmt: skip
+               if k not in ("unet", "loras", "embeddings", "variant")}  # fmt: skip
     request["weights"] = {k: v for k, v in request["weights"].items() if k != "file"}
     asked = make_request(TINY_SDXL, "random").as_dict()
     assert differences(request, asked) == []
