@@ -245,7 +245,7 @@ class Bundle:
     def checkpoint(self) -> Checkpoint:
         """Open again what the bundle was made from; CheckpointError when it is gone."""
         if not self.has_graphs and self.weights == "random":
-            from export.graphless import drawn_checkpoint
+            from export.source.drawn import drawn_checkpoint
 
             return drawn_checkpoint(self.model, self.manifest["source"]["seed"])
         from export.request import require_unchanged

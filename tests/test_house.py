@@ -112,9 +112,6 @@ def test_imports_flow_one_way_inside_bench() -> None:
 CIRCLES = [
     {"distill.loop", "distill.log"},
     {"distill.folder", "distill.report"},
-    {"export.bundle", "export.build", "export.graphless"},
-    {"export.lower", "export.lower.constants", "export.lower.convolutions", "export.lower.linear",
-     "export.lower.opset", "export.lower.storage", "export.lower.vae"},
     {"backends.base", "backends.registry", "backends.pipeline.pipeline",
      "backends.pipeline.recipe"},
     {"backends.ort", "backends.quantised.recording", "backends.quantised.schemes"},

@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from export.lower import CANONICAL_OPSET
 from export.lower.edit import (
     Edit,
     attribute,
@@ -26,6 +25,7 @@ from export.lower.edit import (
     required,
     static_dim,
 )
+from export.lower.profile import CANONICAL_OPSET
 
 _HINTS = {
     "Attention": "give the profile attention='matmul'",

@@ -22,7 +22,7 @@ from onnx_ir.passes import common as common_passes
 
 from core.errors import AddbenchError, PreconditionError
 from core.files import write_atomic
-from export.lower import CANONICAL_OPSET, OLDEST_OPSET, Profile
+from export.lower.profile import CANONICAL_OPSET, OLDEST_OPSET, Profile
 
 _READ_LIMIT = 1 << 20
 """Bytes. Integers and booleans beyond are data, not shape arithmetic, and stay on disk."""
