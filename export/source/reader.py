@@ -194,9 +194,10 @@ class Reader:
             beside = Path(wanted[0]).with_name("adapter_config.json").as_posix()
             return [*wanted, *([beside] if beside in names else [])]
 
-        folder, commit = fetch(
-            str(place.id), place.revision, [], choose, flag, lambda names: place.file in names
-        )
+        def is_whole(names: list[str]) -> bool:
+            return place.file in names and bool(choose(names))
+
+        folder, commit = fetch(str(place.id), place.revision, [], choose, flag, is_whole)
         if not (folder / chosen[0]).is_file():
             raise CheckpointError(
                 f"{flag} {place.spec}: {chosen[0]} cannot be had from the hub",
