@@ -92,7 +92,7 @@ class ModelledBackend(Backend):
         return "fp16"
 
     def fingerprint(self) -> dict[str, str]:
-        from backends.modelled.program import VERSION
+        from backends.modelled import VERSION
 
         return {"model of the card": str(VERSION)}
 

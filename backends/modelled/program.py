@@ -39,13 +39,6 @@ HOST_S = (0.002, 0.010)
 """Seconds of the host an image: tokens, noise, scheduler, uint8."""
 SWITCH_S = (0.100, 0.200)
 """Seconds of a turn of a pipeline on an SoC whose programs are not all resident."""
-VERSION = 2
-"""Of the model, in every row that it makes. Rows of an older one are superseded.
-
-1: fitted to the Standard card alone. Where SDXL was then found to have been measured, at 1024 px on
-   Pro and Ultra cards, it was 2.5 to 2.7 times too fast.
-2: fitted to SDXL's rows too.
-"""
 REFERENCE = "ai100-pro"
 """The card whose SoC the time of a score, of a byte and of an operator is stated for."""
 

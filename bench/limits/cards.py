@@ -255,9 +255,9 @@ def show(found: Sequence[Section]) -> None:
 
 def report(found: Sequence[Option], question: Question) -> dict[str, Any]:
     """As JSON."""
+    from backends.modelled import VERSION
     from backends.modelled.card import ASSUMPTIONS, INTERVAL
     from backends.modelled.fit import KINDS, coverage, errors_of, factor, fits, without_sdxl
-    from backends.modelled.program import VERSION
 
     def columns(each: Fit) -> Mapping[str, Any]:
         errors: dict[str, Any] = {}

@@ -132,7 +132,7 @@ DAY_ONE = "2026-11-22"
 
 RANGE = numbers("low_ms", "mid_ms", "high_ms")
 MODEL = Record({
-    "split": TEXT, "tdp_w": NUMBER, "floor_ms": NUMBER,
+    "version": WHOLE, "split": TEXT, "tdp_w": NUMBER, "floor_ms": NUMBER,
     "stages": Record(dict.fromkeys(("text", "unet_step", "decode", "rest"), RANGE)),
     "period": RANGE,
     "switching": Record({"latency": RANGE, "period": RANGE}),
@@ -257,7 +257,9 @@ FIELDS: tuple[Field, ...] = (
          "nothing tells. Null on a CPU",
          since=DAY_ONE),
     figure("modelled", MODEL,
-         "of a modelled row: `split` over the card's SoCs; `tdp_w`, at which `energy_j` of such "
+         "of a modelled row: `version` of the model of the card (none is 1): rows of an older one "
+         "than this checkout's are superseded, and tables say so; `split` over the card's SoCs; "
+         "`tdp_w`, at which `energy_j` of such "
          "a row is counted, over `period_ms`; `floor_ms` (all parts at the peak, or their "
          "weights once at full bandwidth); `stages` and `period` with `low_ms`, `mid_ms`, "
          "`high_ms`; `switching`: `latency` and `period` where programs are switched. Else null",

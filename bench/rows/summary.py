@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from backends.modelled import VERSION
 from bench.rows.cell import Cell
 from bench.rows.fields import FLAGS, MODELLED, OK
 from bench.rows.stats import median_or_none
 from bench.rows.store import Row
 
+SUPERSEDED = "superseded"
+"""What a row is whose card has a newer model by now: no flag of its own, for it cannot know."""
 UNKNOWN = 0.10
 """Of a latency whose spread nobody saw, or that other processes disturbed in every round."""
 
@@ -40,13 +43,17 @@ class CellRounds:
 
     @property
     def flags(self) -> str:
-        """Each flag, with the share of rounds that carry it where that is not all."""
+        """Each flag, with the share of rounds that carry it where that is not all; and whether a
+        newer model of the card says otherwise than the row does."""
         counts = Counter(flag for row in self.good for flag in row["flags"])
+        counts[SUPERSEDED] = sum(
+            row["modelled"].get("version", 1) < VERSION for row in self.good if row["modelled"]
+        )
         total = len(self.good)
         return ", ".join(
             flag if counts[flag] == total else f"{flag} ({counts[flag]} of {total})"
-            for flag in FLAGS
-            if flag in counts
+            for flag in (*FLAGS, SUPERSEDED)
+            if counts[flag]
         )
 
     @property

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from backends.modelled import VERSION
 from bench.rows.fields import MODELLED, NUMERICS, OK
 from core.errors import AddbenchError, PreconditionError
 from core.process import run_apart
@@ -132,6 +133,7 @@ def columns(cell: Cell, modelled: Estimate, split: str, tdp_w: float) -> Result:
         },
         "energy_j": round(tdp_w * modelled.period.mid, 4),
         "modelled": {
+            "version": VERSION,
             "split": split,
             "tdp_w": tdp_w,
             "floor_ms": round(1e3 * modelled.floor, 4),

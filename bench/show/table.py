@@ -28,7 +28,8 @@ MODELLED_WORDS = (
     " its central assumptions, with all parts resident; low and high hold 8 of 10 draws of its"
     " assumptions and of its fit's errors, `high, switching` is theirs where programs are switched."
     " period: between the ends of two calls while every SoC is busy. images/J at TDP: the card at"
-    " its power limit all the while, so at least that many."
+    " its power limit all the while, so at least that many. superseded: an older model of the card;"
+    " model it again."
 )
 EMULATED_WORDS = (
     "emulated: numerics of an NPU that this CPU emulates, from one call a cell. It has no speed,"

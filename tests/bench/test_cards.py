@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from made import make_run, row
 
+from backends.modelled import VERSION
 from backends.modelled.card import SPLITS, Call, estimate
 from backends.modelled.costs import known_costs
 from bench.commands.cards import main as cards_main
@@ -68,6 +69,20 @@ def test_nothing_of_this_machine_is_in_a_modelled_row(without_bundle: Run) -> No
         for name in ("peak_memory_mb", "load_s", "compile_s", "cold_ms", "cpu_freq_mhz",
                      "other_cpu", "roofline", "accelerator", "cv"):  # fmt: skip
             assert each[name] is None, name
+
+
+def test_rows_of_an_older_model_are_marked_and_stay_as_they_are(without_bundle: Run) -> None:
+    rows = without_bundle.rows()
+    assert {each["modelled"]["version"] for each in rows} == {VERSION}
+    text = table.markdown(without_bundle, rows)
+    assert "| superseded" not in text
+    older = [
+        {**each, "modelled": {k: v for k, v in each["modelled"].items() if k != "version"}}
+        for each in rows
+    ]
+    marked = table.markdown(without_bundle, older)
+    assert marked.count("| superseded") == len(rows)
+    assert "model it again" in marked
 
 
 def test_an_ultra_runs_four_side_by_side(without_bundle: Run) -> None:
