@@ -224,7 +224,12 @@ def sections(found: Sequence[Option], question: Question) -> list[Section]:
         Section(f"What TAESDXL buys: {HEADLINE}", decoder_words(found)),
         Section(
             f"The cards side by side, each with its split of shortest period: {HEADLINE}",
-            ["images/J at TDP: the card at its power limit over the period, so at least that many"],
+            [
+                "images/J at TDP: the card at its power limit over the period, so at least that"
+                " many",
+                "in MLPerf's terms: the latency of one image is SingleStream's, images/s are"
+                " Offline's samples/s; Server, a latency under load, is not modelled",
+            ],
             CARD_COLUMNS,
             best(found),
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -340,3 +341,30 @@ def test_the_columns_are_documented() -> None:
     text = (ROOT / "results" / "README.md").read_text()
     for name in ("low_ms", "high_ms", "period_ms", "modelled"):
         assert f"`{name}`" in text
+
+
+def test_the_docs_say_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    """Within a few percent: another machine rounds a fit otherwise."""
+    text = (ROOT / "docs" / "cloud-ai-100.md").read_text()
+    block = text.partition("<!-- modelled: addbench cards")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in block.splitlines()[3:]]
+    assert len(rows) == 6
+    assert shell(cards_main, ["--device", "ai100-ultra", "--format", "json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    found = {
+        (each["decoder"], str(each["steps"])): each
+        for each in said["options"]
+        if each["split"] == "pipelines"
+    }
+    for decoder, steps, period, verdict, switched, switched_verdict, joule in rows:
+        each = found[decoder, steps]
+        for words, name in ((period, "period"), (switched, "switching_period")):
+            middle, low, high = (float(n) for n in re.findall(r"\d+", words))
+            ends = each[name]
+            assert middle == pytest.approx(ends["mid_ms"], rel=0.03)
+            assert low == pytest.approx(ends["low_ms"], rel=0.03)
+            assert high == pytest.approx(ends["high_ms"], rel=0.03)
+        assert (verdict, switched_verdict) == (each["verdict"], each["switching_verdict"])
+        assert float(joule.split()[0]) == pytest.approx(each["images_per_joule_at_tdp"], rel=0.03)
+    inside = said["inside_8_of_10"]
+    assert f"{inside['inside']} of {inside['rows']} published rows" in text
