@@ -1,1 +1,40 @@
-"""The front door: `addbench VERB`, and what a notebook imports."""
+"""The front door: `addbench VERB` on a command line, and in Python `import addbench`.
+
+    pipe = addbench.load_pipeline("shapes-turbo", backend="ort")
+    images = pipe(["a red circle left of a blue square"], steps=1, seed=7).images
+
+    run = addbench.sweep(addbench.Request("shapes-turbo", backends=["ort"], steps=[1, 2]))
+    outcome = addbench.compare("latest", run)
+
+What is imported here imports torch and the rest only when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from backends.pipeline.pipeline import load_pipeline
+    from bench.run.api import compare, sweep
+    from bench.run.request import Method, Request
+
+__all__ = ["Method", "Request", "compare", "load_pipeline", "sweep"]
+
+PLACES = {
+    "Method": "bench.run.request",
+    "Request": "bench.run.request",
+    "compare": "bench.run.api",
+    "load_pipeline": "backends.pipeline.pipeline",
+    "sweep": "bench.run.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ from backends.pipeline.output import Output, Timings
 from backends.pipeline.prompts import check_prompts, check_seeds, token_ids
 from backends.pipeline.recipe import Recipe, check_steps, make_recipe
 from backends.registry import parse_backend
+from core import values
 from core.memory import give_memory_back
 from export.bundle import Bundle, find_bundle
 from export.models import CONTEXT_PART
@@ -363,6 +365,7 @@ class Pipeline:
             steps: denoising steps, at least 1; some models take few counts only.
             seed: one seed per prompt; an integer n means n, n+1, ...
         """
+        values.count("steps", steps)
         prompts = check_prompts(prompts)
         seeds = check_seeds(seed, len(prompts))
         check_steps(self.bundle, self.recipe, steps)
@@ -402,25 +405,26 @@ def non_finite() -> NonFiniteError:
 
 
 def load_pipeline(
-    model: str,
+    model: str | os.PathLike[str],
     backend: str = "ort",
     decoder: str | None = None,
     *,
     batch: int = 1,
     weights: str | None = None,
     dtype: str | None = None,
-    size: tuple[int, int] | None = None,
+    size: int | tuple[int, int] | None = None,
     embedding_cache: int = 0,
     low_memory: bool = False,
     scheduler: str | None = None,
     guidance: float | None = None,
     guidance_mode: str | None = None,
 ) -> Pipeline:
-    """A ready pipeline for a model's name or a bundle's folder.
+    """Load a pipeline for a model's name or a bundle's folder, ready to be called.
 
     Args:
         decoder: `vae` or `taesd`; None for the tiny one, or the VAE where a bundle has no other.
-        size: width and height in pixels; None for the model's own.
+        batch: prompts of a call, for backends whose graphs have a fixed batch.
+        size: pixels of a side, or width and height; None for the model's own.
         low_memory: load each part when a call needs it, see `Pipeline.use_low_memory`.
         scheduler, guidance, guidance_mode: see `backends.pipeline.recipe.make_recipe`.
 
@@ -428,11 +432,13 @@ def load_pipeline(
         PreconditionError: the backend cannot be used (checked first), or there is no such bundle;
             the message names the command that makes it.
     """
-    chosen = parse_backend(backend)
+    name = values.path_text("model", model)
+    values.count("batch", batch)
+    chosen = parse_backend(values.path_text("backend", backend))
     chosen.probe().require(chosen.name)
     if low_memory:
         chosen.require_low_memory()
-    bundle = find_bundle(model, weights, dtype, size)
+    bundle = find_bundle(name, weights, dtype, None if size is None else values.pixels(size))
     decoder = decoder or ("taesd" if "taesd_decoder" in bundle.parts else "vae")
     check_decoder(bundle, decoder)
     made = chosen.pipeline(

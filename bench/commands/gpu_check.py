@@ -18,27 +18,25 @@ import argparse
 import importlib.util
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.rows.store import RUNS, Run, open_run, run_names
-from bench.run.arguments import count, positive
-from bench.sweep import interrupt
-from core.cli import Parser, int_list, run, word_list
+from bench.commands.arguments import add_runs_arguments, seconds
+from bench.rows.store import Run, open_run, portable, run_names
+from bench.run.measure import StopRule
+from bench.run.request import QUICK, Method, Request
+from core.cli import Parser, count, int_list, run, word_list
 from core.errors import EXIT_FAILED, EXIT_OK, AddbenchError, PreconditionError
 from core.files import ROOT, build_root, write_atomic, write_json
 from export.models import DECODERS
 
 if TYPE_CHECKING:
-    from bench.gpu.checks import Result
-    from bench.sweep import Sweep
+    from bench.gpu.checks import Job, Result
     from export.bundle import Bundle
 
 NEEDED = ("torch", "diffusers", "transformers")
@@ -57,7 +55,8 @@ EXPORT_PACKAGES = ("onnx", "onnxscript", "onnx_ir", "accelerate")
 CHECKS_TIMEOUT_S = 240.0
 TAIL_S = 15.0
 """Kept of the budget for the report."""
-COMMAND = ["python", "-m", "bench.commands.gpu_check"]
+COMMAND = ("addbench", "gpu-check")
+CHECK = Method(StopRule(min_time=2.0, max_time=20.0), rounds=1)
 
 
 def parser() -> Parser:
@@ -77,10 +76,13 @@ def parser() -> Parser:
     top.add_argument("--steps", type=int_list, default=[1, 2, 4], metavar="1,2,4")
     top.add_argument("--batch", type=int_list, default=[1, 4], metavar="1,4")
     top.add_argument("--decoder", type=word_list, default=list(DECODERS), metavar="vae,taesd")
-    top.add_argument("--budget", type=positive, default=600.0, metavar="S", help="in all (600)")
+    top.add_argument(
+        "--budget", type=seconds("s"), default=600.0, metavar="90s|30m|1h",
+        help="for all of it; a number alone is in seconds (10m)",
+    )  # fmt: skip
     top.add_argument("--min-samples", type=count, default=10, help="per cell (10)")
     top.add_argument("--quick", action="store_true", help="3 samples a cell, rough ceilings")
-    top.add_argument("--out", type=Path, default=RUNS, help="runs land below it (results/runs)")
+    add_runs_arguments(top)
     return top
 
 
@@ -89,15 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     started = time.monotonic()
     skipped = require_machine(args.device)
-    backends = usable_backends(args, skipped)
-    bundle = bundle_for(args, backends, skipped)
+    backends = usable_backends(args.backend, args.device, skipped)
+    bundle = bundle_for(args.model, args.device, backends, skipped)
     for what, why in skipped.items():
         print(f"left out: {what}: {why}")
-    old = unfinished(args.out, arguments, bundle)
-    results = checks(args, bundle, fresh=old is None)
-    left = args.budget - (time.monotonic() - started) - TAIL_S
-    target, code = sweep(args, arguments, bundle, backends, old, max(left, 1.0))
-    return conclude(args, target, results, skipped, code)
+    command = [*COMMAND, *arguments]
+    old = unfinished(args.runs, command, bundle)
+    results = checks(job_of(args, bundle), fresh=old is None)
+    left_s = max(1.0, args.budget - (time.monotonic() - started) - TAIL_S)
+    request = request_of(args, bundle, backends)
+    target, spent = measure(request, args.runs, command, old, left_s)
+    return conclude(target, results, skipped, args.device, left_s if spent else None)
 
 
 # ---- what is there
@@ -129,7 +133,7 @@ def require_machine(device: str) -> dict[str, str]:
     }
 
 
-def usable_backends(args: argparse.Namespace, skipped: dict[str, str]) -> list[str]:
+def usable_backends(asked: Sequence[str] | None, device: str, skipped: dict[str, str]) -> list[str]:
     """As asked for, or the torch modes and every other NVIDIA backend that can be used here.
 
     Raises:
@@ -140,16 +144,16 @@ def usable_backends(args: argparse.Namespace, skipped: dict[str, str]) -> list[s
     from backends.registry import parse_backend
     from bench.run.plan import probe
 
-    if args.backend:
-        probe(args.backend)
-        return list(args.backend)
-    modes = list(MODES[args.device])
+    if asked:
+        probe(asked)
+        return list(asked)
+    modes = list(MODES[device])
     lacking = compiler_lacks()
     if "compiled-graph" in modes and lacking:
         modes.remove("compiled-graph")
         skipped["torch.compile"] = f"it needs {' and '.join(lacking)}"
-    found = [f"torch:device={args.device},mode={mode}" for mode in modes]
-    for name in GRAPH_BACKENDS if args.device == "cuda" else ():
+    found = [f"torch:device={device},mode={mode}" for mode in modes]
+    for name in GRAPH_BACKENDS if device == "cuda" else ():
         try:
             probed = parse_backend(name).probe()
         except UnavailableError as error:
@@ -172,23 +176,23 @@ def compiler_lacks() -> list[str]:
     return [what for what, found in there.items() if not found]
 
 
-def bundle_for(args: argparse.Namespace, backends: list[str], skipped: dict[str, str]) -> Bundle:
+def bundle_for(name: str, device: str, backends: list[str], skipped: dict[str, str]) -> Bundle:
     """One with graphs if a backend compiles them and they can be had, else one without."""
     from export.bundle import MANIFEST, Bundle, find_bundle
     from export.graphless import write_graphless
     from export.models import find_model
 
-    if Path(args.model, MANIFEST).is_file():
-        return Bundle.open(Path(args.model))
-    model = find_model(args.model)
+    if Path(name, MANIFEST).is_file():
+        return Bundle.open(Path(name))
+    model = find_model(name)
     compiling = [text for text in backends if text.partition(":")[0] in GRAPH_BACKENDS]
     if compiling:
         try:
-            return find_bundle(args.model, dtype="fp16")
+            return find_bundle(name, dtype="fp16")
         except PreconditionError as error:
             lacking = [name for name in EXPORT_PACKAGES if importlib.util.find_spec(name) is None]
-            if not lacking and export(args.model):
-                return find_bundle(args.model, "random", "fp16")
+            if not lacking and export(name):
+                return find_bundle(name, "random", "fp16")
             why = f"{', '.join(lacking)} missing" if lacking else "the export failed"
             for text in compiling:
                 backends.remove(text)
@@ -197,13 +201,13 @@ def bundle_for(args: argparse.Namespace, backends: list[str], skipped: dict[str,
                 raise PreconditionError(
                     f"gpu_check has no backend left: {', '.join(compiling)} cannot run",
                     f"it needs graphs: {error.what}, and {why}",
-                    f"addbench export --model {args.model} --weights random says what is wrong",
+                    f"addbench export --model {name} --weights random says what is wrong",
                 ) from error
-    path = build_root() / "gpu-check" / f"{args.model}-{args.device}"
+    path = build_root() / "gpu-check" / f"{name}-{device}"
     try:
         bundle = Bundle.open(path)
     except PreconditionError:
-        write_graphless(model, path, args.device)
+        write_graphless(model, path, device)
         bundle = Bundle.open(path)
     return bundle
 
@@ -217,22 +221,32 @@ def export(model: str) -> bool:
 # ---- checks
 
 
-def checks(args: argparse.Namespace, bundle: Bundle, *, fresh: bool) -> dict[str, Result]:
-    """The stages of bench.gpu in a process of their own; those of a run to go on with are kept."""
-    from bench.gpu.checks import Job, known
+def job_of(args: argparse.Namespace, bundle: Bundle) -> Job:
+    """What the checks' process is to do."""
+    from bench.gpu.checks import Job
 
-    out = build_root() / "gpu-check" / f"{bundle.path.name}-{args.device}.json"
-    if fresh:
-        out.unlink(missing_ok=True)
-    job = Job(
+    return Job(
         bundle=str(bundle.path),
         device=args.device,
         decoders=args.decoder,
         steps=args.steps,
         batch=min(args.batch),
         quick=args.quick,
-        out=str(out),
+        out=str(build_root() / "gpu-check" / f"{bundle.path.name}-{args.device}.json"),
     )
+
+
+def checks(job: Job, *, fresh: bool) -> dict[str, Result]:
+    """The stages of bench.gpu in a process of their own.
+
+    Args:
+        fresh: run all of them; else those of a run that is gone on with are kept.
+    """
+    from bench.gpu.checks import known
+
+    out = Path(job.out)
+    if fresh:
+        out.unlink(missing_ok=True)
     try:
         done = subprocess.run(
             [sys.executable, "-m", "bench.gpu.checks"],
@@ -253,100 +267,90 @@ def checks(args: argparse.Namespace, bundle: Bundle, *, fresh: bool) -> dict[str
 # ---- the sweep
 
 
-def header_command(arguments: Sequence[str]) -> list[str]:
-    from bench.run.arguments import shown
-
-    return [*COMMAND, *shown(arguments)]
-
-
-def unfinished(out: Path, arguments: Sequence[str], bundle: Bundle) -> Run | None:
+def unfinished(runs: Path, command: Sequence[str], bundle: Bundle) -> Run | None:
     """The last run of this very command, if it lacks rows."""
-    for name in reversed(run_names(out)):
+    asked = [portable(word) for word in command]
+    for name in reversed(run_names(runs)):
         try:
-            found = open_run(name, out)
+            target = open_run(name, runs)
         except AddbenchError:
             continue
-        if found.header.command == header_command(arguments):
-            same = found.header.bundle["hash"] == bundle.hash
-            return found if same and found.missing() else None
+        if target.header.command == asked:
+            same = target.header.bundle["hash"] == bundle.hash
+            return target if same and target.missing() else None
     return None
 
 
-def sweep(
-    args: argparse.Namespace,
-    arguments: Sequence[str],
-    bundle: Bundle,
-    backends: Sequence[str],
-    old: Run | None,
-    budget_s: float,
-) -> tuple[Run, int]:
-    """Measure, or go on with `old`; the run and the sweep's exit code."""
-    made = planned(args, arguments, bundle, backends, old)
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        code = made.run(budget_s, budget_s, roofline=False)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    name = made.old.name if made.old else run_names(args.out)[-1]
-    return open_run(name, args.out), code
+def request_of(args: argparse.Namespace, bundle: Bundle, backends: Sequence[str]) -> Request:
+    """The sweep of the check."""
+    return Request(
+        str(bundle.path),
+        backends=tuple(backends),
+        steps=args.steps,
+        batches=args.batch,
+        decoders=args.decoder,
+        method=QUICK if args.quick else CHECK.but(min_samples=args.min_samples),
+    )
 
 
-def planned(
-    args: argparse.Namespace,
-    arguments: Sequence[str],
-    bundle: Bundle,
-    backends: Sequence[str],
-    old: Run | None,
-) -> Sweep:
-    from bench.run.arguments import parser as sweep_parser
-    from bench.sweep import plan_new, reopened
+def measure(
+    request: Request, runs: Path, command: Sequence[str], old: Run | None, budget_s: float
+) -> tuple[Run, bool]:
+    """Measure, or go on with `old`; the run, and whether the budget was spent before its end."""
+    from bench.run.plan import plan
+    from bench.run.resume import reopen
+    from bench.run.runner import sweep
 
-    words = ["--model", str(bundle.path), "--out", str(args.out)]
+    planned = None
     if old is not None:
         try:
-            return reopened(sweep_parser().parse_args([*words, "--resume", old.name]))
+            planned = reopen(old, {"model": request.model})
         except PreconditionError as error:  # another package, another machine
             print(f"a new run, since {error.what}: {error.why}", file=sys.stderr)
-    for backend in backends:
-        words += ["--backend", backend]
-    words += ["--steps", ",".join(map(str, args.steps)), "--batch", ",".join(map(str, args.batch))]
-    words += ["--decoder", ",".join(args.decoder), "--no-roofline"]
-    words += (
-        ["--quick"]
-        if args.quick
-        else ["--min-samples", str(args.min_samples), "--min-time", "2", "--max-time", "20"]
+            old = None
+    return sweep(
+        planned or plan(request),
+        runs,
+        command,
+        old,
+        timeout_s=budget_s,
+        budget_s=budget_s,
+        ceilings=False,
     )
-    made = plan_new(sweep_parser().parse_args(words), words)
-    made.header = replace(made.header, command=header_command(arguments))
-    return made
 
 
 # ---- the report
 
 
 def conclude(
-    args: argparse.Namespace,
     target: Run,
     results: dict[str, Result],
     skipped: dict[str, str],
-    code: int,
+    device: str,
+    spent_budget_s: float | None,
 ) -> int:
-    """Checks, claims, goals and profile: printed, and into the run folder; the exit code."""
+    """Table, checks, claims, goals and profile: printed, and into the run folder; the exit code."""
     from bench.gpu.report import goals, text
+    from bench.sweep import conclude as show_rows
 
+    code = show_rows(target, spent_budget_s)
     rows = target.rows()
-    device = str(results.get("sanity", {}).get("device", {}).get("name", args.device))
-    report = text(results, target, device, skipped)
+    name = str(results.get("sanity", {}).get("device", {}).get("name", device))
+    report = text(results, target, name, skipped)
     print(f"\n{report}")
-    found = [one.columns() for one in goals(rows, device)]
     write_atomic(target.path / "gpu_check.md", report)
     write_json(
-        target.path / "gpu_check.json", {"results": results, "goals": found, "left_out": skipped}
+        target.path / "gpu_check.json",
+        {
+            "results": results,
+            "goals": [goal.columns() for goal in goals(rows, name)],
+            "left_out": skipped,
+        },
     )
     print(f"run folder: {target.path}: rows.jsonl, gpu_check.md, gpu_check.json")
-    bad = [name for name in ("sanity", "parity", "profile") if not passed(results.get(name))]
-    for name in bad:
-        print(f"{name}: {results.get(name, {}).get('status', 'missing')}", file=sys.stderr)
+    bad = [stage for stage in ("sanity", "parity", "profile") if not passed(results.get(stage))]
+    for stage in bad:
+        print(f"{stage}: {results.get(stage, {}).get('status', 'missing')}", file=sys.stderr)
     if target.missing(rows):
         print(f"go on with: {' '.join(target.header.command)}", file=sys.stderr)
     return EXIT_FAILED if bad or code != EXIT_OK else EXIT_OK

@@ -88,7 +88,7 @@ class Option:
 
     def columns(self, target_ms: float) -> dict[str, Any]:
         """As JSON; milliseconds."""
-        from bench.run.cardrows import ms
+        from bench.limits.modelled import ms
 
         return {
             "provenance": "modelled",

@@ -17,7 +17,6 @@ from core.git import git
 
 if TYPE_CHECKING:
     from backends.base import Backend
-    from bench.run.plan import Candidate
     from export.bundle import Bundle
 
 PACKAGES = (
@@ -115,15 +114,16 @@ def collect() -> dict[str, Any]:
     }
 
 
-def with_hardware(environment: dict[str, Any], candidates: Iterable[Candidate]) -> dict[str, Any]:
-    """`environment`, whose `accelerators` also name the devices that only their backend knows."""
+def with_hardware(environment: dict[str, Any], backends: Iterable[Backend]) -> dict[str, Any]:
+    """`environment`, whose `accelerators` also name the devices that only their backend knows.
+
+    Args:
+        backends: those that can be used here.
+    """
     named = {
-        each.backend.device: name
-        for each in candidates
-        if each.backend
-        and isinstance(each.backend, NamesHardware)
-        and each.found.usable
-        and (name := each.backend.hardware())
+        each.device: name
+        for each in backends
+        if isinstance(each, NamesHardware) and (name := each.hardware())
     }
     return {**environment, "accelerators": {**environment["accelerators"], **named}}
 

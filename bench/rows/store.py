@@ -169,12 +169,28 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def is_noisy(row: Row) -> bool:
+    """Whether a time was taken that other programs disturbed, or that its samples leave open."""
+    return is_timed(row) and not {"disturbed", "unstable"}.isdisjoint(row["flags"])
+
+
 def last_rows(rows: Iterable[Row]) -> list[Row]:
-    """One row per cell and round: a later one, from a retry, takes the place of an earlier one."""
+    """One row per cell and round: of several attempts the calm one, of equals the last.
+
+    A failed attempt is replaced by a later one; a good one only by one that is no noisier.
+    """
     latest: dict[tuple[Cell, int], Row] = {}
     for row in rows:
-        latest[Cell.of(row), row["round"]] = row
+        key = Cell.of(row), row["round"]
+        if key not in latest or calmness(row) >= calmness(latest[key]):
+            latest[key] = row
     return list(latest.values())
+
+
+def calmness(row: Row) -> tuple[bool, bool, bool]:
+    """What is looked for first in an attempt: that it is good, undisturbed, stable."""
+    good, flags = row["status"] == OK, row["flags"]
+    return good, good and "disturbed" not in flags, good and "unstable" not in flags
 
 
 class RowWriter:

@@ -1,6 +1,7 @@
-"""Alternating rounds of two sides: the order, the budget, the confirmation and the verdict.
+"""In which order sides, rounds and cells are measured: nothing here runs anything.
 
-Knows nothing of revisions or processes: `Measure` does the work, and tests replace it.
+A sweep goes round by round, so that a drift of the machine meets every cell; two sides alternate,
+so that it cancels; `Trial` decides from the rows so far what two revisions still need.
 """
 
 from __future__ import annotations
@@ -8,19 +9,41 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from bench.rows.cell import Cell
 from bench.rows.fields import OK
 from bench.rows.store import Row, is_timed
 from bench.run.plan import groups
 from bench.verdict.outcome import FAILED, FASTER, INCONCLUSIVE, MISSING, SLOWER, Line, decided
+from bench.verdict.rules import PAIR_ROUNDS, pairs
 
 BASE, HEAD = 0, 1
-Measured = Iterator[tuple[Cell, Row]]
-Measure = Callable[[int, Sequence[Cell], int], Measured]
-"""(side, cells of one group, round) -> their rows, from one fresh process."""
+SIDES = ("base", "head")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one fresh worker measures: cells of one group, of one side, in one round."""
+
+    side: int
+    round: int
+    cells: tuple[Cell, ...]
+
+
+def round_by_round(work: Iterable[tuple[Cell, int]], side: int = 0) -> list[Turn]:
+    """All groups of (cell, round) pairs once, then the next round."""
+    by_round: dict[int, list[Cell]] = {}
+    for cell, round_ in work:
+        by_round.setdefault(round_, []).append(cell)
+    return [
+        Turn(side, round_, tuple(group))
+        for round_ in sorted(by_round)
+        for group in groups(by_round[round_])
+    ]
 
 
 def order(round_: int) -> tuple[int, int]:
@@ -28,9 +51,36 @@ def order(round_: int) -> tuple[int, int]:
     return (BASE, HEAD) if round_ % 2 == 0 else (HEAD, BASE)
 
 
+def schedule(base_rounds: int, head_rounds: int) -> list[tuple[int, int]]:
+    """(side, round) of a pair in the order of measurement.
+
+    As many rounds a side: ABBA. If one has fewer: in the middle of the other's, so that a steady
+    drift cancels too.
+    """
+    if base_rounds == head_rounds:
+        return [(side, round_) for round_ in range(base_rounds) for side in order(round_)]
+    few, many = (BASE, HEAD) if base_rounds < head_rounds else (HEAD, BASE)
+    rare = [(few, round_) for round_ in range(min(base_rounds, head_rounds))]
+    rest = [(many, round_) for round_ in range(max(base_rounds, head_rounds))]
+    half = len(rest) // 2
+    return [*rest[:half], *rare, *rest[half:]]
+
+
+def alternating(rounds: Sequence[int], work: Sequence[Sequence[tuple[Cell, int]]]) -> list[Turn]:
+    """The turns of a pair whose sides have so many rounds, of the work that each has left."""
+    turns = (
+        Turn(side, round_, tuple(cell for cell, left in work[side] if left == round_))
+        for side, round_ in schedule(*rounds)
+    )
+    return [turn for turn in turns if turn.cells]
+
+
 @dataclass
 class Trial:
-    """Cells, how many rounds of them, and what was measured so far.
+    """Two revisions: cells, how many rounds of them, and the rows so far.
+
+    `turns` is an order that looks at what came of it: whoever measures a turn hands every row to
+    `note` before the next turn is asked for. At its end `lines` holds the verdicts.
 
     Attributes:
         budget_s: seconds for all rounds and the confirmation. It decides which cells are measured;
@@ -41,59 +91,65 @@ class Trial:
 
     cells: Sequence[Cell]
     rounds: int
-    measure: Measure
     max_slowdown: float
     budget_s: float
     clock: Callable[[], float] = time.monotonic
     say: Callable[[str], None] = print
     rows: dict[tuple[int, Cell, int], Row] = field(default_factory=dict)
     cost_s: dict[Cell, float] = field(default_factory=lambda: defaultdict(float))
+    lines: list[Line] = field(default_factory=list)
 
-    def run(self) -> list[Line]:
-        """Measure, judge, confirm; a line for each cell."""
-        self.started = self.clock()
-        self.first_round()
+    def turns(self) -> Iterator[Turn]:
+        """Measure, judge, confirm; then `lines` has a line for each cell."""
+        self.started = self.before = self.clock()
+        yield from self.first_round()
         kept = self.fitting()
         for round_ in range(1, self.rounds):
-            self.one_round(kept, round_)
+            yield from self.one_round(kept, round_)
         lines = {cell: self.judged(cell, range(self.rounds)) for cell in kept}
-        suspects = [cell for cell in kept if lines[cell].verdict == SLOWER]
-        lines |= self.confirmed({cell: lines[cell] for cell in suspects})
+        suspects = {cell: lines[cell] for cell in kept if lines[cell].verdict == SLOWER}
+        chosen = self.affordable(suspects)
+        again = range(self.rounds, 2 * self.rounds)
+        if chosen:
+            self.say(f"{len(chosen)} cells look slower: measuring them once more")
+        for round_ in again:
+            yield from self.one_round(chosen, round_)
+        lines |= self.confirmed(suspects, chosen, again)
         cut = f"left out: --budget holds {len(kept)} of {len(self.cells)} cells"
         if all(cell in self.cost_s for cell in self.cells):
             cut += f"; all take about {self.rounds * sum(self.cost_s.values()) / 60:.0f} min"
-        return [lines.get(cell) or Line(cell, INCONCLUSIVE, cut) for cell in self.cells]
+        self.lines = [lines.get(cell) or Line(cell, INCONCLUSIVE, cut) for cell in self.cells]
+
+    def note(self, turn: Turn, cell: Cell, row: Row) -> None:
+        """Keep a row, and what a cell of the first round took."""
+        self.rows[turn.side, cell, turn.round] = row
+        now = self.clock()
+        if turn.round == 0:
+            self.cost_s[cell] += now - self.before
+        self.before = now
 
     @property
     def left_s(self) -> float:
         return self.budget_s - (self.clock() - self.started)
 
-    # ---- measuring
+    # ---- what is measured
 
-    def first_round(self) -> None:
+    def first_round(self) -> Iterator[Turn]:
         """Round 0 says what cells cost. It stops once what it measured fills the budget."""
         for group in groups(self.cells):
             if self.rounds * sum(self.cost_s.values()) > self.budget_s:
                 break
-            self.one_group(group, 0)
+            yield from self.one_group(group, 0)
 
-    def one_round(self, cells: Sequence[Cell], round_: int) -> None:
+    def one_round(self, cells: Sequence[Cell], round_: int) -> Iterator[Turn]:
         """Group by group, the two sides of a group one right after the other."""
         for group in groups(cells):
-            self.one_group(group, round_)
+            yield from self.one_group(group, round_)
 
-    def one_group(self, group: Sequence[Cell], round_: int) -> None:
+    def one_group(self, group: Sequence[Cell], round_: int) -> Iterator[Turn]:
         for side in order(round_):
-            self.say(
-                f"round {round_ + 1}: {('base', 'head')[side]}: {group[0].backend_text}"
-                f" {group[0].decoder} batch {group[0].batch}, {len(group)} cells"
-            )
-            before = self.clock()
-            for cell, row in self.measure(side, group, round_):
-                self.rows[side, cell, round_] = row
-                if round_ == 0:
-                    self.cost_s[cell] += self.clock() - before
-                before = self.clock()
+            self.before = self.clock()
+            yield Turn(side, round_, tuple(group))
 
     def fitting(self) -> list[Cell]:
         """The cells whose rounds fit the budget, in the order of the plan.
@@ -119,25 +175,26 @@ class Trial:
         first = next(other for other in self.cells if other.group == cell.group)
         return max(self.cost_s[cell], self.cost_s[first])  # the processes must start for it
 
-    def confirmed(self, suspects: dict[Cell, Line]) -> dict[Cell, Line]:
-        """Every suspect after as many rounds again; one there was no time for is inconclusive.
+    def affordable(self, suspects: Mapping[Cell, Line]) -> list[Cell]:
+        """The suspects that there is time to confirm, in the order of the plan.
 
         The worst come first, and the worst of all is confirmed whatever the budget says.
         """
-        worst_first = sorted(suspects, key=lambda cell: -(suspects[cell].ratio or 0))
         chosen: list[Cell] = []
         left = self.left_s
-        for cell in worst_first:
+        for cell in sorted(suspects, key=lambda cell: -(suspects[cell].ratio or 0)):
             cost = self.rounds * self.price_s(cell, chosen)
             if not chosen or cost <= left:
                 chosen.append(cell)
                 left -= cost
-        again = range(self.rounds, 2 * self.rounds)
-        in_order = [cell for cell in self.cells if cell in chosen]
-        if chosen:
-            self.say(f"{len(chosen)} cells look slower: measuring them once more")
-        for round_ in again:
-            self.one_round(in_order, round_)
+        return [cell for cell in self.cells if cell in chosen]
+
+    # ---- judging
+
+    def confirmed(
+        self, suspects: Mapping[Cell, Line], chosen: Sequence[Cell], again: range
+    ) -> dict[Cell, Line]:
+        """Every suspect after as many rounds again; one there was no time for is inconclusive."""
         result = {}
         for cell, line in suspects.items():
             first = f"{(line.ratio or 1) - 1:+.1%} at first"
@@ -154,14 +211,8 @@ class Trial:
             )  # fmt: skip
         return result
 
-    # ---- judging
-
     def judged(self, cell: Cell, rounds: range) -> Line:
         """The rule on these rounds of a cell."""
-        import numpy as np
-
-        from bench.verdict.rules import PAIR_ROUNDS, pairs
-
         found = [[self.rows.get((side, cell, r)) for r in rounds] for side in (BASE, HEAD)]
         good = [[row["median_ms"] for row in side if row and is_timed(row)] for side in found]
         line = Line(

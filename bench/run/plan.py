@@ -1,41 +1,26 @@
-"""What a sweep will measure, on what, and how long that takes."""
+"""From a request to a plan: its backends as they are here, its bundle, its cells."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from backends.base import Backend, Capability, UnavailableError, check_decoder
+from backends.pipeline.recipe import check_steps, make_recipe
+from backends.registry import parse_backend, with_precision
+from bench.limits.unbuilt import bundle_or_architecture
+from bench.machine.environment import collect, git_state, with_hardware
 from bench.rows.cell import Cell
 from bench.rows.fields import MODELLED
-from bench.rows.store import Row, is_timed, open_run, run_names
-from bench.run.measure import FEWEST_SAMPLES, LONG_CALL_S, StopRule
-from core.errors import AddbenchError, PreconditionError
-
-if TYPE_CHECKING:
-    from backends.base import Backend, Capability
-    from export.bundle import Bundle
-    from export.models import Model
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How every cell of a run is measured: kept in the header, equal for all its rows."""
-
-    rule: StopRule
-    rounds: int
-
-    def columns(self) -> dict[str, Any]:
-        return {"rounds": self.rounds, **self.rule.columns()}
-
-    @classmethod
-    def of(cls, columns: Mapping[str, Any]) -> Settings:
-        rest = dict(columns)
-        rounds = rest.pop("rounds")
-        return cls(StopRule(**rest), rounds)
+from bench.rows.header import Header
+from bench.rows.store import portable
+from bench.run.quality import require_judge
+from bench.run.request import Method, Request
+from core.errors import PreconditionError
+from export.bundle import Bundle, find_bundle, size_text
+from export.models import Model
 
 
 @dataclass(frozen=True)
@@ -65,15 +50,15 @@ class Candidate:
         return f"{self.backend.name}:{given}" if given else self.backend.name
 
 
-def probe(texts: Sequence[str]) -> list[Candidate]:
+def probe(texts: Sequence[str], *, away: bool = False) -> list[Candidate]:
     """Every backend with what its probe says.
+
+    Args:
+        away: none of them need be usable here, as where nothing is to run.
 
     Raises:
         PreconditionError: an unknown backend or option, one asked for twice, or none usable.
     """
-    from backends.base import Capability, UnavailableError
-    from backends.registry import parse_backend
-
     candidates = []
     for text in texts:
         try:
@@ -91,6 +76,8 @@ def probe(texts: Sequence[str]) -> list[Candidate]:
             raise PreconditionError(
                 f"--backend {key} stands twice", "a cell is measured once a round", "drop one"
             )
+    if away:
+        return candidates
     if len(candidates) == 1 and candidates[0].backend is not None:
         candidates[0].found.require(keys[0])
     if not any(candidate.found.usable for candidate in candidates):
@@ -105,47 +92,79 @@ def probe(texts: Sequence[str]) -> list[Candidate]:
     return candidates
 
 
-def make_cells(
-    bundle: Bundle,
-    candidates: Sequence[Candidate],
-    *,
-    batches: Sequence[int],
-    decoders: Sequence[str],
-    steps: Sequence[int],
-    schedulers: Sequence[str] = (),
-    guidance: float | None = None,
-    guidance_modes: Sequence[str] = (),
-    low_memory: Sequence[bool] = (False,),
-) -> list[Cell]:
-    """The product of the axes, in the order in which it is measured.
+def with_devices(backends: Sequence[str], devices: Sequence[str]) -> list[str]:
+    """The backends as `--backend` takes them, with every device for each that takes one.
 
-    Args:
-        schedulers, guidance, guidance_modes: what differs from the model's own recipe, see
-            `backends.pipeline.recipe.make_recipe`.
-        low_memory: see `Cell`.
+    Raises:
+        PreconditionError: none of them does.
+    """
+    if not devices:
+        return list(backends)
+    texts, taken = [], False
+    for text in backends:
+        takes = "device" in parse_backend(text).option_types
+        taken |= takes
+        comma = "," if ":" in text else ":"
+        texts += [f"{text}{comma}device={name}" for name in devices] if takes else [text]
+    if not taken:
+        raise PreconditionError(
+            f"--device {','.join(devices)} fits no backend",
+            f"{', '.join(backends)} take no device",
+            f"use --backend qaic --device {devices[0]} for a Cloud AI 100",
+        )
+    return texts
+
+
+def bundle_for(request: Request, candidates: Sequence[Candidate]) -> Bundle:
+    """The bundle to run; where no images are wanted a model's architecture will do.
+
+    Raises:
+        PreconditionError: there is no bundle, or something is to be measured without images.
+    """
+    wanted = (request.model, request.weights, request.dtype, request.size)
+    real = [candidate.key for candidate in candidates if not candidate.modelled]
+    if not request.images:
+        if real:
+            raise PreconditionError(
+                f"--no-images does not fit --backend {real[0]}",
+                "its figures are measured while it makes images",
+                "drop one of them",
+            )
+        return bundle_or_architecture(*wanted)
+    try:
+        return find_bundle(*wanted)
+    except PreconditionError as error:
+        if real:
+            raise
+        raise PreconditionError(
+            error.what, error.why, f"{error.next}; or, without a bundle: --no-images"
+        ) from error
+
+
+def make_cells(
+    bundle: Bundle, candidates: Sequence[Candidate], request: Request
+) -> tuple[Cell, ...]:
+    """The product of the request's axes, in the order in which it is measured.
 
     Raises:
         PreconditionError: a decoder that the bundle does not have, what its model was not made
             for, or low memory of a backend that does not do that.
     """
-    from backends.base import check_decoder
-    from backends.pipeline.recipe import check_steps, make_recipe
-    from export.bundle import size_text
-
-    for decoder in decoders:
+    for decoder in request.decoders:
         check_decoder(bundle, decoder)
-    for candidate in candidates if any(low_memory) else ():
+    for candidate in candidates if any(request.low_memory) else ():
         if candidate.backend is not None:
             candidate.backend.require_low_memory()
+    steps = request.steps or default_steps(bundle.model)
     recipes = dict.fromkeys(
-        make_recipe(bundle, scheduler, guidance, mode)
-        for scheduler in schedulers or (None,)
-        for mode in guidance_modes or (None,)
+        make_recipe(bundle, scheduler, request.guidance, mode)
+        for scheduler in request.schedulers or (None,)
+        for mode in request.guidance_modes or (None,)
     )
     for recipe in recipes:
         for count in steps:
             check_steps(bundle, recipe, count)
-    return [
+    return tuple(
         Cell(
             model=bundle.name,
             weights=bundle.weights,
@@ -164,12 +183,108 @@ def make_cells(
             low_memory=low,
         )
         for candidate in candidates
-        for batch in batches
-        for decoder in decoders
+        for batch in request.batches
+        for decoder in request.decoders
         for recipe in recipes
-        for low in dict.fromkeys(low_memory)
+        for low in request.low_memory
         for count in steps
-    ]
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be measured, of what, by what, and how.
+
+    Attributes:
+        cells: in the order of measurement.
+        work: the (cell, round) pairs that are left to measure.
+        roofline: the machine's ceilings and the parts' costs; None where they were not measured.
+        images: False where only the figures of modelled cells are wanted.
+    """
+
+    bundle: Bundle
+    candidates: tuple[Candidate, ...]
+    cells: tuple[Cell, ...]
+    method: Method
+    environment: Mapping[str, Any]
+    images: bool = True
+    roofline: Mapping[str, Any] | None = None
+    rest: tuple[tuple[Cell, int], ...] | None = None
+
+    @property
+    def work(self) -> tuple[tuple[Cell, int], ...]:
+        if self.rest is not None:
+            return self.rest
+        rounds = range(max(1, self.method.rounds))
+        return tuple((cell, round_) for round_ in rounds for cell in self.cells)
+
+    def candidate(self, cell: Cell) -> Candidate:
+        """The backend of one of its cells."""
+        return next(each for each in self.candidates if each.key == cell.backend_text)
+
+    def header(self, command: Sequence[str], **more: Any) -> Header:
+        """The header of a run of it.
+
+        Args:
+            command: as it was typed; this machine's folders are taken out of it.
+            more: fields that only some commands write, or write otherwise.
+        """
+        fields: dict[str, Any] = {
+            "command": [portable(word) for word in command],
+            "settings": self.method.columns(),
+            "images": self.images,
+            "bundle": {
+                "name": self.bundle.name,
+                "weights": self.bundle.weights,
+                "dtype": self.bundle.dtype,
+                "licence": self.bundle.licence,
+                "hash": self.bundle.hash,
+            },
+            "backends": {
+                each.key: {
+                    "usable": each.found.usable,
+                    "version": each.found.version,
+                    "what": each.found.what,
+                    "options": each.backend.effective_options() if each.backend else {},
+                }
+                for each in self.candidates
+            },
+            "environment": self.environment,
+            "plan": self.cells,
+            "roofline": self.roofline,
+        }
+        return Header(**(fields | git_state() | more))
+
+
+def plan(request: Request, *, away: bool = False) -> Plan:
+    """What `request` comes to on this machine; nothing is measured or written.
+
+    The backends are probed before the bundle is looked for: where none can run, no export helps.
+
+    Args:
+        away: plan for another machine: none of the backends need be usable on this one.
+
+    Raises:
+        PreconditionError: a backend, the bundle or a cell cannot be had; what to do instead.
+    """
+    texts = [with_precision(text, request.precision) for text in request.backends]
+    candidates = probe(with_devices(texts, request.devices), away=away)
+    return plan_of(request, candidates, bundle_for(request, candidates))
+
+
+def plan_of(request: Request, candidates: Sequence[Candidate], bundle: Bundle) -> Plan:
+    """The plan of a request whose backends and bundle are there."""
+    if request.quality:
+        require_judge(bundle.name)
+    usable = [each.backend for each in candidates if each.backend and each.found.usable]
+    return Plan(
+        bundle,
+        tuple(candidates),
+        make_cells(bundle, candidates, request),
+        request.method.but(quality=request.quality or None),
+        with_hardware(collect(), usable),
+        images=request.images,
+    )
 
 
 def default_steps(model: Model) -> list[int]:
@@ -182,67 +297,3 @@ def default_steps(model: Model) -> list[int]:
 def groups(cells: Iterable[Cell]) -> list[list[Cell]]:
     """Cells that one worker measures, in the order of the plan."""
     return [list(group) for _, group in groupby(cells, key=lambda cell: cell.group)]
-
-
-# ---- how long it takes
-
-WORKER_START_S = 5.0
-"""Python, torch, diffusers and scikit-image, imported on two cores."""
-TYPICAL_FRACTION = 0.6
-"""Of the floor that a CPU backend reaches over a whole call, roughly."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Seconds for a cell and where they come from. `bound`: at least so long, no more is known."""
-
-    seconds: float
-    source: str
-    bound: bool = False
-
-
-def estimate(
-    cell: Cell, rule: StopRule, history: Mapping[Cell, Row], surveyed: Mapping[str, Any] | None
-) -> Estimate:
-    """How long one round of `cell` takes: by an earlier row, else its floor, else a bound."""
-    from bench.limits.floors import call_floor_s
-
-    if cell in history:
-        row = history[cell]
-        call_s, cold_s = row["median_ms"] / 1e3, row["cold_ms"] / 1e3
-        return Estimate(sampling_s(call_s, cold_s, rule), f"run {row['run']}")
-    least = call_floor_s(cell, surveyed) if surveyed and cell.backend != "null" else None
-    if least is not None:
-        call_s = least / TYPICAL_FRACTION
-        return Estimate(sampling_s(call_s, call_s, rule), f"floor / {TYPICAL_FRACTION}")
-    return Estimate(rule.min_time, "no figure yet", bound=True)
-
-
-def sampling_s(call_s: float, cold_s: float, rule: StopRule) -> float:
-    """Seconds of a cell whose calls take `call_s`: cold call, warm-up and samples."""
-    samples = max(rule.min_samples, math.ceil(rule.min_time / call_s))
-    if samples * call_s > rule.max_time:
-        samples = min(samples, max(FEWEST_SAMPLES, math.ceil(rule.max_time / call_s)))
-    warmup = 0 if cold_s > LONG_CALL_S else rule.warmup
-    return cold_s + (warmup + samples) * call_s
-
-
-def past_rows(out: Path, machine: str, newest: int = 20) -> dict[Cell, Row]:
-    """The last good row of every cell among the newest runs below `out` made on this machine."""
-    known: dict[Cell, Row] = {}
-    for name in run_names(out)[-newest:]:
-        try:
-            run = open_run(name, out)
-            if run.header.environment["machine"] != machine:
-                continue
-            known |= {Cell.of(row): row for row in run.rows() if is_timed(row)}
-        except (AddbenchError, KeyError):
-            continue  # a damaged old run costs its estimates, not this sweep
-    return known
-
-
-def load_s(group: Sequence[Cell], history: Mapping[Cell, Row]) -> float:
-    """Seconds before a worker's first call: start, compile and load as an earlier row has them."""
-    rows = [history[cell] for cell in group if cell in history]
-    loads = [(row["load_s"] or 0.0) + (row["compile_s"] or 0.0) for row in rows]
-    return WORKER_START_S + max(loads, default=0.0)

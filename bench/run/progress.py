@@ -28,20 +28,23 @@ def line_of(row: Row) -> str:
     if row["low_ms"] is not None:
         span = f"{row['low_ms']:.0f} to {row['high_ms']:.0f}"
         return f"{cell}: {row['median_ms']:.1f} ms ({row['provenance']}: {span})"
+    rate = "" if row["images_per_s"] is None else f", {row['images_per_s']:.3g} images/s"
     cv = "" if row["cv"] is None else f", CV {row['cv']:.1%}"
     flags = "".join(f", {flag}" for flag in row["flags"])
     count = len(row["samples_ms"])
-    return (
-        f"{cell}: {row['median_ms']:.1f} ms, {row['images_per_s']:.3g} images/s"
-        f" ({count} samples{cv}{flags})"
-    )
+    return f"{cell}: {row['median_ms']:.1f} ms{rate} ({count} samples{cv}{flags})"
 
 
 class Display:
-    """A `spawn.View`. Use as a context manager."""
+    """A `spawn.View`. Use as a context manager.
+
+    Attributes:
+        side: whose cells are measured, where there are two sides.
+    """
 
     def __init__(self, total: int, rounds: int) -> None:
         self.total, self.rounds, self.done = total, rounds, 0
+        self.side = ""
         self.redraws = sys.stdout.isatty()
         self.drawn = 0.0
         self.doing, self.count = "", 0
@@ -67,13 +70,24 @@ class Display:
 
     def loading(self, cells: Sequence[Cell], round_: int) -> None:
         of = f" (round {round_ + 1} of {self.rounds})" if self.rounds > 1 else ""
-        first = cells[0]
+        first, side = cells[0], self.side and f"{self.side} "
         self.count = 0
-        self.doing = f"loading {first.backend_text} {first.decoder} batch {first.batch}{of}"
+        self.doing = f"loading {side}{first.backend_text} {first.decoder} batch {first.batch}{of}"
         if self.progress:
             self.draw()
         else:
             self.say(f"[{self.done}/{self.total}] {self.doing}")
+
+    def more(self, cells: int) -> None:
+        """Count cells that were not planned."""
+        self.total += cells
+        if self.progress:
+            self.progress.update(self.task, total=self.total)
+
+    def waiting(self, text: str) -> None:
+        """Say in the progress line what is waited for; in a log nothing more is said."""
+        self.doing, self.count = text, 0
+        self.tick()
 
     def begin(self, cell: Cell) -> None:
         self.doing, self.count = str(cell), 0

@@ -2,99 +2,83 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bench.machine.environment import collect, git_state
 from bench.rows.cell import Cell
 from bench.rows.fields import OK
 from bench.rows.store import Run, open_run, run_names
-from bench.run.plan import Candidate, Settings, probe
+from bench.run.plan import Plan, probe
+from bench.run.request import Method
 from core.cli import image_size
 from core.errors import PreconditionError
+from export.bundle import find_bundle
 from export.models import SCHEDULERS
 
-if TYPE_CHECKING:
-    from export.bundle import Bundle
 
-
-@dataclass(frozen=True)
-class Rest:
-    """A run and the (cell, round) pairs it still lacks."""
-
-    run: Run
-    bundle: Bundle
-    candidates: Sequence[Candidate]
-    settings: Settings
-    work: Sequence[tuple[Cell, int]]
-
-
-def reopen(args: argparse.Namespace) -> Rest:
+def reopen(run: Run, given: Mapping[str, Any], *, retry_failed: bool = False) -> Plan:
     """The rest of an earlier run, if everything that its rows must share still holds.
 
-    Raises:
-        PreconditionError: the bundle, the machine, the packages, or a flag given now differs from
-            what the run began with; all differences are named.
-    """
-    from bench.machine.environment import collect, git_state
-    from export.bundle import find_bundle
+    Args:
+        given: fields of a `Request` and of its method that are asked for now, by name; each must
+            be what the run has.
+        retry_failed: what failed is left to measure too.
 
-    given = {"--precision": args.precision, "--device": args.device, "--no-images": args.no_images}
-    for flag in (flag for flag, value in given.items() if value):
+    Raises:
+        PreconditionError: the bundle, the machine, the packages, or a field differs from what the
+            run began with; all differences are named.
+    """
+    for name in ("precision", "devices", "images"):
+        flag = {"devices": "--device", "images": "--no-images"}.get(name, f"--{name}")
+        if name in given:
+            raise PreconditionError(
+                f"{flag} does not go with --resume",
+                "a run goes on with the backends that it began with",
+                f"drop {flag}, or start a new run",
+            )
+    if not run.header.images:
         raise PreconditionError(
-            f"{flag} does not go with --resume",
-            "a run goes on with the backends that it began with",
-            f"drop {flag}, or start a new run",
-        )
-    old = open_run(args.resume, args.out)
-    if old.header.versus is not None:
-        raise PreconditionError(
-            f"run {old.name} is one side of a pair",
-            "finished on its own it would not be interleaved with the other",
-            f"addbench versus --resume {old.name}",
-        )
-    if not old.header.images:
-        raise PreconditionError(
-            f"run {old.name} is modelled without images",
+            f"run {run.name} is modelled without images",
             "all of it takes seconds, and nothing in it can be lost",
-            "start it again: " + " ".join(map(str, old.header.command)),
+            "start it again: " + " ".join(run.header.command),
         )
-    made = old.header.bundle
-    settings = Settings.of(old.header.settings)
-    candidates = probe(list(old.header.backends))
+    began = run.header.bundle
+    method = Method.of(run.header.settings)
+    candidates = probe(list(run.header.backends))
+    own = {} if "model" in given else {name: began[name] for name in ("weights", "dtype")}
     bundle = find_bundle(
-        args.model or made["name"],
-        args.weights or (None if args.model else made["weights"]),
-        args.dtype or (None if args.model else made["dtype"]),
-        image_size(old.plan[0].size),
+        given.get("model", began["name"]),
+        given.get("weights", own.get("weights")),
+        given.get("dtype", own.get("dtype")),
+        image_size(run.plan[0].size),
     )
-    here = collect()
-    known = old.header.environment
+    here, there = collect(), run.header.environment
     refuse_changes(
-        old.name,
+        run.name,
         [
-            ("the bundle's hash", made["hash"][:12], bundle.hash[:12]),
-            ("the machine", known["machine"], here["machine"]),
-            ("the packages' versions", known["versions"], here["versions"]),
-            *axis_changes(args, old, settings),
+            ("the bundle's hash", began["hash"][:12], bundle.hash[:12]),
+            ("the machine", there["machine"], here["machine"]),
+            ("the packages' versions", there["versions"], here["versions"]),
+            *axis_changes(run, method, given),
         ],
     )
-    began, now = old.header.git_commit, git_state()["git_commit"]
-    if began != now:  # a commit may have changed nothing that is measured
-        note = (
-            f"note: run {old.name} began at commit {began}, this is {now}; each row names its own"
-        )
+    then, now = run.header.git_commit, git_state()["git_commit"]
+    if then != now:  # a commit may have changed nothing that is measured
+        note = f"note: run {run.name} began at commit {then}, this is {now}; each row names its own"
         print(note, file=sys.stderr)
-    rows = old.rows()
-    work = old.missing(rows)
-    if args.retry_failed:
-        work += [(Cell.of(row), row["round"]) for row in rows if row["status"] != OK]
-        order = {cell: place for place, cell in enumerate(old.plan)}
-        work.sort(key=lambda item: (item[1], order[item[0]]))
-    return Rest(old, bundle, candidates, settings, work)
+    work = unfinished(run) if retry_failed else run.missing()
+    return Plan(
+        bundle,
+        tuple(candidates),
+        tuple(run.plan),
+        method,
+        there,
+        roofline=run.header.roofline,
+        rest=tuple(work),
+    )
 
 
 def refuse_changes(name: str, compared: Iterable[tuple[str, Any, Any]]) -> None:
@@ -109,61 +93,93 @@ def refuse_changes(name: str, compared: Iterable[tuple[str, Any, Any]]) -> None:
         )
 
 
-def axis_changes(
-    args: argparse.Namespace, old: Run, settings: Settings
-) -> list[tuple[str, Any, Any]]:
-    """(flag, value of the run, value asked for now) of every flag that was given."""
-    plan = old.plan
+FLAGS = {
+    "backends": "backend",
+    "batches": "batch",
+    "decoders": "decoder",
+    "schedulers": "scheduler",
+    "guidance_modes": "guidance-mode",
+}
+"""Fields of a `Request` that the command line names in the singular."""
+
+
+def axis_changes(run: Run, method: Method, given: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(flag, value of the run, value asked for now) of every field that is asked for."""
+    plan = run.plan
+
+    def values(column: str) -> list[Any]:
+        return list(dict.fromkeys(getattr(cell, column) for cell in plan))
+
     had: dict[str, Any] = {
-        "backend": list(dict.fromkeys(cell.backend_text for cell in plan)),
-        "steps": list(dict.fromkeys(cell.steps for cell in plan)),
-        "batch": list(dict.fromkeys(cell.batch for cell in plan)),
-        "decoder": list(dict.fromkeys(cell.decoder for cell in plan)),
+        "backends": values("backend_text"),
+        "steps": values("steps"),
+        "batches": values("batch"),
+        "decoders": values("decoder"),
         "size": image_size(plan[0].size),
-        "scheduler": list(dict.fromkeys(cell.scheduler for cell in plan)),
+        "schedulers": values("scheduler"),
         "guidance": plan[0].guidance,
-        "guidance_mode": list(dict.fromkeys(cell.guidance_mode for cell in plan)),
-        "low_memory": list(dict.fromkeys(cell.low_memory for cell in plan)),
+        "guidance_modes": values("guidance_mode"),
+        "low_memory": values("low_memory"),
         "quality": 0,
-        **settings.columns(),
+        **method.columns(),
     }
-    given = {name: getattr(args, name) for name in had}
-    if given["backend"] is not None:
-        given["backend"] = [candidate.key for candidate in probe(given["backend"])]
-    if given["scheduler"] is not None:
-        given["scheduler"] = [SCHEDULERS.get(name, name) for name in given["scheduler"]]
-    return [
-        (f"--{name.replace('_', '-')}", had[name], value)
+    asked = {
+        name: list(value) if isinstance(value, list | tuple) and name != "size" else value
         for name, value in given.items()
-        if value is not None
+    }
+    if "backends" in asked:
+        asked["backends"] = [each.key for each in probe(asked["backends"])]
+    if "schedulers" in asked:
+        asked["schedulers"] = [SCHEDULERS.get(name, name) for name in asked["schedulers"]]
+    return [
+        (f"--{FLAGS.get(name, name.replace('_', '-'))}", was, asked[name])
+        for name, was in had.items()
+        if name in asked
     ]
 
 
-def open_pair(text: str, out: Path) -> list[Run]:
+def open_single(text: str, runs: Path) -> Run:
+    """A run that is no side of a pair: those are gone on with together."""
+    run = open_run(text, runs)
+    for verb in ("versus", "ab"):
+        if getattr(run.header, verb) is not None:
+            raise PreconditionError(
+                f"run {run.name} is one side of a pair",
+                "finished on its own it would not be interleaved with the other",
+                f"addbench versus --resume {run.name}"
+                if verb == "versus"
+                else "measure the two revisions again with `addbench ab`",
+            )
+    return run
+
+
+def open_pair(text: str, runs: Path) -> list[Run]:
     """The runs of base and head of `addbench versus`, from either one's name."""
-    found = open_run(text, out)
-    said = found.header.versus
+    named = open_run(text, runs)
+    said = named.header.versus
     if said is None:
         raise PreconditionError(
-            f"run {found.name} is not of bench.commands.versus",
+            f"run {named.name} is not of `addbench versus`",
             "its header names no other side",
-            f"addbench sweep --resume {found.name}",
+            f"addbench sweep --resume {named.name}",
         )
+    folder = named.path.parent
     if said["side"] == "head":
-        return [open_run(said["base"], found.path.parent), found]
-    for name in run_names(found.path.parent):
-        head = open_run(name, found.path.parent)
-        if (head.header.versus or {}).get("base") == found.name:
-            return [found, head]
+        return [open_run(said["base"], folder), named]
+    for name in run_names(folder):
+        head = open_run(name, folder)
+        if (head.header.versus or {}).get("base") == named.name:
+            return [named, head]
     raise PreconditionError(
-        f"run {found.name} is the base of a pair whose head is gone",
+        f"run {named.name} is the base of a pair whose head is gone",
         "no run beside it names it as its base",
         "measure the pair again",
     )
 
 
-def unfinished(target: Run) -> list[tuple[Cell, int]]:
-    """(cell, round) pairs that are missing or not ok."""
-    rows = target.rows()
+def unfinished(run: Run) -> list[tuple[Cell, int]]:
+    """(cell, round) pairs that are missing or not ok, in the order of measurement."""
+    rows = run.rows()
     bad = [(Cell.of(row), row["round"]) for row in rows if row["status"] != OK]
-    return [*target.missing(rows), *bad]
+    place = {cell: number for number, cell in enumerate(run.plan)}
+    return sorted([*run.missing(rows), *bad], key=lambda item: (item[1], place[item[0]]))

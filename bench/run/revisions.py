@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ from bench.run.spawn import with_build
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT, build_root, sha256_json
 
+WORKTREE = "WORKTREE"
+"""The revision that is the working tree, with what is not committed."""
 Say = Callable[[str], None]
 VERSIONS = """
 import importlib.metadata, json, sys
@@ -39,7 +42,7 @@ class Side:
 
     Attributes:
         name: `base` or `head`.
-        revision, commit: as asked for, and its hash.
+        revision, commit: as asked for, and its hash; of WORKTREE that of a snapshot.
         tree: its checkout; commands run there import its code.
         build: its ADDBENCH_BUILD, so that neither sees the other's artifacts.
         interpreter: of the environment that its constraints ask for.
@@ -53,7 +56,14 @@ class Side:
     interpreter: Path
 
     def __str__(self) -> str:
+        if self.revision == WORKTREE:
+            return f"{WORKTREE} (uncommitted, on {self.recorded[:9]})"
         return f"{self.revision} ({self.commit[:9]})"
+
+    @property
+    def recorded(self) -> str:
+        """The commit that its rows name: of WORKTREE the one that it was changed from."""
+        return resolve("HEAD") if self.revision == WORKTREE else self.commit
 
     def python(self, *arguments: str, log: Path) -> int:
         """Run the side's python in its checkout; everything it prints goes to `log`."""
@@ -76,9 +86,11 @@ class Side:
         return found
 
 
-def git(*arguments: str) -> str:
+def git(*arguments: str, **variables: str) -> str:
     """Output of a git command on this checkout; AddbenchError with git's words if it fails."""
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", *arguments], cwd=ROOT, env=os.environ | variables, capture_output=True, text=True
+    )
     if done.returncode:
         raise AddbenchError(
             f"git {' '.join(arguments[:2])} failed",
@@ -88,8 +100,54 @@ def git(*arguments: str) -> str:
     return done.stdout
 
 
+def require_own_repository() -> None:
+    """Refuse to start inside another repository, whose revisions a person there would expect.
+
+    Raises:
+        PreconditionError: the current folder belongs to another checkout.
+    """
+    asked = ["git", "rev-parse", "--show-toplevel"]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    here = Path(done.stdout.strip())
+    if done.returncode == 0 and here.resolve() != ROOT.resolve():
+        raise PreconditionError(
+            f"the current folder is in another checkout: {here}",
+            f"revisions of addbench are compared, and this addbench runs from {ROOT}",
+            f"cd {ROOT} and run it again; or run the addbench of the other checkout there:"
+            " python -m addbench ab",
+        )
+
+
+def changed() -> bool:
+    """Whether this checkout holds what no revision has: changes, or files that git may take."""
+    try:
+        return bool(git("status", "--porcelain"))
+    except AddbenchError:  # no repository: the revisions will not be found, which says so
+        return False
+
+
+def snapshot() -> str:
+    """A commit of the working tree as it is, on no branch; neither index nor files are touched.
+
+    The same content on the same commit gives the same one, so that a kept checkout is used again.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
+        git("read-tree", "HEAD", **index)
+        git("add", "--all", **index)
+        tree = git("write-tree", **index).strip()
+    who = {
+        f"GIT_{role}_{what}": value
+        for role in ("AUTHOR", "COMMITTER")
+        for what, value in (("NAME", "addbench"), ("EMAIL", ""), ("DATE", "2000-01-01T00:00:00Z"))
+    }
+    return git("commit-tree", tree, "-p", "HEAD", "-m", "the working tree", **who).strip()
+
+
 def resolve(revision: str) -> str:
-    """The commit of a revision."""
+    """The commit of a revision, or a snapshot of the working tree for WORKTREE."""
+    if revision == WORKTREE:
+        return snapshot()
     try:
         spec = f"{revision}^{{commit}}"
         commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", spec)
@@ -136,7 +194,7 @@ def workplace(folder: Path | None) -> Iterator[Path]:
         lock.acquire(timeout=0)
     except Timeout:
         raise PreconditionError(
-            f"another bench.commands.ab is at work in {place}",
+            f"another `addbench ab` is at work in {place}",
             "two at once would disturb each other's measurements",
             "wait for it",
         ) from None
@@ -283,8 +341,3 @@ def sides(
         build.mkdir(exist_ok=True)
         made.append(Side(name, revision, commit, tree, build, interpreter))
     return made
-
-
-def uncommitted() -> bool:
-    """Whether this checkout holds changes that no revision has."""
-    return bool(git("status", "--porcelain", "--untracked-files=no"))

@@ -19,8 +19,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.run.orders import BASE, HEAD, order
-
 CONFIDENCE = 0.95
 BATCHES = 10
 """How many means of neighbouring steps a single call's spread is taken from."""
@@ -44,21 +42,6 @@ class Level:
     log: float
     error: float
     freedom: float
-
-
-def schedule(base_rounds: int, head_rounds: int) -> list[tuple[int, int]]:
-    """(side, round) in the order of measurement.
-
-    As many rounds a side: ABBA, so that a steady drift cancels. If one has fewer: in the middle of
-    the other's, for the same reason.
-    """
-    if base_rounds == head_rounds:
-        return [(side, round_) for round_ in range(base_rounds) for side in order(round_)]
-    few, many = (BASE, HEAD) if base_rounds < head_rounds else (HEAD, BASE)
-    rare = [(few, round_) for round_ in range(min(base_rounds, head_rounds))]
-    rest = [(many, round_) for round_ in range(max(base_rounds, head_rounds))]
-    half = len(rest) // 2
-    return [*rest[:half], *rare, *rest[half:]]
 
 
 def of_pairs(base_ms: Sequence[float], head_ms: Sequence[float]) -> Ratio:

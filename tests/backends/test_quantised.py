@@ -259,7 +259,7 @@ def test_every_command_takes_a_precision(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("bench.sweep.Sweep.survey", lambda _: None)  # seconds, of no matter here
+    monkeypatch.setattr("bench.run.runner.survey", lambda _: None)  # seconds, of no matter here
     model = ["--model", str(tiny_bundle.path)]
     sweep = [*model, "--precision", "int8", "--steps", "1", "--decoder", "taesd", "--dry-run"]
     assert sweep_main([*sweep, "--out", str(tmp_path), "--quick"]) == 0

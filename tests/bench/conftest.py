@@ -36,10 +36,15 @@ Sweep = Callable[..., int]
 
 @pytest.fixture(scope="session")
 def sweep(tiny_bundle: Bundle) -> Sweep:
-    """Run a sweep of the tiny bundle in this process (its workers are real); the exit code."""
+    """Run a sweep of the tiny bundle in this process (its workers are real); the exit code.
+
+    With one round, and without patience on a machine that others use too, unless told otherwise.
+    """
 
     def run(out: Path, *arguments: str) -> int:
-        return shell(sweep_main, ["--model", str(tiny_bundle.path), "--out", str(out), *arguments])
+        calm = [] if "--resume" in arguments else ["--rounds", "1"]
+        usual = ["--model", str(tiny_bundle.path), "--runs", str(out), "--patience", "0", *calm]
+        return shell(sweep_main, [*usual, *arguments])
 
     return run
 
@@ -50,6 +55,7 @@ class Started:
     def __init__(self, bundle: Bundle, log: Path, out: Path, *arguments: str) -> None:
         self.out, self.log = out, log
         command = [sys.executable, "-m", "bench.sweep", "--model", str(bundle.path)]
+        command += ["--patience", "0"]
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
                 [*command, "--out", str(out), *arguments],

@@ -17,7 +17,7 @@ LAST_STATUSES = ("oom", "failed", "skipped")
 if __name__ == "__main__":
     job = json.loads(sys.stdin.read())
     source = Path("backends/null.py").read_text()
-    step_ms = float(re.search(r'"unet_ms": Option\("([\d.]+)"', source)[1])
+    step_ms = float(re.search(r'"unet_ms": Option\(([\d.]+)', source)[1])
     fails = "SCRIPTED_FAILURE" in source
 
     def say(event: str, **fields: object) -> None:

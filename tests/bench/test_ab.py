@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 from made import cell, row
 
-from bench.commands.ab import given
 from bench.rows.cell import Cell
-from bench.rows.store import open_run, run_names
+from bench.rows.store import Row, open_run, run_names
 from bench.run import revisions as sides
-from bench.run.orders import BASE, HEAD, Measured, Trial, order
+from bench.run.duel import absolute
+from bench.run.orders import BASE, HEAD, Trial, order
+from bench.verdict.outcome import Line
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
@@ -45,7 +46,7 @@ class Scripted:
         self.now = 0.0
         self.calls: list[tuple[int, int, list[Cell]]] = []
 
-    def __call__(self, side: int, group: Sequence[Cell], round_: int) -> Measured:
+    def measure(self, side: int, group: Sequence[Cell], round_: int) -> Iterator[tuple[Cell, Row]]:
         self.calls.append((round_, side, list(group)))
         self.now += self.start
         for each in group:
@@ -57,21 +58,26 @@ class Scripted:
             columns = {"median_ms": None} if status != "ok" else {}
             yield each, row(each, samples, round_, status=status, **columns)
 
-    def trial(self, cells: Sequence[Cell], rounds: int = 10, budget_s: float = 1e6) -> Trial:
-        return Trial(cells, rounds, self, 0.08, budget_s, lambda: self.now, lambda _: None)
+    def lines(self, cells: Sequence[Cell], rounds: int = 10, budget_s: float = 1e6) -> list[Line]:
+        """Measure whatever a trial asks for, as a runner does; its verdicts."""
+        trial = Trial(cells, rounds, 0.08, budget_s, lambda: self.now, lambda _: None)
+        for turn in trial.turns():
+            for each, measured in self.measure(turn.side, turn.cells, turn.round):
+                trial.note(turn, each, measured)
+        return trial.lines
 
     def rounds_of(self, wanted: Cell, side: int = HEAD) -> int:
         return sum(wanted in group for _, which, group in self.calls if which == side)
 
 
-def verdicts(trial: Trial) -> list[str]:
-    return [line.verdict for line in trial.run()]
+def verdicts(lines: Sequence[Line]) -> list[str]:
+    return [line.verdict for line in lines]
 
 
 def test_the_order_is_abba_group_by_group() -> None:
     assert [order(round_) for round_ in range(4)] == [(0, 1), (1, 0), (0, 1), (1, 0)]
     scripted = Scripted()
-    scripted.trial([*GROUP, *OTHER], rounds=5).run()
+    scripted.lines([*GROUP, *OTHER], rounds=5)
     assert [(round_, side, group[0].decoder) for round_, side, group in scripted.calls[:8]] == [
         (0, BASE, "taesd"),
         (0, HEAD, "taesd"),
@@ -87,8 +93,7 @@ def test_the_order_is_abba_group_by_group() -> None:
 
 def test_a_regression_is_measured_once_more() -> None:
     scripted = Scripted(head=lambda each, _: 1.2 if each == GROUP[1] else 1.0)
-    trial = scripted.trial([*GROUP, *OTHER])
-    lines = trial.run()
+    lines = scripted.lines([*GROUP, *OTHER])
     assert [line.verdict for line in lines] == ["same", "slower", "same", "same", "same"]
     assert "confirmed" in lines[1].reason
     assert scripted.rounds_of(GROUP[1]) == 20
@@ -97,17 +102,17 @@ def test_a_regression_is_measured_once_more() -> None:
 
 def test_what_is_not_flagged_again_is_no_regression() -> None:
     scripted = Scripted(head=lambda _, round_: 1.2 if round_ < 10 else 1.0)
-    lines = scripted.trial(GROUP).run()
+    lines = scripted.lines(GROUP)
     assert {line.verdict for line in lines} == {"same"}
     assert "not confirmed" in lines[0].reason
     assert "+20.0% at first" in lines[0].reason
     contrary = Scripted(head=lambda _, round_: 1.2 if round_ < 10 else 0.8)
-    assert set(verdicts(contrary.trial(GROUP))) == {"inconclusive"}
+    assert set(verdicts(contrary.lines(GROUP))) == {"inconclusive"}
 
 
 def test_a_gain_needs_no_confirmation() -> None:
     scripted = Scripted(head=lambda *_: 0.8)
-    assert set(verdicts(scripted.trial(GROUP))) == {"faster"}
+    assert set(verdicts(scripted.lines(GROUP))) == {"faster"}
     assert scripted.rounds_of(GROUP[0]) == 10
 
 
@@ -119,7 +124,7 @@ def test_failures_by_side() -> None:
             return "oom" if side == BASE else "ok"
         return "crashed" if side == BASE and round_ < 6 else "ok"
 
-    lines = Scripted(status=status).trial(GROUP).run()
+    lines = Scripted(status=status).lines(GROUP)
     assert [line.verdict for line in lines] == ["failed", "failed", "inconclusive"]
     assert "HEAD: mismatch in 1 rounds" in lines[0].reason
     assert "BASE: oom in 10 rounds" in lines[1].reason
@@ -129,7 +134,7 @@ def test_failures_by_side() -> None:
 def test_the_budget_cuts_cells_and_never_rounds() -> None:
     # A round of a cell costs 2 s; ten rounds and room to confirm one: 80 s hold three cells.
     scripted = Scripted()
-    lines = scripted.trial([*GROUP, *OTHER], budget_s=80).run()
+    lines = scripted.lines([*GROUP, *OTHER], budget_s=80)
     assert [line.verdict for line in lines] == ["same"] * 3 + ["inconclusive"] * 2
     assert "--budget" in lines[3].reason
     assert [scripted.rounds_of(each) for each in GROUP] == [10, 10, 10]
@@ -140,22 +145,22 @@ def test_the_budget_cuts_cells_and_never_rounds() -> None:
 def test_a_cell_bears_the_start_of_its_process() -> None:
     # Starting costs 20 s a round and cells 2 s: 44 s for the first, whichever is first.
     scripted = Scripted(start=10.0)
-    lines = scripted.trial(GROUP, budget_s=500).run()
+    lines = scripted.lines(GROUP, budget_s=500)
     assert [line.verdict for line in lines] == ["same", "same", "same"]
-    assert set(verdicts(Scripted(start=10.0).trial(GROUP, budget_s=300))) == {"inconclusive"}
+    assert set(verdicts(Scripted(start=10.0).lines(GROUP, budget_s=300))) == {"inconclusive"}
 
 
 def test_the_first_round_ends_when_it_fills_the_budget() -> None:
     many = [cell(decoder=decoder, batch=batch) for decoder in ("vae", "taesd") for batch in (1, 2)]
     scripted = Scripted(seconds=100.0)
-    lines = scripted.trial(many, budget_s=1800).run()
+    lines = scripted.lines(many, budget_s=1800)
     assert {line.verdict for line in lines} == {"inconclusive"}
     assert len(scripted.calls) == 2
 
 
 def test_the_worst_suspect_is_confirmed_whatever_is_left() -> None:
     scripted = Scripted(head=lambda each, _: 1.1 + 0.1 * each.steps)
-    lines = scripted.trial(GROUP, budget_s=85).run()
+    lines = scripted.lines(GROUP, budget_s=85)
     assert [line.verdict for line in lines] == ["inconclusive", "inconclusive", "slower"]
     assert "no time to confirm" in lines[0].reason
 
@@ -263,6 +268,44 @@ def test_the_other_way_round_it_is_a_gain(ab: Any) -> None:
     assert found.json["counts"] == {"faster": 2}
 
 
+def test_what_is_not_committed_is_the_head(ab: Any, scratch: Path, tmp_path: Path) -> None:
+    """An edit against HEAD used to compare HEAD with itself, without a word."""
+    null = scratch / "backends" / "null.py"
+    committed = null.read_text()
+    (scratch / "core" / "new.py").write_text("")  # git may take it: it is measured too
+    null.write_text(committed.replace('"unet_ms": Option(20.0', '"unet_ms": Option(60.0'))
+    try:
+        before = git(scratch, "status", "--porcelain")
+        found = ab("--base", "HEAD", "--steps", "1")
+        kept = ab("--base", "HEAD", "--head", "HEAD", "--steps", "1")
+        assert git(scratch, "status", "--porcelain") == before
+    finally:
+        null.write_text(committed)
+        (scratch / "core" / "new.py").unlink()
+    assert found.code == 3, found.err
+    assert found.json["head"].startswith("WORKTREE (uncommitted, on ")
+    head = open_run("latest", tmp_path / "runs")
+    runs = [open_run(name, tmp_path / "runs") for name in run_names(tmp_path / "runs")]
+    changed = runs[1].rows()[0]
+    assert (changed["git_dirty"], runs[0].rows()[0]["git_dirty"]) == (True, False)
+    assert changed["git_commit"] == git(scratch, "rev-parse", "HEAD")
+    assert head.rows()[0]["git_dirty"] is False
+    assert kept.code in (0, 5), kept.err
+    assert any("--head WORKTREE" in note for note in kept.json["notes"])
+
+
+def test_another_repository_is_refused(tmp_path: Path) -> None:
+    git(tmp_path, "init", "--quiet")
+    asked = [sys.executable, "-m", "bench.commands.ab", "--base", "HEAD"]
+    done = subprocess.run(
+        asked, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"another checkout: {tmp_path.resolve()}" in done.stderr
+    assert f"cd {ROOT}" in done.stderr
+
+
 def test_a_failing_cell(ab: Any) -> None:
     found = ab("--base", "base", "--head", "broken")
     assert found.code == 4, found.err
@@ -301,8 +344,8 @@ def test_a_folder_is_meant_from_here(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.chdir(tmp_path)
     for name in ("mine", "random", "tiny-sdxl"):
         (tmp_path / name).mkdir()
-    assert given("mine") == given("./mine") == str(tmp_path / "mine")
-    assert [given(name) for name in ("random", "tiny-sdxl", "org/name")] == [
+    assert absolute("mine") == absolute("./mine") == str(tmp_path / "mine")
+    assert [absolute(name) for name in ("random", "tiny-sdxl", "org/name")] == [
         "random",
         "tiny-sdxl",
         "org/name",

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from made import cell, make_run, row
 
+from backends.base import Backend
 from backends.cloud_ai import power as sensors
 from backends.cloud_ai.power import Board, boards, hardware
 from backends.cloud_ai.probe import ROOT_VARIABLE, look
@@ -21,7 +22,7 @@ from bench.machine import power
 from bench.machine.environment import with_hardware
 from bench.machine.power import Gauge, Sensors
 from bench.rows.summary import by_cell
-from bench.run.plan import probe
+from bench.run.plan import Candidate, probe
 from bench.show.columns import columns_for
 from tests.doubles.cloud_ai_sdk_standin import ULTRA, make_sdk, make_sensors, set_state
 
@@ -169,6 +170,10 @@ def test_no_sensor_or_an_unsure_one_is_no_source(
 # --- and whose it is, in a run
 
 
+def usable(candidates: list[Candidate]) -> list[Backend]:
+    return [each.backend for each in candidates if each.backend and each.found.usable]
+
+
 @pytest.mark.parametrize(
     ("ids", "name"),
     [
@@ -179,7 +184,7 @@ def test_no_sensor_or_an_unsure_one_is_no_source(
 )
 def test_a_run_says_which_card_its_devices_are(ids: str, name: str, sdk: Path) -> None:
     candidates = probe([f"qaic:device={ids}", "null"])
-    environment = with_hardware({"accelerators": {"cuda": "NVIDIA L4"}}, candidates)
+    environment = with_hardware({"accelerators": {"cuda": "NVIDIA L4"}}, usable(candidates))
     assert environment["accelerators"]["cuda"] == "NVIDIA L4"
     found = hardware(look(), candidates[0].backend.devices)  # type: ignore[union-attr]
     assert found == name
@@ -205,7 +210,7 @@ def test_measured_rows_of_a_card_judge_the_claim_and_show_their_joules(
     assert judge(claim, [claim], measured([made])).verdict == "consistent", "by the model"
     environment = made.header.environment
     candidates = probe(["qaic:device=0-3"])
-    environment |= with_hardware({**environment, "accelerators": {}}, candidates)
+    environment |= with_hardware({**environment, "accelerators": {}}, usable(candidates))
     found = judge(claim, [claim], measured([made]))
     assert found.verdict == "beaten"
     assert "170.0 ms" in found.reason

@@ -17,7 +17,7 @@ from bench.commands.cards import main as cards_main
 from bench.limits.floors import floor, published
 from bench.rows.cell import Cell
 from bench.rows.store import Run, open_run, read_rows
-from bench.run.cardrows import with_image
+from bench.run.runner import with_image
 from bench.show import latency as plot
 from bench.show import table
 from bench.show.export import parquet

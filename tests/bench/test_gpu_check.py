@@ -189,8 +189,7 @@ def test_backends_that_cannot_be_used_are_left_out_by_name(
         pytest.skip("this machine has a GPU")
     assert TrtBackend.name in gpu_check.GRAPH_BACKENDS
     skipped: dict[str, str] = {}
-    args = gpu_check.parser().parse_args([])
-    found = gpu_check.usable_backends(args, skipped)
+    found = gpu_check.usable_backends(None, "cuda", skipped)
     assert found[0] == "torch:device=cuda,mode=graph"
     assert {"backend trt", "backend cuda"} <= set(skipped)
 
@@ -206,8 +205,8 @@ def test_backends_that_were_asked_for_are_refused_before_the_checks(
     said = capsys.readouterr()
     assert "backend trt cannot be used" in said.err
     assert not said.out
-    args = gpu_check.parser().parse_args([*asked, "--backend", "torch"])
-    assert gpu_check.usable_backends(args, {}) == ["trt", "torch"], "the sweep says why not"
+    found = gpu_check.usable_backends(["trt", "torch"], "cpu", {})
+    assert found == ["trt", "torch"], "the sweep says why not"
 
 
 def test_a_backend_without_graphs_leaves_nothing_to_measure(
@@ -215,12 +214,11 @@ def test_a_backend_without_graphs_leaves_nothing_to_measure(
 ) -> None:
     monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
     monkeypatch.setattr(gpu_check, "export", lambda _: False)
-    args = gpu_check.parser().parse_args(["--model", "tiny-sdxl", "--device", "cpu"])
     with pytest.raises(PreconditionError, match="no backend left: trt") as caught:
-        gpu_check.bundle_for(args, ["trt:level=1"], {})
+        gpu_check.bundle_for("tiny-sdxl", "cpu", ["trt:level=1"], {})
     assert "addbench export --model tiny-sdxl" in caught.value.next
     skipped: dict[str, str] = {}
     left = ["torch", "trt"]
-    assert not gpu_check.bundle_for(args, left, skipped).has_graphs
+    assert not gpu_check.bundle_for("tiny-sdxl", "cpu", left, skipped).has_graphs
     assert left == ["torch"]
     assert "backend trt" in skipped

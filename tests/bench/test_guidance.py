@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from bench.rows.header import Header
 from bench.rows.store import ROWS, Run, open_run
 from bench.rows.summary import by_cell
 from bench.run.plan import default_steps, make_cells, probe
+from bench.run.request import Request
 from bench.show import export as rows
 from bench.show import table
 from bench.show.series import series_of
@@ -85,24 +87,22 @@ def test_series_of_a_dashboard_keep_their_names(tmp_path: Path) -> None:
 
 
 def test_the_axes_multiply(guided: Bundle) -> None:
-    cells = make_cells(
-        guided,
-        probe(["null"]),
-        batches=[2],
-        decoders=["vae"],
-        steps=[15, 20],
-        schedulers=["dpm++2m", "unipc", "PNDMScheduler"],
-        guidance_modes=["batch", "calls"],
+    asked = Request(
+        batches=(2,),
+        decoders=("vae",),
+        steps=(15, 20),
+        schedulers=("dpm++2m", "unipc", "PNDMScheduler"),
+        guidance_modes=("batch", "calls"),
     )
+    cells = make_cells(guided, probe(["null"]), asked)
     assert len(cells) == len(set(cells)) == 12
     assert {one.guidance for one in cells} == {7.5}
     assert len({one.group for one in cells}) == 6
-    (own,) = make_cells(guided, probe(["null"]), batches=[1], decoders=["vae"], steps=[20])
+    usual = Request(decoders=("vae",), steps=(20,))
+    (own,) = make_cells(guided, probe(["null"]), usual)
     found = (own.scheduler, own.guidance, own.guidance_mode)
     assert found == ("PNDMScheduler", 7.5, "batch")
-    (none,) = make_cells(
-        guided, probe(["null"]), batches=[1], decoders=["vae"], steps=[20], guidance=1.0
-    )
+    (none,) = make_cells(guided, probe(["null"]), replace(usual, guidance=1.0))
     assert (none.guidance, none.guidance_mode) == (0.0, "none")
 
 

@@ -14,6 +14,7 @@ from bench.rows.fields import LATER
 from bench.rows.store import ROWS, Run, open_run
 from bench.run.measure import Measurement
 from bench.run.plan import make_cells, probe
+from bench.run.request import Request
 from bench.show import export as rows
 from bench.show import table
 from bench.show.page.figures import stages
@@ -26,10 +27,8 @@ STAGES = {"text": 1.0, "unet_first": 2.0, "unet_step": None, "decode": 1.0, "res
 
 
 def test_cells_with_and_without_are_different_cells(tiny_bundle: Bundle) -> None:
-    cells = make_cells(
-        tiny_bundle, probe(["null", "ort"]), batches=[1], decoders=["taesd"], steps=[1, 2],
-        low_memory=[False, True, True],
-    )  # fmt: skip
+    asked = Request(decoders=("taesd",), steps=(1, 2), low_memory=(False, True))
+    cells = make_cells(tiny_bundle, probe(["null", "ort"]), asked)
     assert len(cells) == len(set(cells)) == 8
     assert len({one.group for one in cells}) == 4, "each is measured in a process of its own"
     assert [str(one) for one in cells[:2]] == [

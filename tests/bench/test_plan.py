@@ -7,16 +7,11 @@ from made import cell, row
 
 from backends.base import UnavailableError
 from bench.rows.cell import Cell
+from bench.run import estimate as estimates
+from bench.run.estimate import TYPICAL_FRACTION, estimate, sampling_s
 from bench.run.measure import StopRule
-from bench.run.plan import (
-    TYPICAL_FRACTION,
-    Settings,
-    estimate,
-    groups,
-    make_cells,
-    probe,
-    sampling_s,
-)
+from bench.run.plan import groups, make_cells, probe
+from bench.run.request import Method, Request
 from core.errors import PreconditionError
 from export.bundle import Bundle
 
@@ -25,13 +20,7 @@ RULE = StopRule()
 
 def test_a_group_is_what_one_worker_measures(tiny_bundle: Bundle) -> None:
     candidates = probe(["null", "null:unet_ms=3,text_ms=1"])
-    cells = make_cells(
-        tiny_bundle,
-        candidates,
-        batches=[1, 4],
-        decoders=["vae", "taesd"],
-        steps=[1, 2, 4],
-    )
+    cells = make_cells(tiny_bundle, candidates, Request(batches=(1, 4), steps=(1, 2, 4)))
     assert len(cells) == len(set(cells)) == 2 * 2 * 2 * 3
     found = groups(cells)
     assert [len(group) for group in found] == [3] * 8
@@ -50,8 +39,8 @@ def test_a_cell_goes_into_columns_and_back() -> None:
 
 
 def test_settings_go_into_columns_and_back() -> None:
-    settings = Settings(StopRule(min_samples=4), rounds=3)
-    assert Settings.of(settings.columns()) == settings
+    method = Method(StopRule(min_samples=4), rounds=3)
+    assert Method.of(method.columns()) == method
 
 
 def test_probe_keeps_the_unusable_beside_the_usable() -> None:
@@ -85,7 +74,7 @@ def test_estimates_say_where_they_come_from(monkeypatch: pytest.MonkeyPatch) -> 
     unknown = estimate(one, RULE, {}, None)
     assert unknown.bound
     assert unknown.seconds == 3.0
-    monkeypatch.setattr("bench.limits.floors.call_floor_s", lambda cell, surveyed: 6.0)
+    monkeypatch.setattr(estimates, "call_floor_s", lambda cell, surveyed: 6.0)
     rough = estimate(one, RULE, {}, {"some": "survey"})
     assert rough.source == f"floor / {TYPICAL_FRACTION}"
     call_s = 6.0 / TYPICAL_FRACTION

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.run.orders import schedule
 from bench.verdict.ratio import (
     Level,
     level_of_call,
     level_of_rounds,
     of_levels,
     of_pairs,
-    schedule,
 )
 
 times = st.lists(st.floats(1.0, 1e5), min_size=5, max_size=12)

@@ -220,7 +220,7 @@ def test_none_usable_starts_nothing(
     ("flags", "words"),
     [
         (["--backend", "nonsense"], "no backend called"),
-        (["--backend", "null", "--backend", "null"], "stands twice"),
+        (["--backend", "null", "--backend", "null"], "once a round"),
         (["--backend", "null", "--decoder", "jpeg"], "no decoder called"),
         (["--backend", "null", "--size", "100x100"], "64x64"),
         (["--backend", "null", "--steps", "0"], "at least 1"),
@@ -272,7 +272,8 @@ def test_a_spent_budget_leaves_cells_missing_and_resume_measures_them(
     assert sweep(tmp_path, "--resume", run.name) == 4
     errors = capsys.readouterr().err
     assert f"run {run.name} began at commit abc, this is" in errors
-    assert f"go on with: --resume {run.name} --out {tmp_path} --retry-failed" in errors
+    again = f"go on with: addbench sweep --resume {run.name} --runs {tmp_path} --retry-failed"
+    assert again in errors
     assert run.all_rows() == before
     assert sweep(tmp_path, "--resume", "latest", "--retry-failed") == 4
     added = run.all_rows()[len(before) :]

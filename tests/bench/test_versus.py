@@ -18,16 +18,17 @@ import pytest
 from made import cell, gone, make_run, row
 
 from bench.commands import versus
+from bench.commands.arguments import axes_of_keys, keys_of
 from bench.commands.publish import main as publish_main
 from bench.limits.ledger import read_claims
 from bench.machine import environment
 from bench.rows import stats
 from bench.rows.cell import Cell
 from bench.rows.store import HEADER, Run, open_run, run_names
-from bench.run import spawn
-from bench.run.arguments import parser as sweep_parser
+from bench.run import pair, plan, resume, spawn
+from bench.run.request import Request
 from bench.sweep import main as sweep_main
-from bench.verdict.pairs import PAIRS, sweep_arguments
+from bench.verdict.pairs import PAIRS
 from core.cli import run as shell
 from core.errors import PreconditionError
 from core.files import ROOT, write_json
@@ -36,14 +37,14 @@ from export.bundle import Bundle
 # ---- a cell in words
 
 
-def test_a_spec_is_the_arguments_of_a_sweep() -> None:
-    words = sweep_arguments(
+def test_a_cell_in_words_is_a_request() -> None:
+    keys = keys_of(
         "sd15 steps=20 backend=ort:threads=2,level=all", {"decoder": "vae", "steps": "1"}
     )
-    assert words[:2] == ["--model", "sd15"]
-    asked = sweep_parser().parse_args(words)
-    assert (asked.steps, asked.decoder) == ([20], ["vae"])
-    assert asked.backend == ["ort:threads=2,level=all"]
+    asked = Request(**axes_of_keys(keys))
+    assert asked.model == "sd15"
+    assert (asked.steps, asked.decoders) == ((20,), ("vae",))
+    assert asked.backends == ("ort:threads=2,level=all",)
 
 
 @pytest.mark.parametrize(
@@ -53,25 +54,25 @@ def test_a_spec_is_the_arguments_of_a_sweep() -> None:
         ("steps=1", "names no model"),
         ("tiny-sdxl 4", "'4'"),
         ("tiny-sdxl steps=", "'steps='"),
-        ("tiny-sdxl rounds=3", "flags of bench.commands.versus"),
-        ("tiny-sdxl resume=latest", "flags of bench.commands.versus"),
+        ("tiny-sdxl rounds=3", "'rounds=3'"),
+        ("tiny-sdxl resume=latest", "'resume=latest'"),
+        ("tiny-sdxl steps=many", "steps=many"),
     ],
 )
 def test_what_is_no_spec(spec: str, words: str) -> None:
     with pytest.raises(PreconditionError, match=words):
-        sweep_arguments(spec, {})
+        axes_of_keys(keys_of(spec, {}))
 
 
 def test_ready_made_pairs_are_cells_of_models_with_published_figures() -> None:
     claims = {claim.id for claim in read_claims()}
     models = {}
-    for name, pair in PAIRS.items():
-        asked = [sweep_parser().parse_args(sweep_arguments(each, {}))
-                 for each in (pair.base, pair.head)]  # fmt: skip
+    for name, ready in PAIRS.items():
+        asked = [Request(**axes_of_keys(keys_of(each, {}))) for each in (ready.base, ready.head)]
         models[name] = [each.model for each in asked]
         assert len(asked[0].steps) == 1
         assert {each.size for each in asked} == {(512, 512)}
-        assert set(pair.published) <= claims
+        assert set(ready.published) <= claims
     assert models == {
         "sd15-vs-turbo": ["sd15", "sdxl-turbo"],
         "sdxl-vs-turbo": ["sdxl-base", "sdxl-turbo"],
@@ -130,7 +131,9 @@ def machine() -> dict[str, Any]:
 def workers(monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any]) -> Workers:
     scripted = Workers()
     monkeypatch.setattr(spawn, "results", scripted)
-    monkeypatch.setattr(environment, "collect", lambda: machine)
+    for module in (plan, resume):
+        monkeypatch.setattr(module, "collect", lambda: machine)
+    monkeypatch.setattr(pair, "survey", lambda _: None)
     return scripted
 
 
@@ -166,7 +169,7 @@ def slow_before(out: Path, bundle: Bundle, wanted: dict[int, float]) -> None:
     usual = {"decoder": "vae", "storage": bundle.dtype, "scheduler": bundle.scheduler_name}
     rows = [row(cell(steps=steps, **usual), [ms]) for steps, ms in wanted.items()]
     earlier = make_run(out / "earlier", rows)
-    header = earlier.header | {"environment": environment.collect()}
+    header = earlier.header.as_json() | {"environment": environment.collect()}
     write_json(earlier.path / HEADER, header)
     (out / "earlier" / earlier.name).rename(out / earlier.name)
     (out / "earlier").rmdir()
@@ -303,7 +306,7 @@ def test_the_budget_ends_it_with_what_there_is(
         (["--rounds", "4"], {}, "too few"),
         ([], {"head": "steps=40"}, "same cell"),
         ([], {"base": "steps=1,2", "head": "steps=4"}, "the base is one cell"),
-        ([], {"head": "steps=1 flavour=mint"}, "--head: unrecognized arguments"),
+        ([], {"head": "steps=1 flavour=mint"}, "--head: 'flavour=mint'"),
         ([], {"head": "steps=1 decoder=jpeg"}, "jpeg"),
         (["--pair", "sd15-vs-turbo"], {}, "--pair stands for both"),
     ],
@@ -322,7 +325,7 @@ def test_nothing_to_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "--pair" in capsys.readouterr().err
     other = make_run(tmp_path, [row(cell(), [1.0])])
     assert shell(versus.main, ["--resume", other.name, "--out", str(tmp_path)]) == 2
-    assert "not of bench.commands.versus" in capsys.readouterr().err
+    assert "not of `addbench versus`" in capsys.readouterr().err
 
 
 def test_the_published_ratio_stands_beside_with_its_hardware(
