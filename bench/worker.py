@@ -236,7 +236,7 @@ class Worker:
 def figures(measured: Measurement, batch: int, wanted: int) -> dict[str, Any]:
     """A row's figures from the raw samples, in milliseconds."""
     summary = stats.summarise(measured.samples_ms, batch)
-    flags = stats.flags_of(summary, len(measured.samples_ms), wanted, measured.other_cpu)
+    flags = stats.flags_of(measured.samples_ms, wanted, measured.other_cpu)
     if not measured.stages_agree():
         flags.append("stage_gap")
     if measured.single:

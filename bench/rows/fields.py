@@ -33,7 +33,8 @@ FLAGS = {
     "single_sample": "calls take minutes (`addbench versus`): one sample, and `cold_ms` is that of"
     " a call of one step (or as few as the model takes) that warmed it up. Image 0 is the sample's."
     " The spread of its steps is in `stages_samples_ms`",
-    "unstable": "the coefficient of variation exceeds 2.5%",
+    "unstable": "the samples leave the median open by more than 2.5% to either side: half the width"
+    " of its 95% interval by order statistics (older rows: a coefficient of variation above 2.5%)",
     "under_sampled": "fewer samples than `min_samples`: `max_time` ended the cell",
     "disturbed": "other processes used more than 5% of the cores this one may run on, or of the"
     " GPU's time",

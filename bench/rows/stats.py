@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-UNSTABLE_CV = 0.025
-"""trtexec warns above the same coefficient of variation."""
+UNSTABLE_WIDTH = 0.025
+"""Half-width of the median's interval, as a share of it, above which a row is `unstable`."""
 DISTURBED_CPU = 0.05
 """Other processes' share of our cores above which a row is `disturbed`."""
 P90_SAMPLES, P99_SAMPLES = 64, 662
@@ -166,16 +166,35 @@ def _refusal(
     return ""
 
 
-def flags_of(summary: Summary, count: int, wanted: int, other_cpu: float | None) -> list[str]:
-    """What a reader should know before trusting a row of `count` samples where `wanted` were asked.
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the median of at least one sample, by order statistics.
 
-    `unstable`: the coefficient of variation exceeds 2.5%. Pessimistic for calls of about a
-    millisecond, where timer and scheduler alone reach that. Not given for fewer than 2 samples.
+    No distribution is assumed. Below 6 samples nothing reaches 95%, and it is their whole range.
+    Optimistic where samples follow each other closely: it takes them for independent.
+    """
+    ordered, count = sorted(samples), len(samples)
+    outside, ways, tail = 0, 1, 0  # samples left out at each end; how often so few come out below
+    while 40 * (tail + ways) <= 2**count:
+        tail += ways
+        outside += 1
+        ways = ways * (count - outside + 1) // outside
+    last = max(outside - 1, 0)
+    return ordered[last], ordered[-1 - last]
+
+
+def flags_of(samples_ms: Sequence[float], wanted: int, other_cpu: float | None) -> list[str]:
+    """What a reader should know before trusting a row's samples where `wanted` were asked for.
+
+    `unstable`: the samples leave the median open by more than 2.5% to either side (half the width
+    of its 95% interval). That calls of 10 ms scatter says little where there are hundreds of them;
+    the median of three slow ones may be anywhere between them. Not given for a single sample.
     """
     flags = []
-    if summary.cv is not None and summary.cv > UNSTABLE_CV:
-        flags.append("unstable")
-    if count < wanted:
+    if len(samples_ms) > 1:
+        low, high = median_interval(samples_ms)
+        if (high - low) / 2 > UNSTABLE_WIDTH * statistics.median(samples_ms):
+            flags.append("unstable")
+    if len(samples_ms) < wanted:
         flags.append("under_sampled")
     if other_cpu is not None and other_cpu > DISTURBED_CPU:
         flags.append("disturbed")
