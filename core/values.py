@@ -26,7 +26,7 @@ def path_text(name: str, value: object) -> str:
 
 def several(name: str, value: object) -> tuple[Any, ...]:
     """A lone value as a sequence of one; distinct values, in their order."""
-    alone = isinstance(value, str | bytes | bool | int | float | os.PathLike)
+    alone = isinstance(value, str | bytes | float | SupportsIndex | os.PathLike)
     if not alone and not isinstance(value, Iterable):
         refuse(name, value, "it is neither a value nor a sequence of them", f"pass {name}=[...]")
     values: tuple[Any, ...] = (value,) if alone else tuple(value)  # type: ignore[arg-type]
