@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from backends.pipeline.pipeline import load_pipeline
     from bench.run.api import compare, sweep
-    from bench.run.request import Method, Request
+    from bench.run.request import Request, Sampling
 
-__all__ = ["Method", "Request", "compare", "load_pipeline", "sweep"]
+__all__ = ["Request", "Sampling", "compare", "load_pipeline", "sweep"]
 
 PLACES = {
-    "Method": "bench.run.request",
+    "Sampling": "bench.run.request",
     "Request": "bench.run.request",
     "compare": "bench.run.api",
     "load_pipeline": "backends.pipeline.pipeline",

@@ -170,8 +170,8 @@ def _build(
     for note in checkpoint.notes:
         console.print(note, soft_wrap=True, highlight=False)
     with console.status("loading torch"):
-        from export.build import Plan, build_bundle
-    build_bundle(Plan(checkpoint, dtype, *size, asked), target, console)
+        from export.build import ExportPlan, build_bundle
+    build_bundle(ExportPlan(checkpoint, dtype, *size, asked), target, console)
 
 
 def _model_and_weights(model: str, weights: str | None) -> tuple[Model, str]:

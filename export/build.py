@@ -32,7 +32,7 @@ BATCH = 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """What one export makes.
 
     Attributes:
@@ -55,7 +55,7 @@ class Plan:
         return "+".join([self.checkpoint.model.name, *(entry["name"] for entry in added)])
 
 
-def build_bundle(plan: Plan, target: Path, console: Console) -> None:
+def build_bundle(plan: ExportPlan, target: Path, console: Console) -> None:
     """Make the bundle at `target`, whole or not at all. Progress goes to `console`."""
     from export.graphs import OPSET
 
@@ -134,7 +134,7 @@ class Opened:
     described: dict[str, dict[str, Any]]
 
 
-def open_all(plan: Plan) -> Opened:
+def open_all(plan: ExportPlan) -> Opened:
     """Open every component of a checkpoint, and run all of it without weights.
 
     Raises:
@@ -168,7 +168,7 @@ def open_all(plan: Plan) -> Opened:
     return Opened(skeletons, scale, channels, least, described)
 
 
-def describe(plan: Plan, part: str, module: Any, scale: int) -> dict[str, Any]:
+def describe(plan: ExportPlan, part: str, module: Any, scale: int) -> dict[str, Any]:
     """A part's entry in the manifest: its signature, by running it without weights or numbers."""
     import torch
 
@@ -222,7 +222,7 @@ def pipeline_entry(checkpoint: Checkpoint, opened: Opened) -> dict[str, Any]:
 
 
 def _export_part(
-    plan: Plan, part: str, folder: Path, console: Console, scale: int
+    plan: ExportPlan, part: str, folder: Path, console: Console, scale: int
 ) -> dict[str, Any]:
     """Export one part into its folder; its manifest entry, the hash apart. Frees all it loaded."""
     from export.graphs import describe_graph, exported_graph, save_graph
@@ -260,7 +260,7 @@ def _export_part(
     return entry
 
 
-def weight_bytes(plan: Plan, skeletons: dict[str, Any]) -> dict[str, int]:
+def weight_bytes(plan: ExportPlan, skeletons: dict[str, Any]) -> dict[str, int]:
     """Bytes of weights of each part's graph."""
     from export.parts import wrap
 
@@ -272,7 +272,7 @@ def weight_bytes(plan: Plan, skeletons: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def check_sizes(plan: Plan, configs: dict[str, Any]) -> tuple[int, int]:
+def check_sizes(plan: ExportPlan, configs: dict[str, Any]) -> tuple[int, int]:
     """Check that the parts and the image size fit each other.
 
     Args:

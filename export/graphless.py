@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from core.files import sha256_file, sha256_json, staged_folder, write_json
-from export.build import Plan, open_all, pipeline_entry
+from export.build import ExportPlan, open_all, pipeline_entry
 from export.bundle import MANIFEST, SCHEMA
 from export.models import Model
 from export.source.drawn import drawn_checkpoint
@@ -26,7 +26,7 @@ def write_graphless(
         device: `cpu` or `cuda`, where it will be loaded: each draws other numbers.
     """
     checkpoint, side = drawn_checkpoint(model, seed), model.size
-    plan = Plan(checkpoint, dtype, side, side, {})
+    plan = ExportPlan(checkpoint, dtype, side, side, {})
     opened = open_all(plan)
     weights = {"drawn_on": device, "seed": seed, "dtype": dtype, "size": side}
     with staged_folder(target) as folder:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.rows.store import RUNS
-from bench.run.request import Method, Request
+from bench.run.request import Request, Sampling
 from core.cli import (
     PRECISIONS,
     UNITS,
@@ -179,7 +179,7 @@ def axes_of_keys(keys: Mapping[str, str]) -> dict[str, Any]:
 # ---- how they are measured
 
 
-def add_method_arguments(group: argparse._ArgumentGroup, usual: Method, rounds: str) -> None:
+def add_method_arguments(group: argparse._ArgumentGroup, usual: Sampling, rounds: str) -> None:
     """`--rounds`, `--min-samples`, `--min-time`, `--max-time`, `--warmup`; all None if not given.
 
     Args:
@@ -246,7 +246,7 @@ def add_runs_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     return group
 
 
-def request_of(args: argparse.Namespace, usual: Method) -> Request:
+def request_of(args: argparse.Namespace, usual: Sampling) -> Request:
     """The request of a command's arguments."""
     rest = {name: value for name in ("quality", "images")
             if (value := getattr(args, name, None)) is not None}  # fmt: skip

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from bench.commands.arguments import add_runs_arguments, seconds
 from bench.rows.store import Run, open_run, portable, run_names
 from bench.run.measure import StopRule
-from bench.run.request import QUICK, Method, Request
+from bench.run.request import QUICK, Request, Sampling
 from core.cli import Parser, count, int_list, run, word_list
 from core.errors import EXIT_FAILED, EXIT_OK, AddbenchError, PreconditionError
 from core.files import ROOT, build_root, write_atomic, write_json
@@ -56,7 +56,7 @@ CHECKS_TIMEOUT_S = 240.0
 TAIL_S = 15.0
 """Kept of the budget for the report."""
 COMMAND = ("addbench", "gpu-check")
-CHECK = Method(StopRule(min_time=2.0, max_time=20.0), rounds=1)
+CHECK = Sampling(StopRule(min_time=2.0, max_time=20.0), rounds=1)
 
 
 def parser() -> Parser:

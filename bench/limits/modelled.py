@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from backends.modelled import VERSION
 from bench.limits.unbuilt import Unbuilt
 from bench.rows.cell import Cell
 from bench.rows.fields import MODELLED, OK
@@ -72,6 +73,7 @@ def columns(cell: Cell, modelled: Estimate, split: str, tdp_w: float) -> Result:
         },
         "energy_j": round(tdp_w * modelled.period.mid, 4),
         "modelled": {
+            "version": VERSION,
             "split": split,
             "tdp_w": tdp_w,
             "floor_ms": round(1e3 * modelled.floor, 4),

@@ -88,9 +88,9 @@ def measure(
 
 
 def side_of(
-    revision: revisions.Side,
+    revision: revisions.Revision,
     plan: Plan,
-    pair: Sequence[revisions.Side],
+    pair: Sequence[revisions.Revision],
     runs: Path,
     command: Sequence[str],
 ) -> Side:
@@ -134,7 +134,7 @@ def absolute(text: str) -> str:
 
 
 def prepare(
-    side: revisions.Side,
+    side: revisions.Revision,
     request: Request,
     candidates: Sequence[Candidate],
     place: Path,
@@ -162,7 +162,9 @@ def prepare(
     return bundle
 
 
-def notes_on(pair: Sequence[revisions.Side], bundles: Sequence[Bundle], extra: str) -> list[str]:
+def notes_on(
+    pair: Sequence[revisions.Revision], bundles: Sequence[Bundle], extra: str
+) -> list[str]:
     """What a reader of the verdict should know of the two sides."""
     notes = []
     if pair[0].commit == pair[1].commit:

@@ -25,7 +25,7 @@ from export.models import CONTEXT_PART
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairPlan:
     """The plans of base and head, what their headers say of the pair, and their runs.
 
     Attributes:
@@ -38,7 +38,7 @@ class Pair:
     runs: tuple[Run, ...] = ()
 
 
-def planned(requests: Sequence[Request], said: Sequence[Mapping[str, Any]]) -> Pair:
+def planned(requests: Sequence[Request], said: Sequence[Mapping[str, Any]]) -> PairPlan:
     """The plans of base and head.
 
     Args:
@@ -67,7 +67,7 @@ def planned(requests: Sequence[Request], said: Sequence[Mapping[str, Any]]) -> P
         {"side": SIDES[side], **said[side], "gflop": gflop(chosen)}
         for side, chosen in enumerate(plans)
     )
-    return Pair(plans, words)
+    return PairPlan(plans, words)
 
 
 def gflop(side: Plan) -> dict[str, float]:
@@ -97,7 +97,7 @@ def gflop(side: Plan) -> dict[str, float]:
     return {stage: round(value, 3) for stage, value in costs.items()}
 
 
-def reopened(name: str, runs: Path, given: Sequence[Mapping[str, Any]]) -> Pair:
+def reopened(name: str, runs: Path, given: Sequence[Mapping[str, Any]]) -> PairPlan:
     """What is left of an earlier pair, if nothing that its rows share has changed since.
 
     Args:
@@ -118,10 +118,10 @@ def reopened(name: str, runs: Path, given: Sequence[Mapping[str, Any]]) -> Pair:
             raise PreconditionError(error.what, error.why, again) from error
         refuse_changes(run.name, [("the plan", tuple(run.plan), rest.cells)])
         plans.append(replace(rest, rest=tuple(work)))
-    return Pair(tuple(plans), tuple(run.header.versus or {} for run in pair), tuple(pair))
+    return PairPlan(tuple(plans), tuple(run.header.versus or {} for run in pair), tuple(pair))
 
 
-def with_methods(pair: Pair, known: Past, long_call_s: float) -> Pair:
+def with_methods(pair: PairPlan, known: Past, long_call_s: float) -> PairPlan:
     """The pair with a side as one sample whose longest call is expected to take so long."""
 
     def call_s(side: Plan, cell: Cell) -> float:
@@ -143,7 +143,7 @@ def guess(side: Plan, cell: Cell, known: Past, *, single: bool = False) -> Estim
     return estimate(cell, rule, known.rows, side.roofline or known.roofline)
 
 
-def describe(pair: Pair, runs: Path, long_call_s: float) -> None:
+def describe(pair: PairPlan, runs: Path, long_call_s: float) -> None:
     """Print what would be measured and how long that takes."""
     if not pair.plans:
         print("nothing is left to measure")
@@ -169,7 +169,7 @@ def describe(pair: Pair, runs: Path, long_call_s: float) -> None:
     print(f"{least} {duration_text(seconds)} in all, not measured now")
 
 
-def order(pair: Pair) -> list[Any]:
+def order(pair: PairPlan) -> list[Any]:
     """The turns that are left, in the order of measurement."""
     return alternating(
         [side.method.rounds for side in pair.plans], [side.work for side in pair.plans]
@@ -177,7 +177,7 @@ def order(pair: Pair) -> list[Any]:
 
 
 def measure(
-    pair: Pair,
+    pair: PairPlan,
     runs: Path,
     command: Sequence[str],
     *,

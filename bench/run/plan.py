@@ -17,7 +17,7 @@ from bench.rows.fields import MODELLED
 from bench.rows.header import Header
 from bench.rows.store import portable
 from bench.run.quality import require_judge
-from bench.run.request import Method, Request
+from bench.run.request import Request, Sampling
 from core.errors import PreconditionError
 from export.bundle import Bundle, find_bundle, size_text
 from export.models import Model
@@ -205,7 +205,7 @@ class Plan:
     bundle: Bundle
     candidates: tuple[Candidate, ...]
     cells: tuple[Cell, ...]
-    method: Method
+    method: Sampling
     environment: Mapping[str, Any]
     images: bool = True
     roofline: Mapping[str, Any] | None = None

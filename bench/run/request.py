@@ -16,7 +16,7 @@ BY_TIME = 0
 
 
 @dataclass(frozen=True)
-class Method:
+class Sampling:
     """How every cell of a run is measured: kept in its header, equal for all its rows.
 
     Attributes:
@@ -53,12 +53,12 @@ class Method:
         return replace(self, rule=replace(self.rule, **given), rounds=rounds)
 
 
-SWEEP = Method()
-QUICK = Method(StopRule(min_samples=3, min_time=0.2, max_time=5.0), rounds=1)
-PAIR = Method(StopRule(min_samples=1, min_time=2.0), rounds=6)
+SWEEP = Sampling()
+QUICK = Sampling(StopRule(min_samples=3, min_time=0.2, max_time=5.0), rounds=1)
+PAIR = Sampling(StopRule(min_samples=1, min_time=2.0), rounds=6)
 """Rounds are independent, samples of one process are not: many rounds of few samples."""
-AB = Method(StopRule(min_samples=5, min_time=1.0, max_time=20.0), rounds=10)
-SINGLE = Method(StopRule(min_samples=1, min_time=0.0, max_time=1e6, warmup=0), rounds=1)
+AB = Sampling(StopRule(min_samples=5, min_time=1.0, max_time=20.0), rounds=10)
+SINGLE = Sampling(StopRule(min_samples=1, min_time=0.0, max_time=1e6, warmup=0), rounds=1)
 """One sample after a one-step call: for cells whose call takes minutes."""
 
 
@@ -102,7 +102,7 @@ class Request:
     guidance: float | None = None
     guidance_modes: tuple[str, ...] = ()
     low_memory: tuple[bool, ...] = (False,)
-    method: Method = SWEEP
+    method: Sampling = SWEEP
     quality: int = 0
     images: bool = True
 
@@ -123,8 +123,10 @@ class Request:
                 refuse(name, getattr(self, name), "it has no value", "leave it out, or name one")
         if self.guidance is not None:
             checked["guidance"] = finite("guidance", self.guidance)
-        if not isinstance(self.method, Method):
-            refuse("method", self.method, "it is no Method", "pass bench.run.request.Method(...)")
+        if not isinstance(self.method, Sampling):
+            refuse(
+                "method", self.method, "it is no Sampling", "pass bench.run.request.Sampling(...)"
+            )
         if type(self.quality) is not int or self.quality < 0:
             refuse("quality", self.quality, "it is a number of captions", "pass quality=600")
         for name, value in checked.items():

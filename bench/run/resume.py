@@ -12,7 +12,7 @@ from bench.rows.cell import Cell
 from bench.rows.fields import OK
 from bench.rows.store import Run, open_run, run_names
 from bench.run.plan import Plan, probe
-from bench.run.request import Method
+from bench.run.request import Sampling
 from core.cli import image_size
 from core.errors import PreconditionError
 from export.bundle import find_bundle
@@ -46,7 +46,7 @@ def reopen(run: Run, given: Mapping[str, Any], *, retry_failed: bool = False) ->
             "start it again: " + " ".join(run.header.command),
         )
     began = run.header.bundle
-    method = Method.of(run.header.settings)
+    method = Sampling.of(run.header.settings)
     candidates = probe(list(run.header.backends))
     own = {} if "model" in given else {name: began[name] for name in ("weights", "dtype")}
     bundle = find_bundle(
@@ -103,7 +103,9 @@ FLAGS = {
 """Fields of a `Request` that the command line names in the singular."""
 
 
-def axis_changes(run: Run, method: Method, given: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def axis_changes(
+    run: Run, method: Sampling, given: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
     """(flag, value of the run, value asked for now) of every field that is asked for."""
     plan = run.plan
 

@@ -37,7 +37,7 @@ print(json.dumps(found))
 
 
 @dataclass(frozen=True)
-class Side:
+class Revision:
     """One revision, ready to run.
 
     Attributes:
@@ -300,7 +300,7 @@ def environment(constraints: str, packages: Sequence[str], place: Path, say: Say
     return interpreter
 
 
-def check_code(side: Side, log: Path) -> None:
+def check_code(side: Revision, log: Path) -> None:
     """Refuse to measure one revision's name with another's code."""
     code = (
         "import pathlib, core.files;"
@@ -314,7 +314,7 @@ def check_code(side: Side, log: Path) -> None:
         )
 
 
-def export(side: Side, arguments: Sequence[str], log: Path) -> Path:
+def export(side: Revision, arguments: Sequence[str], log: Path) -> Path:
     """The side's own bundle, made by its own code with these arguments of `addbench export`."""
     target = side.build / f"bundle-{sha256_json(list(arguments))[:8]}"
     if side.python("-m", "export", *arguments, "--out", str(target), log=log):
@@ -329,7 +329,7 @@ def export(side: Side, arguments: Sequence[str], log: Path) -> Path:
 
 def sides(
     revisions: Sequence[str], commits: Sequence[str], place: Path, extra: str, say: Say
-) -> list[Side]:
+) -> list[Revision]:
     """`base` and `head`, checked out and with an environment each that fits."""
     interpreters = environments(commits, extra, place, say)
     made = []
@@ -339,5 +339,5 @@ def sides(
         tree = check_out(place, name, commit)
         build = tree.parent / "build"
         build.mkdir(exist_ok=True)
-        made.append(Side(name, revision, commit, tree, build, interpreter))
+        made.append(Revision(name, revision, commit, tree, build, interpreter))
     return made

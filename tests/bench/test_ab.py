@@ -443,7 +443,7 @@ def test_an_environment_is_made_once(tmp_path: Path) -> None:
 
 def test_code_of_another_checkout_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    side = sides.Side("base", "x", "0" * 40, tmp_path / "empty", tmp_path, Path(sys.executable))
+    side = sides.Revision("base", "x", "0" * 40, tmp_path / "empty", tmp_path, Path(sys.executable))
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)
     try:

@@ -11,7 +11,7 @@ from bench.run import estimate as estimates
 from bench.run.estimate import TYPICAL_FRACTION, estimate, sampling_s
 from bench.run.measure import StopRule
 from bench.run.plan import groups, make_cells, probe
-from bench.run.request import Method, Request
+from bench.run.request import Request, Sampling
 from core.errors import PreconditionError
 from export.bundle import Bundle
 
@@ -39,8 +39,8 @@ def test_a_cell_goes_into_columns_and_back() -> None:
 
 
 def test_settings_go_into_columns_and_back() -> None:
-    method = Method(StopRule(min_samples=4), rounds=3)
-    assert Method.of(method.columns()) == method
+    method = Sampling(StopRule(min_samples=4), rounds=3)
+    assert Sampling.of(method.columns()) == method
 
 
 def test_probe_keeps_the_unusable_beside_the_usable() -> None:

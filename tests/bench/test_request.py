@@ -12,7 +12,7 @@ import pytest
 from made import make_run
 
 import addbench
-from bench.run.request import Method, Request
+from bench.run.request import Request, Sampling
 from bench.verdict.outcome import Outcome
 from core.errors import PreconditionError
 from core.files import ROOT
@@ -35,7 +35,7 @@ from export.bundle import Bundle
         ({"guidance": float("nan")}, "a finite number"),
         ({"low_memory": "yes"}, "pass low_memory=True"),
         ({"quality": -1}, "pass quality=600"),
-        ({"method": "quick"}, "it is no Method"),
+        ({"method": "quick"}, "it is no Sampling"),
     ],
 )
 def test_what_cannot_be_asked_for(given: dict[str, Any], words: str) -> None:
@@ -55,7 +55,7 @@ def test_a_lone_value_is_a_sequence_of_one_and_a_path_is_a_model(tmp_path: Path)
 
 def test_a_method_cannot_end_before_it_may() -> None:
     with pytest.raises(PreconditionError, match="--max-time 1"):
-        Method().but(max_time=1.0)
+        Sampling().but(max_time=1.0)
 
 
 def test_importing_addbench_is_light() -> None:
@@ -86,7 +86,7 @@ def test_a_pipeline_is_refused_in_the_same_words(
 def test_a_sweep_and_a_comparison_from_python(
     tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick = Method().but(rounds=1, min_samples=3, min_time=0.01)
+    quick = Sampling().but(rounds=1, min_samples=3, min_time=0.01)
     asked = Request(tiny_bundle.path, backends="null", steps=1, decoders="taesd", method=quick)
     run = addbench.sweep(asked, runs=tmp_path, patience_s=0)
     (measured,) = run.rows()
