@@ -32,7 +32,6 @@ from bench.commands.arguments import (
 from bench.rows.store import LATEST, portable
 from bench.run.request import PAIR, Request
 from bench.verdict.pairs import PAIRS
-from bench.verdict.rules import PAIR_ROUNDS
 from core.cli import Parser, add_format_argument, run
 from core.errors import EXIT_OK, PreconditionError
 from export.models import MODELS
@@ -113,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
+    from bench.verdict.rules import PAIR_ROUNDS
+
     given = [name for name in (*METHOD, "long_call") if getattr(args, name) is not None]
     if args.resume and (given or args.pair):
         flag = f"--{(given or ['pair'])[0].replace('_', '-')}"
