@@ -19,7 +19,7 @@ from backends.check.gate import image_distance
 from backends.check.oracle import Oracle
 from backends.pipeline.recipe import make_recipe
 from backends.registry import parse_backend
-from export.build import Plan, build_bundle
+from export.build import ExportPlan, build_bundle
 from export.bundle import Bundle
 from export.models import MODELS
 from export.request import infer_model, make_request
@@ -80,7 +80,7 @@ def opened(folder: Path, target: Path, **asked: Any) -> Bundle:
     request = make_request(model, str(folder), **asked)
     checkpoint = open_request(model, request, "fp32")
     side = model.size if isinstance(model.size, int) else model.size[0]
-    plan = Plan(checkpoint, "fp32", side, side, request.as_dict(), graphs=False)
+    plan = ExportPlan(checkpoint, "fp32", side, side, request.as_dict(), graphs=False)
     build_bundle(plan, target, Console(file=io.StringIO()))
     return Bundle.open(target)
 

@@ -20,7 +20,7 @@ from core.cli import run
 from core.errors import EXIT_USAGE, PreconditionError
 from core.files import ROOT, read_json, write_json
 from export.__main__ import main
-from export.build import Plan, check_sizes
+from export.build import ExportPlan, check_sizes
 from export.bundle import Bundle, bundle_path, find_bundle
 from export.graphs import exported_graph, save_graph
 from export.models import LCM_SDXL, MODELS, TINY_LCM, TINY_SD, TINY_SDXL, Model
@@ -212,7 +212,7 @@ def test_a_model_with_guidance_as_an_input_wants_such_a_unet(base: Path) -> None
     checkpoint = open_checkpoint(model, str(base), taesd=str(base / "taesd"))
     configs = {part: checkpoint.skeleton(part).config for part in model.parts}
     with pytest.raises(PreconditionError) as caught:
-        check_sizes(Plan(checkpoint, "fp16", 64, 64, {}), configs)
+        check_sizes(ExportPlan(checkpoint, "fp16", 64, 64, {}), configs)
     assert "guidance scale as an input" in caught.value.why
     assert "--unet" in caught.value.next
 

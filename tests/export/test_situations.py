@@ -19,7 +19,7 @@ from backends.pipeline.pipeline import load_pipeline
 from backends.pipeline.prompts import token_ids
 from core.errors import PreconditionError
 from core.files import ROOT, read_json, write_json
-from export.build import Plan, open_all
+from export.build import ExportPlan, open_all
 from export.bundle import bundle_path, find_bundle
 from export.models import MODELS
 from export.request import infer_file, infer_model
@@ -42,7 +42,7 @@ def open_folder(folder: Path, **asked: Any) -> Checkpoint:
     """Open a checkpoint, and all of it, as an export does before its first graph."""
     model = infer_model(folder)
     checkpoint = open_checkpoint(model, str(folder), dtype="fp32", **asked)
-    open_all(Plan(checkpoint, "fp32", model.size, model.size, {}))
+    open_all(ExportPlan(checkpoint, "fp32", model.size, model.size, {}))
     return checkpoint
 
 
