@@ -6,7 +6,7 @@ measured, what a model of that hardware allows, and a verdict:
     reproduced          measured on that hardware under those conditions, within the tolerance
     contradicted        below the floor of that hardware, or measured slower there
     beaten              slower than somebody else's published figure, or than ours, there
-    consistent          the model's range contains it
+    consistent          the model's range contains it, or ends before it (time to spare)
     not testable here   none of these can be said; the reason is given
 
 Models are no measurements: a floor says what cannot be, a range what would be no surprise.

@@ -170,7 +170,7 @@ def by_range(claim: Claim, time: float, models: Sequence[Modelled]) -> tuple[str
         )
     slow = max(each.slow for each in models)
     if time > slow:
-        return NOT_TESTABLE, f"slower than the modelled range, which ends at {slow:.0f} ms"
+        return CONSISTENT, f"time to spare: the modelled range ends at {slow:.0f} ms"
     return NOT_TESTABLE, "between the floor and the modelled range"
 
 
@@ -194,6 +194,19 @@ def findings(claims: Sequence[Claim], ours: Sequence[Ours]) -> list[Finding]:
     ranked = sorted(claims, key=lambda claim: HEADLINES.index(claim.id)
                     if claim.id in HEADLINES else len(HEADLINES))  # fmt: skip
     return [judge(claim, claims, ours) for claim in ranked]
+
+
+def concerning(judged: Sequence[Finding], ours: Sequence[Ours]) -> list[Finding]:
+    """The findings that rows of ours say something about: of their models, on their hardware."""
+    return [
+        finding
+        for finding in judged
+        if any(
+            each.cell.model == MODELS.get(finding.claim.model)
+            and each.hardware == finding.claim.hardware
+            for each in ours
+        )
+    ]
 
 
 # ---- shown

@@ -192,6 +192,23 @@ def test_measured_cells_and_energy(tmp_path: Path) -> None:
     assert found.images_per_joule == pytest.approx(4 / 20)
 
 
+def test_slower_than_the_range_leaves_time_to_spare() -> None:
+    found = judge(replace(BY_ID["ai100-ultra-4img"], value=60_000.0), CLAIMS, [])
+    assert found.verdict == "consistent"
+    assert found.reason.startswith("time to spare")
+    assert {each.fit(60_000.0) for each in found.models} == {"time to spare"}
+
+
+def test_a_run_is_held_against_what_concerns_it() -> None:
+    here = Ours("a100-sxm-80gb", cell(model="sdxl-turbo", size="512x512"), "run", 100.0, None, None)
+    small = Ours("some CPU", cell(model="shapes-turbo"), "run", 6.0, None, None)
+    judged = findings(CLAIMS, [here, small])
+    assert claims.concerning(judged, [small]) == []
+    concerned = claims.concerning(judged, [small, here])
+    assert {each.claim.hardware for each in concerned} == {"a100-sxm-80gb"}
+    assert "a100-1img-200" in {each.claim.id for each in concerned}
+
+
 def test_power_limits_bound_the_energy() -> None:
     found = judge(BY_ID["ai100-ultra-4img"], CLAIMS, [])
     assert found.joules_at_most == pytest.approx(150 * 0.25 / 4)

@@ -154,7 +154,7 @@ def test_a_run_in_which_nothing_worked_still_has_a_page(tmp_path: Path) -> None:
     assert "there is nothing to draw" in text
     assert "a remedy" in text
     assert "no roofline" in text
-    assert "This run has no measured cell of a real device" in text
+    assert "No published figure is of a model and a device of this run" in text
 
 
 def test_the_verdict_against_a_base(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_the_main_columns_all_say_something(made: Run) -> None:
 
 def test_commands_in_sentences_are_code(made: Run) -> None:
     text = render(made)
-    assert "<code>addbench cards</code>" in text
+    assert "<code>addbench claims</code>" in text
     assert code("`<b>` & `x`") == "<code>&lt;b&gt;</code> &amp; <code>x</code>"
 
 

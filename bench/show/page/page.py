@@ -365,17 +365,16 @@ class Claims:
 
     headlines: Sequence[Sequence[str]]
     found: Sequence[claims.Finding]
-    ours: int
     explained: Sequence[str]
     columns: Sequence[Column] = claims.COLUMNS
 
 
 def claimed(target: Run) -> Claims:
-    """Every claim judged with this run alone."""
+    """The claims of this run's models on its hardware, judged with this run alone."""
     ours = measured([target])
-    found = claims.findings(read_claims(), ours)
+    found = claims.concerning(claims.findings(read_claims(), ours), ours)
     first = [claims.headline(each) for each in found if each.claim.id in claims.HEADLINES]
-    return Claims(first, found, len(ours), claims.explained())
+    return Claims(first, found, claims.explained())
 
 
 @dataclass(frozen=True)
