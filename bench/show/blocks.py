@@ -16,7 +16,8 @@ columns, rows, sort: a table of some columns and lines, with one line below it t
 ratio: the latency of `base` over that of `head`, each asking for one cell as rows does. With NAME
     both come from that run (and its other side, of a pair); without it from the newest published
     run that has both. It is drawn with `digits` after the point (1). `publish --check` holds it to
-    the newest published rows of either cell on the same hardware too.
+    the newest published rows of either cell on the same hardware too. A comment at the start of a
+    line ends a paragraph of Markdown, so it stands within one: `takes <!-- ratio ...`.
 """
 
 from __future__ import annotations
@@ -278,14 +279,29 @@ def level_of(line: CellRounds) -> Level:
     return level_of_rounds(medians)
 
 
-def newest(drawn: Drawn, line: CellRounds, hardware: str) -> CellRounds:
-    """The same cell in the newest published run that measured it on this hardware."""
+def newest(drawn: Drawn, line: CellRounds, hardware: str) -> tuple[str, CellRounds]:
+    """The newest published run that measured the same cell on this hardware, and the cell there."""
     for each in reversed(drawn.runs):
         if each.hardware == hardware:
             for other in each.lines:
                 if other.cell == line.cell and other.median("median_ms"):
-                    return other
-    return line
+                    return each.label, other
+    return "", line
+
+
+def since_then(drawn: Drawn, target: Published) -> list[str]:
+    """Notes on cells of a pair that a newer run found faster or slower than two runs may differ."""
+    notes = []
+    for side in drawn.sides(target):
+        for line in side.lines:
+            label, other = newest(drawn, line, side.hardware)
+            was, now = line.median("median_ms"), other.median("median_ms")
+            if was and now and max(was, now) / min(was, now) > 1 + RUN_SLOWDOWN:
+                notes.append(
+                    f"- since then: {line.cell.model} {line.cell} took {was:,.0f} ms and takes"
+                    f" {now:,.0f} ms in {label}; the ratios are of the code of their day"
+                )
+    return notes
 
 
 def disagreements(text: str, drawn: Drawn) -> list[str]:
@@ -303,7 +319,7 @@ def disagreements(text: str, drawn: Drawn) -> list[str]:
         (where,) = {
             each.hardware for each in drawn.runs if any(line in each.lines for line in pair)
         }
-        ratio = of_cells(*(newest(drawn, line, where) for line in pair))
+        ratio = of_cells(*(newest(drawn, line, where)[1] for line in pair))
         low = ratio.low or ratio.value / (1 + RUN_SLOWDOWN)
         high = ratio.high or ratio.value * (1 + RUN_SLOWDOWN)
         rounding = 0.5 * 10.0 ** -int(said.get("digits", 1))

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from bench.rows.store import (
 )
 from bench.show import frontier as frontier_plot
 from bench.show import latency, schema, stages, sums, table
-from bench.show.blocks import Drawn, Published, disagreements, fill
+from bench.show.blocks import Drawn, Published, disagreements, fill, since_then
 from bench.show.sums import PUBLISHED
 from bench.verdict import speedup
 from core.errors import PreconditionError
@@ -132,7 +133,8 @@ def publish(
 def derive(results: Path, into: Path) -> Drawn:
     """Tables and plots of every published run into `into`; what pages show of them."""
     published = results / PUBLISHED
-    drawn = []
+    drawn: list[Published] = []
+    pairs = []
     for target in published_runs(published):
         rows, label = target.rows(), target.label
         write_atomic(into / "tables" / f"{label}.md", table.page(target, rows))
@@ -142,8 +144,13 @@ def derive(results: Path, into: Path) -> Drawn:
         base = (target.header.versus or {}).get("base")
         if base and (published / base / HEADER).exists():
             brief = speedup.markdown(speedup.result(open_run(base, published), target))
-            write_atomic(into / "tables" / f"{label}-versus.md", brief)
+            pairs.append(len(drawn))
         drawn.append(Published(target, label, rows, brief, stages.markdown(target, rows)))
+    for place in pairs:  # what came after them is known now
+        pair = drawn[place]
+        notes = "".join(f"{note}\n" for note in since_then(Drawn(drawn), pair))
+        drawn[place] = replace(pair, brief=pair.brief + notes)
+        write_atomic(into / "tables" / f"{pair.label}-versus.md", drawn[place].brief)
     chart = frontier.from_runs([each.run for each in drawn])
     if chart is not None:
         frontier_plot.write(chart, into / "tables" / "frontier", into / "plots" / "frontier")

@@ -24,7 +24,7 @@ from bench.rows.summary import by_cell
 from bench.run.progress import Display
 from bench.show import canvas, columns, publish, table
 from bench.show import latency as plot
-from bench.show.blocks import Drawn, Published, disagreements, fill
+from bench.show.blocks import Drawn, Published, disagreements, fill, since_then
 from bench.show.series import series_of, shift
 from bench.show.sums import SUMS
 from core import files
@@ -642,6 +642,16 @@ def test_a_ratio_is_drawn_from_the_rows_and_held_to_the_newest(tmp_path: Path) -
     unnamed = fill(RATIO.format("", "0"), Drawn([old, newer]), "results")
     assert unnamed == RATIO.format("", "23.5")
     assert disagreements(unnamed, Drawn([old, newer])) == []
+
+
+def test_a_pair_says_what_was_measured_since(tmp_path: Path) -> None:
+    old = timed(tmp_path, 94.0, 10.0, rounds=1)
+    like = published(make_run(tmp_path / "runs", [row(cell(backend="ort"), [9.5] * 3)]))
+    assert since_then(Drawn([old, like]), old) == []
+    newer = published(make_run(tmp_path / "runs", [row(cell(backend="ort"), [4.0] * 3)]))
+    (note,) = since_then(Drawn([old, like, newer]), old)
+    assert "taesd batch 1 steps 1 took 10 ms and takes 4 ms" in note
+    assert newer.label in note
 
 
 def test_half_of_a_ratio_measured_anew_contradicts_it_too(tmp_path: Path) -> None:
