@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from distill import losses
 from distill.distillation import NFSD_SCALE, guided, nfsd_target, rediffuse, teacher_target
 from distill.schedule import Schedule, scheduler_config
+from distill.shapes import draw, parse_caption
 from distill.stages.student import pull
+from distill.stages.tiny_autoencoder import object_loss
 
 SCHEDULE = Schedule.from_config(scheduler_config(0.00085, 0.012))
 SHAPE = (3, 4, 8, 8)
@@ -184,3 +186,36 @@ def test_the_pull_of_a_loss_is_the_norm_of_its_gradient_at_a_picture() -> None:
     assert torch.allclose(pull(loss, sample), expected)
     assert torch.allclose(pull(5 * loss, sample), 5 * expected)
     loss.backward()  # the graph is still there
+
+
+def picture(caption: str) -> Tensor:
+    drawn = torch.from_numpy(draw([parse_caption(caption)], 0))
+    return drawn.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def test_the_object_loss_sees_an_object_s_colour_and_no_background() -> None:
+    wanted = picture("a small white star on the left of a black background")
+    pink = picture("a small purple star on the left of a black background")
+    gone = torch.full_like(wanted, -1.0)
+    assert object_loss(wanted, wanted) == 0
+    assert object_loss(pink, wanted) > 0.2
+    assert object_loss(gone, wanted) > object_loss(pink, wanted)
+    # A shift of the background alone costs nothing here; the other losses see it.
+    shifted = torch.where(wanted < -0.99, wanted + 0.5, wanted)
+    assert object_loss(shifted, wanted) < 0.01
+    # A small object's colour counts as much as a large one's.
+    large, its_pink = (
+        picture(f"a large {colour} star on the left of a black background")
+        for colour in ("white", "purple")
+    )
+    small = float(object_loss(pink, wanted))
+    assert float(object_loss(its_pink, large)) == pytest.approx(small, rel=0.05)
+
+
+def test_the_object_loss_of_a_blank_picture_is_finite() -> None:
+    blank = torch.zeros(2, 3, 64, 64, requires_grad=True)
+    loss = object_loss(blank, torch.zeros(2, 3, 64, 64))
+    loss.backward()
+    assert loss == 0
+    assert blank.grad is not None
+    assert torch.isfinite(blank.grad).all()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from safetensors.torch import load_file
 
 from core.errors import PreconditionError
 from core.files import ROOT
-from distill.config import STAGES
+from distill.config import STAGES, load_config
 from distill.evaluate import WORDINGS
-from distill.train import main
+from distill.stages.tiny_autoencoder import TinyAutoencoderTrainer
+from distill.train import main, make_context
 from tests.distill.settings import SMALL
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -140,6 +142,40 @@ def test_an_image_does_not_depend_on_its_batch(smoke: Path) -> None:
     together = generate(pipeline, captions, seeds=[1, 2], **options)  # type: ignore[arg-type]
     alone = generate(pipeline, captions[1:], seeds=[2], **options)  # type: ignore[arg-type]
     assert np.abs(together[1].astype(int) - alone[0]).max() <= 1
+
+
+def test_half_of_what_the_tiny_autoencoder_decodes_is_the_student_s(
+    smoke: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(smoke))
+    config = load_config("smoke", SMALL[1::2])
+    trainer = TinyAutoencoderTrainer(make_context(config, "smoke", device="cpu", precision="fp32"))
+    trainer.setup()
+    trainer.progress = 1.0  # whole pictures
+    decoded: list[torch.Tensor] = []
+    asked: list[tuple[Any, torch.Tensor]] = []
+    decode = trainer.latents.decode
+
+    def kept(latents: torch.Tensor) -> torch.Tensor:
+        decoded.append(latents)
+        return decode(latents)
+
+    def predicted(unet: Any, noisy: torch.Tensor, t: torch.Tensor, _: Any) -> torch.Tensor:
+        asked.append((unet, t))
+        return torch.full_like(noisy, 7.0)
+
+    monkeypatch.setattr(trainer.latents, "decode", kept)
+    monkeypatch.setattr(trainer.checkpoint, "predict", predicted)
+    losses = trainer.step(0)
+    assert set(losses) == {"l1", "mse", "edges", "objects", "latents"}
+    ((unet, t),) = asked
+    assert unet is trainer.student
+    assert len(t) == config.tiny_autoencoder.batch // 2
+    assert 999 in t  # one step from pure noise, where this student says: all -7
+    (latents,) = decoded
+    shown = latents[len(t) :]
+    assert (shown[t == 999] == -7).all()
+    assert latents[: len(t)].abs().max() < 7
 
 
 def test_finished_stages_are_left_alone(
