@@ -59,7 +59,7 @@ test: $(READY)
 	$(PY) -m pytest -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(READY)
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m 'slow or hypothesis'
 
 # Of no use to anything but lint: 75 MB. The stubs' own dependency is a placeholder for TensorRT.
 $(TYPES): $(READY)

@@ -52,7 +52,7 @@ def make_environment(folder: Path) -> None:
     script.chmod(0o755)
     for extra in ("cpu", "types"):
         (environment / f".ready-{extra}").touch()
-    warm.SEATS[str(environment / "bin" / "python")] = folder
+    warm.SEATS.add((str(environment / "bin" / "python"), folder.resolve()))
 
 
 def lay_out_checkpoints(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import warm
 from clones import make_clone
-from hypothesis import settings
+from hypothesis import is_hypothesis_test, settings
 
 from core.files import ROOT
 from export.__main__ import main as export_main
@@ -31,6 +31,18 @@ warm.install()
 # A deadline would judge the machine, not the code: first calls import libraries.
 settings.register_profile("addbench", deadline=None)
 settings.load_profile("addbench")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A third of the examples of every property where slow tests are left out."""
+    if config.option.markexpr != "not slow":
+        return
+    for item in items:
+        if (test := getattr(item, "obj", None)) and is_hypothesis_test(test):
+            own = getattr(test, "_hypothesis_internal_use_settings", settings())
+            test = getattr(test, "__func__", test)
+            fewer = max(5, own.max_examples // 3)
+            test._hypothesis_internal_use_settings = settings(own, max_examples=fewer)
 
 
 def _key(folder: Path) -> str:

@@ -27,6 +27,12 @@ ELSEWHERE = {
 }
 """Commands that some other run covers."""
 
+REPEATS = [
+    r"^addbench export --model sdxl-turbo",  # as the hub's, from folders: test_export_command.py
+    r"lcm-lora",  # the fused weights: test_models.py
+]
+"""Commands that take half a minute to repeat at full length what quicker tests hold."""
+
 SHORT = "--min-samples 3 --min-time 0.2 --max-time 2"
 STAND_INS = {
     # Models: whole words, so that a name with a typing error stays one.
@@ -90,7 +96,14 @@ def test_every_stand_in_has_a_command(pattern: str) -> None:
     assert any(re.search(pattern, command) for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ELSEWHERE])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(c, marks=pytest.mark.slow if any(re.search(p, c) for p in REPEATS) else ())
+        for c in COMMANDS
+        if c not in ELSEWHERE
+    ],
+)
 def test_command(command: str, clone: Path) -> None:
     done = run_in(clone, stand_in(command))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

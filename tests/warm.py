@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-SEATS = {sys.executable: ROOT}
-"""Interpreter -> the checkout that its fork server serves; a test may add one, once."""
+SEATS = {(sys.executable, ROOT)}
+"""Interpreters with the checkout that they are started in; a test may add its own."""
 ROOMS = ("addbench", "backends", "bench", "distill", "export")
 LEAVES = ("bench.worker", "backends.check.parity")
 """What starts nothing itself; the rest starts its workers warm too."""
@@ -82,23 +82,24 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-servers: dict[str, Server] = {}
+servers: dict[tuple[str, Path], Server] = {}
 
 
-def server(python: str, environment: dict[str, str]) -> Server:
-    """The one of this process for an interpreter, started when it is first asked for."""
-    if python not in servers:
+def server(seat: tuple[str, Path], environment: dict[str, str]) -> Server:
+    """The one of this process for a seat, started when it is first asked for."""
+    if seat not in servers:
+        python, root = seat
         ours, theirs = pair()
         with theirs:
             real_popen(
-                [python, SEATS[python] / "tests" / "warm.py", str(theirs.fileno())],
-                cwd=SEATS[python],
+                [python, root / "tests" / "warm.py", str(theirs.fileno())],
+                cwd=root,
                 env=environment | {"OPENBLAS_NUM_THREADS": "1"},  # or numpy starts threads
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
             )
-        servers[python] = Server(ours, environment)
-    return servers[python]
+        servers[seat] = Server(ours, environment)
+    return servers[seat]
 
 
 class WarmPopen(real_popen):  # type: ignore[type-arg]
@@ -113,9 +114,9 @@ class WarmPopen(real_popen):  # type: ignore[type-arg]
         environment = dict(os.environ if env is None else env)
         plain = (executable, preexec_fn, gid, gids, uid) == (None,) * 5 and not (shell or pass_fds)
         ours = words[1:2] == ["-m"] and "".join(words[2:3]).split(".")[0] in ROOMS
-        here = Path(cwd or os.getcwd()).resolve() == SEATS.get("".join(words[:1]))
-        if not (plain and ours and here and umask < 0) or (
-            settings(environment) != server(words[0], environment).settings
+        seat = ("".join(words[:1]), Path(cwd or os.getcwd()).resolve())
+        if not (plain and ours and seat in SEATS and umask < 0) or (
+            settings(environment) != server(seat, environment).settings
         ):
             super()._execute_child(  # type: ignore[misc]
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo,
@@ -134,7 +135,7 @@ class WarmPopen(real_popen):  # type: ignore[type-arg]
             own if theirs == -1 else theirs
             for own, theirs in enumerate((p2cread, c2pwrite, errwrite))
         ]
-        self.pid = servers[words[0]].fork(job, streams)
+        self.pid = servers[seat].fork(job, streams)
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]
 
@@ -201,7 +202,7 @@ def main() -> None:
             job = serve(theirs)
         else:
             theirs.close()
-            servers[sys.executable] = Server(ours, job["environment"])
+            servers[sys.executable, ROOT] = Server(ours, job["environment"])
             install()
             break
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from made import cell, row
 
 from bench.rows.cell import Cell
@@ -191,8 +192,9 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repo.mkdir()
     for name in ("core", "export", "backends", "bench"):
         shutil.copytree(ROOT / name, repo / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "constraints.txt", ".gitignore"):
-        shutil.copy(ROOT / name, repo)
+    (repo / "tests").mkdir()
+    for name in ("pyproject.toml", "constraints.txt", ".gitignore", "tests/warm.py"):
+        shutil.copy(ROOT / name, repo / name)
     worker = repo / "bench" / "worker.py"
     shutil.copy(Path(__file__).with_name("scripted_worker.py"), worker)
     project = repo / "pyproject.toml"
@@ -218,6 +220,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
         git(repo, "commit", "--quiet", "--message", tag)
         git(repo, "tag", tag)
     git(repo, "checkout", "--quiet", "base")
+    warm.SEATS.add((sys.executable, repo.resolve()))
     return repo
 
 
