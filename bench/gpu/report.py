@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bench.limits.floors import share_of_floor
 from bench.rows.cell import Cell
 from bench.rows.store import Row, Run, is_timed
 from core.table import Column, markdown_lines
@@ -192,7 +193,7 @@ def profile_text(found: Mapping[str, Any]) -> Iterator[str]:
         Column("ms", lambda item: item[1]["ms"], 3),
         Column("floor (ms)", lambda item: item[1].get("floor_ms"), 3),
         Column("bound by", lambda item: item[1].get("bound")),
-        Column("of it", lambda item: item[1].get("fraction"), 2),
+        Column("of it", lambda item: share_of_floor(item[1].get("fraction")), 2),
         Column("GFLOP", lambda item: item[1]["gflop"], 1),
     )
     yield from markdown_lines(

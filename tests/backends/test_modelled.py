@@ -29,7 +29,7 @@ from backends.modelled.card import (
     part_seconds,
     reach,
 )
-from backends.modelled.costs import bundle_costs, known_costs
+from backends.modelled.costs import SAME_PARTS, bundle_costs, known_costs
 from backends.modelled.pipeline import to_half
 from backends.modelled.program import (
     HOST_S,
@@ -408,6 +408,21 @@ def test_costs_come_from_the_graphs_or_the_budget(tiny_bundle: Bundle) -> None:
     assert isinstance(COSTS["unet"], Cost)
     with pytest.raises(PreconditionError, match="no model"):
         known_costs("abacus", (64, 64))
+
+
+@pytest.mark.parametrize("model", sorted(SAME_PARTS))
+def test_models_that_share_their_costs_have_the_same_networks(model: str) -> None:
+    from export.models import find_model
+    from export.source.checkpoint import open_checkpoint
+
+    own, other = (
+        open_checkpoint(find_model(name), "random") for name in (model, SAME_PARTS[model])
+    )
+    assert own.model.parts == other.model.parts
+    for part in ("unet", "vae_decoder"):
+        ours, theirs = (dict(each.skeleton(part).config) for each in (own, other))
+        different = {k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)}
+        assert not {k for k in different if not k.startswith("_")}, part
 
 
 # ---- the backend
