@@ -61,12 +61,10 @@ class NullPipeline(Pipeline):
     calls = 0
     steps = 0
 
-    def __call__(
-        self, prompts: str | Sequence[str], *, steps: int, seed: int | Sequence[int] = 0
-    ) -> Output:
+    def _draw(self, prompts: list[str], steps: int, seeds: list[int]) -> Output:
         self.steps = steps
         try:
-            return super().__call__(prompts, steps=steps, seed=seed)
+            return super()._draw(prompts, steps, seeds)
         finally:
             self.calls += 1
 

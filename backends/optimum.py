@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
@@ -38,8 +38,6 @@ from backends.base import (
 from backends.onnxrt.session import plain_options, translate
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.pipeline import Pipeline
-from backends.pipeline.prompts import check_prompts, check_seeds
-from backends.pipeline.recipe import check_steps
 from core.errors import PreconditionError
 from core.files import ROOT, require_disk, sha256_json, write_json
 from core.isa import isa
@@ -112,14 +110,9 @@ class OptimumPipeline(Pipeline):
     def close(self) -> None:
         self.pipe = None
 
-    def __call__(
-        self, prompts: str | Sequence[str], *, steps: int, seed: int | Sequence[int] = 0
-    ) -> Output:
+    def _draw(self, prompts: list[str], steps: int, seeds: list[int]) -> Output:
         import torch
 
-        prompts = check_prompts(prompts)
-        seeds = check_seeds(seed, len(prompts))
-        check_steps(self.bundle, self.recipe, steps)
         self.prepare()
         self.clock.reset()
         try:

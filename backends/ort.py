@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -50,6 +52,7 @@ from export.lower import CPU, Profile, lower
 from export.models import CONTEXT_PART
 
 if TYPE_CHECKING:
+    from backends.pipeline.pipeline import Pipeline
     from export.bundle import Bundle
     from export.lower import Attention, Convolutions, Norms, Products
     from export.lower.convolutions import Sizes
@@ -61,6 +64,18 @@ SMALL = 64 * 2**20
 """Fixed memory of a compile or load beside the weights (bytes)."""
 COPIES = 700 * 10**6
 """Of the largest weights while they are laid out for operators of our own, and of libraries."""
+
+
+PLAIN_KERNELS = (
+    "no C++ compiler, so that convolutions, products, attention and group norms are onnxruntime's"
+    " own, which are slower"
+)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line on stderr, the first time that this process has it to say."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class OrtBackend(Backend):
@@ -162,7 +177,8 @@ class OrtBackend(Backend):
                     f"ort:{key}=tiles cannot be had",
                     "this CPU has no AMX, Linux does not let it be used, or there is no C++"
                     " compiler",
-                    f"drop {key}=tiles",
+                    ("apt install g++, or " if operators.no_compiler() else "")
+                    + f"drop {key}=tiles",
                 )
             elif asked != "op" and refused and self.scheme is not None:
                 raise UnsupportedError(
@@ -191,7 +207,8 @@ class OrtBackend(Backend):
         if why is not None:
             raise UnsupportedError(
                 "ort:precision=bf16 cannot be had", why,
-                "use precision=int8, or drop precision: FP32 is the default",
+                ("apt install g++, or " if operators.no_compiler() else "")
+                + "use precision=int8, or drop precision: FP32 is the default",
             )  # fmt: skip
 
     @property
@@ -217,13 +234,20 @@ class OrtBackend(Backend):
                 False, "this CPU has no fast INT8 arithmetic", "it lacks avx2",
                 "drop precision: FP32 is the default",
             )  # fmt: skip
-        words = self.summary
-        if not (self.plain or operators.compiler()):
-            words += (
-                "; no C++ compiler, so that convolutions, products, attention and group norms"
-                " are onnxruntime's own, which are slower"
-            )
-        return Capability(True, words, version=cpu or gpu or "unknown", devices=("cpu",))
+        slower = f"; {PLAIN_KERNELS}: {self.no_compiler}" if self.no_compiler else ""
+        return Capability(
+            True, self.summary + slower, version=cpu or gpu or "unknown", devices=("cpu",)
+        )
+
+    @property
+    def no_compiler(self) -> str:
+        """Why the kernels are onnxruntime's own where nobody asked for them; "" otherwise."""
+        return "" if self.plain or self.own_operators else operators.no_compiler()
+
+    def pipeline(self, bundle: Bundle, decoder: str, shapes: Shapes, **rest: Any) -> Pipeline:
+        if self.no_compiler:
+            say_once(f"ort: {PLAIN_KERNELS}: {self.no_compiler}; apt install g++")
+        return super().pipeline(bundle, decoder, shapes, **rest)
 
     def parts(self, bundle: Bundle) -> tuple[str, ...]:
         return split_unet.with_context(super().parts(bundle), self.options["context"])

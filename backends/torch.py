@@ -18,6 +18,8 @@ gpu-check` to say.
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -180,6 +182,13 @@ class TorchBackend(Backend):
                 return Capability(
                     False, f"the package {package} is missing", "", f"pip install {package}"
                 )
+        if self.compiles and shutil.which(os.environ.get("CXX") or "g++") is None:
+            return Capability(
+                False,
+                f"torch:mode={self.mode} has no C++ compiler",
+                "torch.compile writes C++ and has it compiled, and there is no g++",
+                "apt install g++, or use torch:mode=eager",
+            )
         if self.device == "cuda":
             missing = torch_on_gpu()
             if missing is not None:

@@ -182,6 +182,30 @@ def parse_caption(caption: str) -> Scene:
     )
 
 
+WORDS = frozenset(
+    word
+    for phrase in (
+        *SHAPES,
+        *(f"{shape}s" for shape in SHAPES),
+        *SIZES,
+        *COLOURS,
+        *BACKGROUNDS,
+        *POSITIONS.values(),
+        *RELATIONS,
+        "a one two three and of background side",
+    )
+    for word in phrase.split()
+)
+"""All that captions are made of, in every wording."""
+
+
+def unknown_words(caption: str) -> list[str]:
+    """The words of a caption that no caption of the shapes has; a word that has only begun is
+    none of them."""
+    words = [word.strip(".,") for word in caption.lower().split()]
+    return [word for word in words if not any(known.startswith(word) for known in WORDS)]
+
+
 def random_scene(
     rng: np.random.Generator,
     count: int | None = None,

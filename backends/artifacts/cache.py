@@ -11,10 +11,12 @@ link is an entry's own: it outlives the other entry, and is hashed before it tak
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,21 @@ def default_cap_gb() -> float:
         raise PreconditionError(
             f"ADDBENCH_CACHE_GB={text} is not a number", "it is the cache's cap in GB", "set 30"
         ) from None
+
+
+@contextlib.contextmanager
+def waiting_lock(file: Path) -> Iterator[None]:
+    """Hold the lock `file`; say so where another process has it."""
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for the process that holds {file}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)
@@ -79,11 +96,14 @@ class ArtifactCache:
 
     def get_or_make(self, key: str, label: str, make: Callable[[Path], None]) -> tuple[Path, bool]:
         """The folder of `key` and whether it was there. One process makes it, others wait."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / f".{key}.lock"):
-            folder = self.root / key
-            if self._sound(folder):
+        folder = self.root / key
+        if self._sound(folder):
+            with contextlib.suppress(OSError):  # a cache that others fill, read-only here
                 os.utime(folder / ENTRY)
+            return folder, True
+        self.root.mkdir(parents=True, exist_ok=True)
+        with waiting_lock(self.root / f".{key}.lock"):
+            if self._sound(folder):
                 return folder, True
             with staged_folder(folder) as scratch:
                 make(scratch)

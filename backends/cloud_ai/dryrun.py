@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -199,6 +200,7 @@ def write_graphs(backend: QaicBackend, bundle: Bundle, jobs: Sequence[Job], fold
     """
     need = sum(bundle.parts[job.part].weight_bytes for job in jobs)
     require_disk(folder, need, f"the graphs of {bundle.path.name}")
+    print(f"writing {need / 1e9:.1f} GB of graphs into {folder}", file=sys.stderr, flush=True)
     for job in jobs:
         graph = folder / job.spec.model
         lower(bundle.parts[job.part].graph, backend.form(job.part, job.batch), graph)

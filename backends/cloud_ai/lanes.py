@@ -26,7 +26,6 @@ import numpy as np
 from backends.base import Session, Shapes, UnsupportedError
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.pipeline import Pipeline
-from backends.pipeline.prompts import check_prompts, check_seeds
 
 if TYPE_CHECKING:
     from backends.pipeline.recipe import Recipe
@@ -105,12 +104,8 @@ class LanesPipeline(Lane):
             lane.close()
         super().close()
 
-    def __call__(
-        self, prompts: str | Sequence[str], *, steps: int, seed: int | Sequence[int] = 0
-    ) -> Output:
-        """Generate an image for each prompt; the lanes work at the same time."""
-        prompts = check_prompts(prompts)
-        seeds = check_seeds(seed, len(prompts))
+    def _draw(self, prompts: list[str], steps: int, seeds: list[int]) -> Output:
+        """As every pipeline; the lanes work at the same time."""
         if self.split != "pipelines":
             if len(prompts) != self.shapes.batch:
                 raise UnsupportedError(
@@ -118,7 +113,7 @@ class LanesPipeline(Lane):
                     f"the programs were compiled for a batch of {self.shapes.batch}",
                     f"pass {self.shapes.batch} prompts, or compile with --batch {len(prompts)}",
                 )
-            return super().__call__(prompts, steps=steps, seed=seeds)
+            return super()._draw(prompts, steps, seeds)
         for lane in self.lanes[: len(prompts)]:
             for part in lane.parts:
                 lane.session(part)
@@ -163,11 +158,12 @@ class LanesPipeline(Lane):
                 first = next(numbers) * size
                 prompts, seeds = inputs(first // self.images)
                 span = slice(first % self.images, first % self.images + size)
-                Pipeline.__call__(lane, prompts[span], steps=steps, seed=seeds[span])
+                Pipeline._draw(lane, prompts[span], steps, seeds[span])
                 ended.append(time.perf_counter())
             return (len(ended) - 1) * size / (ended[-1] - ended[0])
 
-        return self.images / sum(self._pool.map(rate, self.lanes))
+        with self._turn:
+            return self.images / sum(self._pool.map(rate, self.lanes))
 
 
 def place(parts: Sequence[str], devices: Sequence[int]) -> dict[str, int]:
@@ -178,7 +174,7 @@ def place(parts: Sequence[str], devices: Sequence[int]) -> dict[str, int]:
 def run_each(lane: Lane, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[Output]:
     """One image after the other on one lane."""
     return [
-        Pipeline.__call__(lane, [prompt], steps=steps, seed=[seed])
+        Pipeline._draw(lane, [prompt], steps, [seed])
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
 

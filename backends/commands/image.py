@@ -28,7 +28,9 @@ def parser() -> Parser:
     add_model_arguments(made, DEFAULT_MODEL)
     made.add_argument("--backend", default="ort", metavar="NAME[:KEY=VALUE,...]")
     add_precision_argument(made)
-    made.add_argument("--decoder", help="vae or taesd (default: taesd where there is one)")
+    made.add_argument(
+        "--decoder", help="vae or taesd, the tiny one (the best that the bundle has: vae)"
+    )
     made.add_argument("--steps", type=int, default=None, help="default: the model's own")
     made.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="of the bundle")
     made.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (the model's)")

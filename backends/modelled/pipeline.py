@@ -7,7 +7,6 @@ on its split nor on the batch: it is made once, alone, and kept in the artifact 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -23,8 +22,7 @@ from backends.onnxrt import operators
 from backends.ort import OrtBackend
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.pipeline import Pipeline
-from backends.pipeline.prompts import check_prompts, check_seeds
-from backends.pipeline.recipe import Recipe, check_steps
+from backends.pipeline.recipe import Recipe
 from core.files import ROOT, read_json, sha256_file, sha256_json, write_json
 
 if TYPE_CHECKING:
@@ -70,12 +68,7 @@ class ModelledPipeline(Pipeline):
     def close(self) -> None:
         self.painter.close()
 
-    def __call__(
-        self, prompts: str | Sequence[str], *, steps: int, seed: int | Sequence[int] = 0
-    ) -> Output:
-        prompts = check_prompts(prompts)
-        seeds = check_seeds(seed, len(prompts))
-        check_steps(self.bundle, self.recipe, steps)
+    def _draw(self, prompts: list[str], steps: int, seeds: list[int]) -> Output:
         made = [
             self.painter.image(prompt, one, steps)
             for prompt, one in zip(prompts, seeds, strict=True)

@@ -9,6 +9,9 @@ extern const OrtCustomOp kFusedAttention, kGroupNorm, kLinear, kTiledConv, kWino
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     OrtSessionOptions* options, const OrtApiBase* base) {
   Api api{base->GetApi(kApiVersion)};
+  if (api.table == nullptr)  // an older one has no such table, and its first does for the word
+    return Api{base->GetApi(1)}.CreateStatus(
+        kFail, "the operators of addbench need onnxruntime 1.18 or newer");
   static std::mutex one_at_a_time;
   static OrtCustomOpDomain* domain = nullptr;  // lives as long as the library
   std::lock_guard<std::mutex> lock(one_at_a_time);

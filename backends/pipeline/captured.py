@@ -29,8 +29,6 @@ from backends.pipeline.conditioning import Conditioning
 from backends.pipeline.linear import Schedule, read_schedule
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.pipeline import Pipeline, non_finite
-from backends.pipeline.prompts import check_prompts, check_seeds
-from backends.pipeline.recipe import check_steps
 from backends.pipeline.slot import Slot
 
 WARM_UP = 2
@@ -70,19 +68,14 @@ class DevicePipeline(Pipeline):
 
     # ---- the call
 
-    def __call__(
-        self, prompts: str | Sequence[str], *, steps: int, seed: int | Sequence[int] = 0
-    ) -> Output:
+    def _draw(self, prompts: list[str], steps: int, seeds: list[int]) -> Output:
         if self.staged or self._embedding_cache:
-            return super().__call__(prompts, steps=steps, seed=seed)
-        prompts = check_prompts(prompts)
-        seeds = check_seeds(seed, len(prompts))
-        check_steps(self.bundle, self.recipe, steps)
+            return super()._draw(prompts, steps, seeds)
         for part in self.parts:
             self.session(part)
         with torch.inference_mode(), memory_errors(f"on {len(prompts)} prompts"):
             if not self.capture and not self._in_one_go(steps):
-                return super().__call__(prompts, steps=steps, seed=seed)
+                return super()._draw(prompts, steps, seeds)
             started = time.perf_counter_ns()
             with self._on_stream():
                 slot = self._slot(len(prompts), steps)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from backends.base import (
     Shapes,
     UnsupportedError,
     check_decoder,
+    decoders,
     stage_parts,
 )
 from backends.pipeline.conditioning import (
@@ -35,7 +37,7 @@ from backends.pipeline.conditioning import (
     guidance_embedding,
 )
 from backends.pipeline.output import Output, Timings
-from backends.pipeline.prompts import check_prompts, check_seeds, token_ids
+from backends.pipeline.prompts import check_prompts, check_seeds, token_ids, warn_of_unknown
 from backends.pipeline.recipe import Recipe, check_steps, make_recipe
 from backends.registry import parse_backend
 from core import values
@@ -84,6 +86,7 @@ class Pipeline:
         self._scheduler: Any = None
         self._embedding_cache = EmbeddingCache(embedding_cache) if embedding_cache else None
         self.low_memory = False
+        self._turn = threading.Lock()
         self._loading_ns = 0
 
     # ---- lifecycle
@@ -364,11 +367,20 @@ class Pipeline:
             prompts: 1 to N prompts; empty ones are allowed.
             steps: denoising steps, at least 1; some models take few counts only.
             seed: one seed per prompt; an integer n means n, n+1, ...
+
+        Threads may share a pipeline: their calls take turns, and each gets its own images. Draw
+        on several pipelines to work at the same time.
         """
         values.count("steps", steps)
         prompts = check_prompts(prompts)
         seeds = check_seeds(seed, len(prompts))
         check_steps(self.bundle, self.recipe, steps)
+        warn_of_unknown(self.bundle.model, prompts)
+        with self._turn:
+            return self._draw(prompts, steps, seeds)
+
+    def _draw(self, prompts: list[str], steps: int, seeds: list[int]) -> Output:
+        """The images of one call, whose arguments are checked; no other call is under way."""
         self._get_ready()
         loaded = self._loading_ns
         with torch.inference_mode(), contextlib.ExitStack() as stack:
@@ -422,7 +434,8 @@ def load_pipeline(
     """Load a pipeline for a model's name or a bundle's folder, ready to be called.
 
     Args:
-        decoder: `vae` or `taesd`; None for the tiny one, or the VAE where a bundle has no other.
+        decoder: `vae` or `taesd`, the tiny one; None for the best that the bundle has: the VAE
+            that the model was trained with.
         batch: prompts of a call, for backends whose graphs have a fixed batch.
         size: pixels of a side, or width and height; None for the model's own.
         low_memory: load each part when a call needs it, see `Pipeline.use_low_memory`.
@@ -439,7 +452,7 @@ def load_pipeline(
     if low_memory:
         chosen.require_low_memory()
     bundle = find_bundle(name, weights, dtype, None if size is None else values.pixels(size))
-    decoder = decoder or ("taesd" if "taesd_decoder" in bundle.parts else "vae")
+    decoder = decoder or decoders(bundle)[0]
     check_decoder(bundle, decoder)
     made = chosen.pipeline(
         bundle,

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from core.errors import PreconditionError, no_text
+from distill.shapes import unknown_words
 
 if TYPE_CHECKING:
     import torch
+
+    from export.models import Model
 
 TOKENS = 77
 """Length of a CLIP prompt in tokens, start and end included."""
@@ -91,6 +94,19 @@ def _no_seed(seed: Any) -> PreconditionError:
     )
 
 
+def warn_of_unknown(model: Model, prompts: Sequence[str]) -> None:
+    """Warn of words that a model was never shown: it draws what is left, or nothing."""
+    if model.judge != "shapes":
+        return
+    for prompt in prompts:
+        if unknown := unknown_words(prompt):
+            warnings.warn(
+                f"{model.name} does not know {', '.join(map(repr, unknown))} of {prompt[:60]!r}:"
+                f" it draws shapes only, as {model.prompts[0]!r}",
+                stacklevel=3,
+            )
+
+
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
     """int64 [batch, 77] of a CLIP tokenizer; longer prompts are cut, with a warning."""
     import torch
@@ -111,7 +127,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
     for prompt, mask in zip(prompts, cut["attention_mask"], strict=True):
         # Only a row without padding may be cut: tokenising each prompt twice is a tenth of a
         # millisecond, a hundredth of a fast GPU's image.
-        if mask.all() and (count := len(tokenizer(prompt)["input_ids"])) > TOKENS:
+        if mask.all() and (count := len(tokenizer(prompt, verbose=False)["input_ids"])) > TOKENS:
             warnings.warn(
                 f"the prompt {prompt[:40]!r}... has {count} tokens; CLIP reads {TOKENS}, the"
                 " rest is cut",
