@@ -195,13 +195,6 @@ def add_format_argument(
     parser.add_argument("--format", choices=formats, default=formats[0], help=f"({formats[0]})")
 
 
-def add_budget_argument(parser: argparse._ActionsContainer, what: str) -> None:
-    """`--budget 90s|30m|1h`: how long `what` may take; seconds as a float, None without."""
-    parser.add_argument(
-        "--budget", type=duration, metavar="90s|30m|1h", help=f"time for {what}, with its unit"
-    )
-
-
 def _default_text(default: Sequence[object] | int) -> str:
     if isinstance(default, int | str):
         return str(default)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.cli import Parser, run
+from core.cli import Parser
 from core.errors import EXIT_FAILED, EXIT_OK
 
 
@@ -28,7 +28,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     print(f"{bundle.path}: {len(bundle.manifest['files'])} files, as they were exported")
     return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from core.cli import Parser, add_backend_argument, add_model_arguments, run
+from core.cli import Parser, add_backend_argument, add_model_arguments
 from core.errors import EXIT_OK
 from export.models import DEFAULT_MODEL
 
@@ -69,7 +69,3 @@ def list_parts(args: argparse.Namespace) -> int:
         else:
             print(f"  {part:<16} taken")
     return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

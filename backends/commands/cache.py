@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from core.cli import Parser, run
+from core.cli import Parser
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 
 
@@ -58,7 +58,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         + f", in {store.root}"
     )
     return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from backends.base import Session, UnsupportedError
 from backends.check.gate import QUANTISED
-from core.cli import Parser, add_model_arguments, run
+from core.cli import Parser, add_model_arguments
 from core.errors import EXIT_OK, PreconditionError
 from export.models import DEFAULT_MODEL, SCHEDULERS
 from export.quantize.calibration import Calibration, Origin, calibration_path, join, save
@@ -237,7 +237,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"{out}: {made.samples} samples, {out.stat().st_size / 1e6:.1f} MB")
     return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -11,7 +11,6 @@ from core.cli import (
     add_model_arguments,
     add_precision_argument,
     int_list,
-    run,
     word_list,
 )
 from core.errors import EXIT_OK
@@ -98,7 +97,3 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if isinstance(backend, Remarks) and (remark := backend.remark(artifact)):
                     print(f"  {remark}")
     return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

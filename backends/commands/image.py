@@ -16,7 +16,6 @@ from core.cli import (
     add_precision_argument,
     image_size,
     png_file,
-    run,
 )
 from core.errors import EXIT_OK, PreconditionError
 from export.models import DEFAULT_MODEL, SCHEDULERS
@@ -140,7 +139,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             "  the weights are random: the image shows that it ran, nothing more", file=sys.stderr
         )
     return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -21,7 +21,6 @@ from core.cli import (
     add_cell_arguments,
     add_format_argument,
     image_size,
-    run,
     word_list,
 )
 from core.errors import EXIT_OK
@@ -74,7 +73,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show(sections(ways, question))
     return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

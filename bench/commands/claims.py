@@ -21,7 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.cli import Parser, add_format_argument, add_published_argument, add_runs_argument, run
+from core.cli import Parser, add_format_argument, add_published_argument, add_runs_argument
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 
 
@@ -129,7 +129,3 @@ def coverage(form: str, out: Path | None) -> int:
             print(file, file=sys.stderr)
     below = any(line.state == library.BELOW for line in lines)
     return EXIT_FAILED if below else EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

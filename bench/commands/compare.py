@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from core.cli import Parser, add_format_argument, add_runs_argument, run, share
+from core.cli import Parser, add_format_argument, add_runs_argument, share
 from core.errors import PreconditionError
 
 
@@ -66,7 +66,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = compare(base, head, limit, args.allow_other_machine)
     show(outcome, args.format)
     return outcome.exit_code
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from core.cli import Parser, add_out_argument, add_published_argument, add_runs_argument, run
+from core.cli import Parser, add_out_argument, add_published_argument, add_runs_argument
 from core.errors import EXIT_OK, PreconditionError
 from core.files import build_root
 
@@ -67,7 +67,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     for file in files:
         print(file, file=sys.stderr)
     return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.cli import Parser, add_model_arguments, run
+from core.cli import Parser, add_model_arguments
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 from core.files import ROOT, read_json, write_json
 from export.models import DEFAULT_MODEL
@@ -62,7 +62,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
     print(f"gates hold: {len(list(flat(counted)))} figures as in {args.golden.name}")
     return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

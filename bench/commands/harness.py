@@ -18,7 +18,6 @@ from core.cli import (
     add_model_arguments,
     add_out_argument,
     count,
-    run,
 )
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 from core.files import write_json
@@ -82,7 +81,3 @@ def loading(args: argparse.Namespace) -> dict[str, object]:
 
     bundle = find_bundle(args.model, args.weights, args.dtype)
     return compare_ways(bundle, args.part, args.rounds, lambda line: print(line, flush=True))
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from core.cli import Parser, add_format_argument, add_runs_argument, count, natural, run
+from core.cli import Parser, add_format_argument, add_runs_argument, count, natural
 from core.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, PreconditionError
 
 ROUNDS = 10
@@ -79,7 +79,3 @@ def simulated(args: argparse.Namespace) -> int:
         print()
     missed = any(not goal["met"] for line in lines for goal in line["goals"])
     return EXIT_FAILED if missed else EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

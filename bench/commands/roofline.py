@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from core.cli import Parser, add_format_argument, add_model_arguments, count, image_size, run
+from core.cli import Parser, add_format_argument, add_model_arguments, count, image_size
 from core.errors import EXIT_OK
 from export.models import DEFAULT_MODEL, MODELS
 
@@ -73,7 +73,3 @@ def subject(args: argparse.Namespace) -> tuple[Checkpoint, tuple[int, int], str]
         size = args.size
         require_size(checkpoint.model, checkpoint.multiple, *size)
     return checkpoint, size, dtype
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

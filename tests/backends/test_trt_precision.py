@@ -375,7 +375,7 @@ def test_a_calibration_file_that_is_not_right_is_refused_before_any_build(
     with pytest.raises(PreconditionError, match=words[state]) as caught:
         load_pipeline(str(tiny_bundle.path), f"trt:precision=fp8,calibration={file}", "taesd")
     assert (
-        f"backends.commands.calibrate --model {tiny_bundle.path} --random-weights"
+        f"addbench calibrate --model {tiny_bundle.path} --random-weights"
         in caught.value.next
     )
     trained = Bundle(tiny_bundle.path, {**tiny_bundle.manifest, "weights": "folder"})
@@ -400,7 +400,7 @@ def test_a_dry_run_prints_what_a_compile_does(
     lines = [shlex.split(x, comments=True) for x in capsys.readouterr().out.splitlines()]
     commands = [words for words in lines if words]
     assert len(commands) == 3 * 5 + 2  # the UNet's halves share their scales
-    (at,) = (i for i, words in enumerate(commands) if "backends.commands.calibrate" in words)
+    (at,) = (i for i, words in enumerate(commands) if "calibrate" in words)
     calibrate, scale, lower, trtexec, clear = commands[at : at + 5]
     assert calibrate[-2:] == ["--out", str(file)]
     assert trtexec[0] == "trtexec"
