@@ -374,10 +374,7 @@ def test_a_calibration_file_that_is_not_right_is_refused_before_any_build(
     }
     with pytest.raises(PreconditionError, match=words[state]) as caught:
         load_pipeline(str(tiny_bundle.path), f"trt:precision=fp8,calibration={file}", "taesd")
-    assert (
-        f"addbench calibrate --model {tiny_bundle.path} --random-weights"
-        in caught.value.next
-    )
+    assert f"addbench calibrate --model {tiny_bundle.path} --random-weights" in caught.value.next
     trained = Bundle(tiny_bundle.path, {**tiny_bundle.manifest, "weights": "folder"})
     if state == "missing":
         backend = parse_backend(f"trt:precision=fp8,calibration={file}")
