@@ -39,15 +39,16 @@ def parser() -> Parser:
         "--model",
         default=DEFAULT_MODEL,
         metavar="NAME|PATH",
-        help=f"{', '.join(MODELS)}, or a folder of an SDXL-like or SD-like checkpoint"
+        help=f"{', '.join(MODELS)}, or a folder or .safetensors file of an SDXL-like or SD-like"
+        " checkpoint"
         " (default: %(default)s)",
     )
     top.add_argument(
         "--weights",
         metavar="hub|folder|random|ORG/NAME[@REVISION]|PATH",
         help="the model's own hub repository, what ships with the checkout, random numbers, "
-        "another repository, or a folder in diffusers format (default: the first of folder, hub "
-        "and random that the model has)",
+        "another repository, or a folder in diffusers format or one .safetensors file (default: "
+        "the first of folder, hub and random that the model has)",
     )
     top.add_argument(
         "--dtype", default="fp16", choices=("fp16", "fp32"), help="of the weights (default: fp16)"
@@ -55,9 +56,10 @@ def parser() -> Parser:
     for flag, what in (
         ("--vae", "AutoencoderKL"),
         ("--taesd", "AutoencoderTiny"),
-        ("--unet", "UNet2DConditionModel (or one .safetensors file of it)"),
+        ("--unet", "UNet2DConditionModel"),
     ):
-        top.add_argument(flag, metavar="ID|PATH", help=f"{what} to use instead of the model's")
+        says = f"{what} to use instead of the model's: a folder, or one .safetensors file"
+        top.add_argument(flag, metavar="ID|PATH", help=says)
     top.add_argument(
         "--lora",
         action="append",

@@ -9,9 +9,9 @@ from typing import Any
 
 import diffusers
 from folders import edit_json
-from hypothesis import HealthCheck, event, example, given, settings
+from hypothesis import HealthCheck, event, example, given, reject, settings
 from hypothesis import strategies as st
-from small import copied, distance, opened
+from small import copied, distance, opened, redraw
 
 from core.files import read_json, write_json
 from export.source.layout import CheckpointError
@@ -57,6 +57,43 @@ INDEX: dict[str, tuple[Any, ...]] = {
 }
 
 
+UNET: dict[str, tuple[Any, ...]] = {
+    "center_input_sample": (True, False),
+    "flip_sin_to_cos": (True, False),
+    "freq_shift": (0, 1),
+    "act_fn": ("silu", "gelu", "mish"),
+    "norm_eps": (1e-5, 1e-3),
+    "use_linear_projection": (True, False),
+    "only_cross_attention": (True, False),
+    "upcast_attention": (True, False),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "resnet_out_scale_factor": (1.0, 2.0),
+    "resnet_skip_time_act": (True, False),
+    "time_embedding_type": ("positional", "fourier"),
+    "time_embedding_dim": (None, 16),
+    "timestep_post_act": (None, "silu"),
+    "time_embedding_act_fn": (None, "silu"),
+    "conv_in_kernel": (3, 1),
+    "conv_out_kernel": (3, 1),
+    "class_embed_type": (None, "timestep"),
+    "num_class_embeds": (None, 3),
+    "encoder_hid_dim": (None, 32),
+    "mid_block_only_cross_attention": (None, True),
+    "cross_attention_norm": (None, "layer_norm"),
+    "dropout": (0.0, 0.3),
+    "attention_type": ("default", "gated"),
+}
+"""Keys of the UNet that its class acts on."""
+TEXT: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("quick_gelu", "gelu"),
+    "eos_token_id": (2, 999),
+    "layer_norm_eps": (1e-5, 1e-2),
+    "num_hidden_layers": (2, 3),
+    "attention_dropout": (0.0, 0.5),
+    "use_attention_mask": (False, True),
+}
+
+
 @st.composite
 def scheduler_configs(draw: st.DrawFn) -> dict[str, Any]:
     """A class and some of its keys, each with a legal value; the rest is left to its defaults."""
@@ -75,6 +112,14 @@ def scheduler_configs(draw: st.DrawFn) -> dict[str, Any]:
 def chosen(keys: dict[str, tuple[Any, ...]]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(
         {}, optional={key: st.sampled_from(values) for key, values in keys.items()}
+    )
+
+
+def few(keys: dict[str, tuple[Any, ...]]) -> st.SearchStrategy[dict[str, Any]]:
+    """At most three of the keys: of many at once, one that is refused would hide the others."""
+    names = st.lists(st.sampled_from(sorted(keys)), max_size=3, unique=True)
+    return names.flatmap(
+        lambda names: st.fixed_dictionaries({name: st.sampled_from(keys[name]) for name in names})
     )
 
 
@@ -132,3 +177,23 @@ def test_any_legal_setting_draws_as_diffusers_or_is_refused(
         edit_json(folder / "model_index.json", **index)
         edit_json(folder / "vae" / "config.json", **vae)
         hold(folder, steps, guidance, {*index, *vae, scheduler["_class_name"]})
+
+
+@settings(max_examples=5, suppress_health_check=list(HealthCheck))
+@given(
+    form=st.sampled_from(["tiny-sd", "tiny-sdxl"]),
+    unet=few(UNET),
+    text=few(TEXT),
+    vae=chosen({"mid_block_add_attention": (True, False), "use_post_quant_conv": (True, False)}),
+)
+def test_any_architecture_draws_as_diffusers_or_is_refused(
+    form: str, unet: dict[str, Any], text: dict[str, Any], vae: dict[str, Any]
+) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = copied(form, Path(scratch) / "model")
+        for part, changes in (("unet", unet), ("text_encoder", text), ("vae_decoder", vae)):
+            try:
+                redraw(folder, part, **changes)
+            except (ValueError, TypeError, NotImplementedError):
+                reject()  # the class itself has no such combination
+        hold(folder, 2, 0.0, {*unet, *text, *vae})
