@@ -344,6 +344,12 @@ def infer_model(folder: Path) -> Model:
     scale = 2 ** (length(_config(folder, "vae/config.json").get("block_out_channels"), 4) - 1)
     side = unet.get("sample_size")
     side = max(side) if isinstance(side, list) and side else side
+    if not isinstance(side, int | None):
+        raise CheckpointError(
+            f"{folder / 'unet' / 'config.json'}: sample_size is {side!r}",
+            "it is a number, or a list of two",
+            "correct the file, or download the checkpoint again",
+        )
     embedded = unet.get("time_cond_proj_dim") is not None
     return Model(
         name=folder.name,

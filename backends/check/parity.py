@@ -260,6 +260,9 @@ def walk(
     for parts in [names] if small else [[name] for name in names]:
         job = {"folder": str(folder), "bundle": str(bundle.path), "parts": parts}
         started = time.perf_counter()
+        if not small:  # minutes at SDXL's size
+            doing = "diffusers' pipeline draws" if parts == [ORACLE] else f"on torch and {backend}"
+            say(f"  {parts[0]}: {doing}")
         peak = spawn(job | {"backend": backend})
         seconds = time.perf_counter() - started
         what = "all parts" if small else parts[0]

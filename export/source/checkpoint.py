@@ -533,7 +533,8 @@ def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
             source[name] = None
         else:
             source[name] = asdict(used)
-    widths = [int(origins[part].config()["hidden_size"]) for part in model.parts[:-3]]
+    # 512 is transformers' default.
+    widths = [int(origins[part].config().get("hidden_size", 512)) for part in model.parts[:-3]]
     embeddings = [reader.embedding(embedding, widths) for embedding in request.embeddings]
     if embeddings:
         source["embeddings"] = [

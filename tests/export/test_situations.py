@@ -160,6 +160,7 @@ KEYS: list[tuple[str, str, dict[str, Any], str]] = [
     (SD, "unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
     (SD, "unet/config.json", {"in_channels": 9}, "draws on a picture: in_channels is 9"),
     (SD, "unet/config.json", {"out_channels": 8}, "the channels that the UNet gives is 8"),
+    (SD, "unet/config.json", {"sample_size": {"a": 1}}, "sample_size is {'a': 1}"),
     (SD, "unet/config.json", {"block_out_channels": None}, "unet/config.json is no config"),
     (SD, "text_encoder/config.json", {"use_attention_mask": True}, "use_attention_mask"),
     (SD, "text_encoder/config.json", {"quantization_config": {"bits": 4}}, "quantization_config"),
