@@ -26,7 +26,7 @@ from bench.commands.arguments import (
 )
 from bench.rows.cell import Cell
 from bench.rows.fields import OK
-from bench.rows.store import LATEST
+from bench.rows.store import LATEST, is_noisy
 from bench.run.request import QUICK, SWEEP
 from core.cli import Parser, count, run
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
@@ -136,6 +136,9 @@ def conclude(target: Run, spent_budget_s: float | None) -> int:
 
     rows = target.rows()
     table.show(target, rows)
+    if any(map(is_noisy, rows)):
+        print(f"measure them again when it is quiet: addbench sweep {resume_words(target)}"
+              " --patience 10m")  # fmt: skip
     files: list[Path] = []
     for what, write in (("table", table.write), ("plot", plot.write)):
         try:

@@ -6,7 +6,8 @@ line), `cells` (key columns; same group), `rule` (StopRule's fields).
 Lines, each with an `event`:
     loaded                    compile and load are done
     begin     cell            cell number `cell` of the job starts
-    sample    cell, count     progress, at most once a second
+    sample    cell, count     progress, at most once a second; with `captions`, `count` of so many
+                              have a picture to be judged
     row       cell, result    the cell is done: status, figures, error
     refused   result          compile or load failed, for every cell of the job
 A worker that reports `oom`, `failed` or `skipped` ends there: what ran out or broke may have left
@@ -21,7 +22,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -71,6 +72,10 @@ class Reporter:
     def progress(self, cell: int, measurement: Measurement) -> None:
         if time.monotonic() - self.last >= 1.0:
             self("sample", cell=cell, count=len(measurement.samples_ms))
+
+    def judging(self, cell: int, count: int, captions: int) -> None:
+        if time.monotonic() - self.last >= 1.0:
+            self("sample", cell=cell, count=count, captions=captions)
 
 
 def failure(error: BaseException) -> dict[str, Any]:
@@ -187,18 +192,20 @@ class Worker:
         result |= started | self.judge(cell, measured)
         if self.rule.quality and result["status"] == OK:
             try:
-                result["quality"] = self.quality(cell)
+                result["quality"] = self.quality(
+                    cell, lambda count: report.judging(number, count, self.rule.quality)
+                )
             except Exception as error:
                 traceback.print_exc()
                 return result | failure(error)
         return result
 
-    def quality(self, cell: Cell) -> dict[str, Any]:
+    def quality(self, cell: Cell, on_pictures: Callable[[int], None]) -> dict[str, Any]:
         """What the judge reads from this cell's pictures of held-out captions."""
         from bench.run.quality import measure_quality
 
         fid = self.bundle.checkpoint().root / "fid"
-        return measure_quality(self.pipe, cell, self.rule.quality, fid)
+        return measure_quality(self.pipe, cell, self.rule.quality, fid, on_pictures)
 
     def judge(self, cell: Cell, measured: Measurement) -> dict[str, Any]:
         """Image 0 against the bundle's reference: a fast wrong image is a failed cell.

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -101,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     left_s = max(1.0, args.budget - (time.monotonic() - started) - TAIL_S)
     request = request_of(args, bundle, backends)
     target, spent = measure(request, args.runs, command, old, left_s)
-    return conclude(target, results, skipped, args.device, left_s if spent else None)
+    code = conclude(target, results, skipped, args.device, left_s if spent else None)
+    if target.missing():
+        print(f"go on with: {shlex.join(command)}", file=sys.stderr)
+    return code
 
 
 # ---- what is there
@@ -351,8 +355,6 @@ def conclude(
     bad = [stage for stage in ("sanity", "parity", "profile") if not passed(results.get(stage))]
     for stage in bad:
         print(f"{stage}: {results.get(stage, {}).get('status', 'missing')}", file=sys.stderr)
-    if target.missing(rows):
-        print(f"go on with: {' '.join(target.header.command)}", file=sys.stderr)
     return EXIT_FAILED if bad or code != EXIT_OK else EXIT_OK
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 REDRAW_S = 1.0
 """The parent shares the machine with what it measures: it redraws no more often than this."""
+LOG_S = 10.0
+"""How often a log says how far the judging of captions is."""
 
 
 def line_of(row: Row) -> str:
@@ -48,6 +50,7 @@ class Display:
         self.redraws = sys.stdout.isatty()
         self.drawn = 0.0
         self.doing, self.count = "", 0
+        self.captions: int | None = None
         self.progress: Progress | None = None
         if self.redraws:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -92,8 +95,16 @@ class Display:
     def begin(self, cell: Cell) -> None:
         self.doing, self.count = str(cell), 0
 
-    def sampled(self, count: int) -> None:
-        self.count = count
+    def sampled(self, count: int, captions: int | None = None) -> None:
+        """Show how far a cell is; in a log, how far the judging of its captions is, now and then.
+
+        Args:
+            captions: of how many `count` have a picture to be judged; None: they are samples.
+        """
+        self.count, self.captions = count, captions
+        if captions and not self.progress and time.monotonic() - self.drawn >= LOG_S:
+            self.drawn = time.monotonic()
+            self.say(f"[{self.done}/{self.total}] {self.doing}: {count} of {captions} captions")
 
     def finished(self, row: Row) -> None:
         self.done += 1
@@ -107,7 +118,8 @@ class Display:
 
     def draw(self) -> None:
         if self.progress:
-            count = f" ({self.count} samples)" if self.count else ""
+            of = f"of {self.captions} captions" if self.captions else "samples"
+            count = f" ({self.count} {of})" if self.count else ""
             self.progress.update(self.task, description=self.doing + count)
             self.progress.refresh()
             self.drawn = time.monotonic()

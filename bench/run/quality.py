@@ -7,7 +7,7 @@ no network saw in training, each from a seed of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,13 @@ def require_judge(model: str) -> None:
         )
 
 
-def measure_quality(pipe: Pipeline, cell: Cell, captions: int, fid: Path | None) -> dict[str, Any]:
+def measure_quality(
+    pipe: Pipeline,
+    cell: Cell,
+    captions: int,
+    fid: Path | None,
+    on_pictures: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
     """What the judge reads from the cell's pictures of `captions` held-out captions.
 
     `all` and each attribute (shares in [0, 1]), `all_1` to `all_3` by number of objects,
@@ -46,7 +52,7 @@ def measure_quality(pipe: Pipeline, cell: Cell, captions: int, fid: Path | None)
     from distill.judge import following
 
     scenes = held_out(captions)
-    made = pictures(pipe, [scene.caption for scene in scenes], cell.batch, cell.steps)
+    made = pictures(pipe, [scene.caption for scene in scenes], cell.batch, cell.steps, on_pictures)
     found: dict[str, Any] = {
         "captions": len(scenes),
         **{name: round(share, 4) for name, share in following(made, scenes).items()},
@@ -59,14 +65,25 @@ def measure_quality(pipe: Pipeline, cell: Cell, captions: int, fid: Path | None)
     return found
 
 
-def pictures(pipe: Pipeline, captions: Sequence[str], batch: int, steps: int) -> NDArray[np.uint8]:
-    """uint8 [n, height, width, 3]; picture i has seed i, so they do not depend on the batch."""
+def pictures(
+    pipe: Pipeline,
+    captions: Sequence[str],
+    batch: int,
+    steps: int,
+    on_pictures: Callable[[int], None] = lambda _: None,
+) -> NDArray[np.uint8]:
+    """uint8 [n, height, width, 3]; picture i has seed i, so they do not depend on the batch.
+
+    Args:
+        on_pictures: is told how many there are, call by call.
+    """
     import numpy as np
 
-    made = [
-        pipe(part, steps=steps, seed=list(range(start, start + len(part)))).images[:wanted]
-        for start, wanted, part in full_batches(captions, batch)
-    ]
+    made = []
+    for start, wanted, part in full_batches(captions, batch):
+        seeds = list(range(start, start + len(part)))
+        made.append(pipe(part, steps=steps, seed=seeds).images[:wanted])
+        on_pictures(start + wanted)
     return np.concatenate(made)
 
 

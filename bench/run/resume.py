@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def reopen(run: Run, given: Mapping[str, Any], *, retry_failed: bool = False) ->
         raise PreconditionError(
             f"run {run.name} is modelled without images",
             "all of it takes seconds, and nothing in it can be lost",
-            "start it again: " + " ".join(run.header.command),
+            "start it again: " + again_text(run.header.command),
         )
     began = run.header.bundle
     method = Sampling.of(run.header.settings)
@@ -79,6 +80,12 @@ def reopen(run: Run, given: Mapping[str, Any], *, retry_failed: bool = False) ->
         roofline=run.header.roofline,
         rest=tuple(work),
     )
+
+
+def again_text(command: Sequence[str]) -> str:
+    """A header's command to be typed again; what its cut paths were is for a person to know."""
+    cut = " (with the paths that ... stands for)" if any(".../" in word for word in command) else ""
+    return shlex.join(command) + cut
 
 
 def refuse_changes(name: str, compared: Iterable[tuple[str, Any, Any]]) -> None:

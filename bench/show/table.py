@@ -20,6 +20,7 @@ from bench.show.columns import (
     columns_for,
     terminal_columns,
 )
+from bench.show.notes import notes
 from core.files import write_atomic
 from core.table import as_json, csv_text, draw, markdown_lines
 
@@ -139,6 +140,8 @@ def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
         print(EMULATED_WORDS)
     if any(map(says_little, lines)):
         print(RANDOM_WORDS)
+    for text in notes(lines):
+        print(text)
 
 
 def page(target: Run, rows: Sequence[Row]) -> str:

@@ -222,7 +222,7 @@ def test_a_run_without_images_is_not_resumed(
 ) -> None:
     words = ["--resume", without_bundle.name, "--out", str(without_bundle.path.parent)]
     assert shell(sweep_main, words) == 2
-    assert "start it again: python -m bench.sweep" in capsys.readouterr().err
+    assert "start it again: addbench sweep" in capsys.readouterr().err
 
 
 def test_the_plan_says_modelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,10 @@ import pytest
 from made import cell, make_run, row
 
 from bench.rows.store import ROWS, Run, last_rows
+from bench.rows.summary import by_cell
 from bench.run import patience
 from bench.run.progress import Display
+from bench.show.notes import notes
 
 ONE, TWO = cell(steps=1), cell(steps=2)
 
@@ -122,3 +124,14 @@ def test_ci_has_no_patience_unless_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert patience.usual_patience_s() == 0
     monkeypatch.delenv("CI")
     assert patience.usual_patience_s() == 60
+
+
+def test_what_stayed_doubtful_is_said_once_in_words() -> None:
+    rows = [row(ONE, [10.0], flags=["disturbed"]), row(TWO, [10.0], flags=["unstable"])]
+    said = " ".join(notes(by_cell(rows)))
+    for words in ("1 of 2 times were taken while other programs", "leave the median open",
+                  "is not established; --rounds 5"):  # fmt: skip
+        assert words in said
+    calm = [row(each, [10.0], round_) for each in (ONE, TWO) for round_ in range(2)]
+    assert notes(by_cell(calm)) == []
+    assert notes(by_cell(calm[:1])) == [], "one cell has no order"

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made import cell
 
+from bench.run.progress import Display
 from bench.run.quality import full_batches, measure_quality, require_judge
 from bench.show.quality import figure, series_of
 from core.errors import PreconditionError
@@ -45,6 +47,21 @@ def test_drawn_pictures_are_all_right_whatever_the_batch() -> None:
     assert found["captions"] == 30
     assert found["fid_shapes"] is None
     assert judged(DrawingPipeline(batch=7), 30) == found
+
+
+def test_how_far_the_judging_is_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    counts: list[int] = []
+    pipe: Any = DrawingPipeline(batch=4)
+    measure_quality(pipe, SimpleNamespace(batch=4, steps=1), 10, None, counts.append)  # type: ignore[arg-type]
+    assert counts == [4, 8, 10]
+    with Display(1, 1) as display:
+        display.begin(cell(steps=2))
+        display.drawn = -1e9
+        display.sampled(4, 10)
+        display.sampled(8, 10)  # no more often than every ten seconds
+        display.sampled(12)
+    said = capsys.readouterr().out
+    assert said.count("4 of 10 captions") == said.count("captions") == 1
 
 
 def test_blank_pictures_count_as_wrong() -> None:
