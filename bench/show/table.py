@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -140,8 +143,9 @@ def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
         print(EMULATED_WORDS)
     if any(map(says_little, lines)):
         print(RANDOM_WORDS)
+    room = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else 100)
     for text in notes(lines):
-        print(text)
+        print(textwrap.fill(text, room))
 
 
 def page(target: Run, rows: Sequence[Row]) -> str:
