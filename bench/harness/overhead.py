@@ -33,9 +33,9 @@ def bare_call(
     from backends.pipeline.pipeline import DTYPES
 
     def session(part: str, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = pipe.session(part)
-        return found.run(
-            {name: tensors[name].to(DTYPES[spec.dtype]) for name, spec in found.inputs.items()}
+        opened = pipe.session(part)
+        return opened.run(
+            {name: tensors[name].to(DTYPES[spec.dtype]) for name, spec in opened.inputs.items()}
         )
 
     with torch.inference_mode():
@@ -94,25 +94,25 @@ def interleaved(
     ways: dict[str, Callable[[], None]], repeats: int, calls: int
 ) -> dict[str, list[float]]:
     """Milliseconds per call of each way, a value per repeat; every other repeat runs backwards."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats):
         names = list(ways) if repeat % 2 == 0 else list(ways)[::-1]
         for name in names:
             started = time.perf_counter_ns()
             ways[name]()
-            found[name].append((time.perf_counter_ns() - started) / 1e6 / calls)
-    return found
+            times[name].append((time.perf_counter_ns() - started) / 1e6 / calls)
+    return times
 
 
-def ratios(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def ratios(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     """What the last way adds to each other one: quartiles of its times over theirs, less one.
 
     A ratio is of the two blocks of one repeat: what drifts from repeat to repeat is not in it.
     """
-    *bases, last = found
+    *bases, last = times
     added = {}
     for base in bases:
-        pairs = zip(found[last], found[base], strict=True)
+        pairs = zip(times[last], times[base], strict=True)
         cuts = statistics.quantiles([mine / bare - 1 for mine, bare in pairs], n=4)
         added[base] = dict(zip(("lower_quartile", "median", "upper_quartile"), cuts, strict=True))
     return added

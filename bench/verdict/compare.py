@@ -157,8 +157,8 @@ def unusable(base: Cells, head: Cells) -> tuple[str, str]:
 
 def accelerators(target: Run) -> dict[str, str]:
     """Device of the rows -> the driver's name for it."""
-    found: dict[str, str] = target.header.environment.get("accelerators") or {}
-    return found
+    named: dict[str, str] = target.header.environment.get("accelerators") or {}
+    return named
 
 
 def machine_of(target: Run) -> tuple[str, dict[str, str]]:
@@ -228,10 +228,10 @@ def notes_on(base: Run, head: Run, one_machine: bool) -> list[str]:
     return notes
 
 
-def doubts(side: str, target: Run, found: dict[Cell, Cells]) -> list[str]:
+def doubts(side: str, target: Run, by_cell: dict[Cell, Cells]) -> list[str]:
     """What of a run's rows is missing, or was not measured in peace."""
-    count = sum(cells.statuses.total() for cells in found.values())
-    disturbed = sum(cells.disturbed for cells in found.values())
+    count = sum(cells.statuses.total() for cells in by_cell.values())
+    disturbed = sum(cells.disturbed for cells in by_cell.values())
     missing = target.rounds * len(target.plan) - count
     notes = []
     if disturbed:
@@ -272,8 +272,8 @@ def compare(base: Run, head: Run, max_slowdown: float, allow_other_machine: bool
     finally:
         gc.enable()
     notes = notes_on(base, head, one_machine)
-    for side, target, found in (("BASE", base, mine), ("HEAD", head, theirs)):
-        notes += doubts(side, target, found)
+    for side, target, by_cell in (("BASE", base, mine), ("HEAD", head, theirs)):
+        notes += doubts(side, target, by_cell)
     planned = [*base.plan, *head.plan, *mine, *theirs]
     return Outcome(
         base=base.name,

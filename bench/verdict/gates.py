@@ -40,24 +40,24 @@ def evaluations(bundle: Bundle) -> dict[str, dict[str, int]]:
     On the scripted device: the pipeline is the real one, only the parts compute nothing.
     """
     backend = parse_backend("null:text_ms=0,unet_ms=0,decode_ms=0")
-    found: dict[str, dict[str, int]] = {}
+    counted: dict[str, dict[str, int]] = {}
     for part in bundle.parts:
         if not part.endswith("_decoder"):
             continue
         decoder = part.removesuffix("_decoder")
         with backend.pipeline(bundle, decoder, Shapes(1, *bundle.size)) as pipe:
-            found[decoder] = {str(steps): pipe(["a fox"], steps=steps).nfe for steps in STEPS}
-    return found
+            counted[decoder] = {str(steps): pipe(["a fox"], steps=steps).nfe for steps in STEPS}
+    return counted
 
 
 def sizes(bundle: Bundle) -> dict[str, int]:
     """Bytes of every part's graph and weights, and of all files."""
     files = bundle.manifest["files"]
-    found = {"bundle": sum(entry["bytes"] for entry in files.values())}
+    counted = {"bundle": sum(entry["bytes"] for entry in files.values())}
     for name, part in bundle.parts.items():
-        found[f"{name} graph"] = files[str(part.graph.relative_to(bundle.path))]["bytes"]
-        found[f"{name} weights"] = part.weight_bytes
-    return found
+        counted[f"{name} graph"] = files[str(part.graph.relative_to(bundle.path))]["bytes"]
+        counted[f"{name} weights"] = part.weight_bytes
+    return counted
 
 
 def parity(bundle: Bundle) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def parity(bundle: Bundle) -> dict[str, Any]:
     record = check(bundle, say=lambda _: None)
     return {
         "gate": record["gate"],
-        "parts": {name: found["ok"] for name, found in record["parts"].items()},
-        "images": {name: found["ok"] for name, found in record["images"].items()},
+        "parts": {name: entry["ok"] for name, entry in record["parts"].items()},
+        "images": {name: entry["ok"] for name, entry in record["images"].items()},
     }
 
 
@@ -89,9 +89,9 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def differences(golden: Any, found: Any) -> list[str]:
+def differences(golden: Any, counted: Any) -> list[str]:
     """What differs, a line each."""
-    was, now = dict(flat(golden)), dict(flat(found))
+    was, now = dict(flat(golden)), dict(flat(counted))
     lines = []
     for path in sorted({*was, *now}):
         if path not in now:

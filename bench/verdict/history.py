@@ -59,17 +59,17 @@ def earlier_runs(target: Run, out: Path) -> Sequence[tuple[str, Mapping[Cell, Ce
     A damaged run is left out and said on stderr: it must not stop tonight's judgement.
     """
     machine = machine_of(target)
-    found = []
+    earlier = []
     for name in run_names(out):
         if name >= target.name:
             continue
         try:
             run = open_run(name, out)
             if machine_of(run) == machine and run.header.ab is None:
-                found.append((name, gather(run.all_rows(), name)))
+                earlier.append((name, gather(run.all_rows(), name)))
         except AddbenchError as error:
             print(f"left out: {name}: {error.what} ({error.why})", file=sys.stderr)
-    return found
+    return earlier
 
 
 def against_history(target: Run, out: Path) -> tuple[Outcome, dict[Cell, Band]]:

@@ -44,8 +44,8 @@ def panel(name: str, rows: Sequence[Row]) -> Panel:
     """
     good = {(Cell.of(row), row["round"]): row["median_ms"] for row in rows if is_timed(row)}
     rounds = sorted({round_ for _, round_ in good})
-    found = dict.fromkeys(cell for cell, _ in good)
-    cells = [cell for cell in found if all((cell, round_) in good for round_ in rounds)]
+    ordered = dict.fromkeys(cell for cell, _ in good)
+    cells = [cell for cell in ordered if all((cell, round_) in good for round_ in rounds)]
     if len(rounds) < FEWEST_ROUNDS or not cells:
         raise PreconditionError(
             f"run {name} has {len(rounds)} rounds with {len(cells)} complete cells",
@@ -60,21 +60,21 @@ def panel(name: str, rows: Sequence[Row]) -> Panel:
 def estimate(panels: Sequence[Panel]) -> dict[str, float | None]:
     """Levels by the names of `Levels`' fields, averaged over the runs as variances."""
     each = [_of_one(one) for one in panels]
-    found: dict[str, float | None] = {"machine": _between(panels)}
+    levels: dict[str, float | None] = {"machine": _between(panels)}
     for name in ("drift", "process", "cell"):
         known = [level for one in each if (level := one[name]) is not None]
-        found[name] = math.sqrt(float(np.mean(np.square(known)))) if known else None
+        levels[name] = math.sqrt(float(np.mean(np.square(known)))) if known else None
     # What an exponential has above a threshold is that exponential again: its mean is the bursts'
     # mean, and the share of bursts that reach so high follows.
     above = np.concatenate([one["above"] for one in each])
     slots = sum(one["slots"] for one in each)
-    found["burst_rate"], found["burst_mean"] = 0.0, None
+    levels["burst_rate"], levels["burst_mean"] = 0.0, None
     if above.size:
         mean = float(above.mean())
         threshold = float(np.mean([one["threshold"] for one in each]))
-        found["burst_rate"] = min(1.0, above.size / slots * math.exp(threshold / mean))
-        found["burst_mean"] = mean
-    return found
+        levels["burst_rate"] = min(1.0, above.size / slots * math.exp(threshold / mean))
+        levels["burst_mean"] = mean
+    return levels
 
 
 def _between(panels: Sequence[Panel]) -> float | None:
@@ -144,20 +144,20 @@ def self_test(one: Panel) -> Judgement | None:
     return pairs(abba(one.log_ms[None, : 2 * rounds])[0])
 
 
-def compared(found: float | None, name: str) -> str:
+def compared(level: float | None, name: str) -> str:
     """Where a level stands against the model's two."""
     typical, harsh = getattr(TYPICAL, name), getattr(HARSH, name)
-    if found is None:
+    if level is None:
         return "not to be told from these runs"
-    if found <= typical:
+    if level <= typical:
         return "within typical"
-    return "within harsh" if found <= harsh else "beyond harsh"
+    return "within harsh" if level <= harsh else "beyond harsh"
 
 
-def errors_at(found: Mapping[str, float | None], jobs: int, seed: int) -> list[dict[str, Any]]:
-    """False alarms of a job under the levels found, for each rule that is held to a goal."""
+def errors_at(levels: Mapping[str, float | None], jobs: int, seed: int) -> list[dict[str, Any]]:
+    """False alarms of a job under these levels, for each rule that is held to a goal."""
     # What cannot be told is contained in another level.
-    here = Levels("found", **{name: level or 0.0 for name, level in found.items()})
+    here = Levels("here", **{name: level or 0.0 for name, level in levels.items()})
     lines = []
     for trial in rule_trials():
         if trial.goal:

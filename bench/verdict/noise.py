@@ -290,14 +290,14 @@ def head_text(jobs: int, seed: int) -> str:
     return "\n".join([*levels, f"{what}\n", f"{columns}   goals"])
 
 
-def line_text(found: dict[str, Any]) -> str:
-    alarm = found["false_alarm"]
-    powers = " ".join(f"{share:5.1%}".rjust(6) for share in found["power"].values())
-    missed = [goal["goal"] for goal in found["goals"] if not goal["met"]]
-    state = f"MISSED: {'; '.join(missed)}" if missed else "met" if found["goals"] else "-"
+def line_text(line: dict[str, Any]) -> str:
+    alarm = line["false_alarm"]
+    powers = " ".join(f"{share:5.1%}".rjust(6) for share in line["power"].values())
+    missed = [goal["goal"] for goal in line["goals"] if not goal["met"]]
+    state = f"MISSED: {'; '.join(missed)}" if missed else "met" if line["goals"] else "-"
     return (
-        f"{found['levels']:<8} {found['rule']:<50} {alarm['share']:8.3%} {alarm['upper']:8.3%}"
-        f" {found['inconclusive']['share']:7.1%}   {powers}   {state}"
+        f"{line['levels']:<8} {line['rule']:<50} {alarm['share']:8.3%} {alarm['upper']:8.3%}"
+        f" {line['inconclusive']['share']:7.1%}   {powers}   {state}"
     )
 
 
@@ -305,14 +305,14 @@ def markdown(lines: Sequence[dict[str, Any]]) -> list[str]:
     """The table for a document."""
 
     def power_at(name: str) -> Column:
-        return Column(f"power at {name}", lambda found: f"{found['power'][name]:.0%}")
+        return Column(f"power at {name}", lambda line: f"{line['power'][name]:.0%}")
 
     columns = [
-        Column("levels", lambda found: found["levels"]),
-        Column("rule", lambda found: found["rule"]),
-        Column("false alarms a job", lambda found: f"{found['false_alarm']['share']:.3%}"),
-        Column("upper 95% bound", lambda found: f"{found['false_alarm']['upper']:.3%}"),
-        Column("inconclusive jobs", lambda found: f"{found['inconclusive']['share']:.1%}"),
+        Column("levels", lambda line: line["levels"]),
+        Column("rule", lambda line: line["rule"]),
+        Column("false alarms a job", lambda line: f"{line['false_alarm']['share']:.3%}"),
+        Column("upper 95% bound", lambda line: f"{line['false_alarm']['upper']:.3%}"),
+        Column("inconclusive jobs", lambda line: f"{line['inconclusive']['share']:.1%}"),
         *(power_at(f"{slowdown:+.0%}") for slowdown in SLOWDOWNS),
     ]
     return markdown_lines(columns, lines)

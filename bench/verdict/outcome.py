@@ -63,18 +63,18 @@ class Outcome:
 
     @property
     def counts(self) -> dict[str, int]:
-        found = Counter(line.verdict for line in self.lines)
-        return {verdict: found[verdict] for verdict in VERDICTS if found[verdict]}
+        counted = Counter(line.verdict for line in self.lines)
+        return {verdict: counted[verdict] for verdict in VERDICTS if counted[verdict]}
 
     @property
     def exit_code(self) -> int:
         """3, then 4, then 5; 0 only if something was compared and nothing is wrong."""
-        found = self.counts
-        if SLOWER in found and self.accusing:
+        counts = self.counts
+        if SLOWER in counts and self.accusing:
             return EXIT_REGRESSION
-        if FAILED in found or MISSING in found:
+        if FAILED in counts or MISSING in counts:
             return EXIT_FAILED
-        if SLOWER in found or INCONCLUSIVE in found or not found:
+        if SLOWER in counts or INCONCLUSIVE in counts or not counts:
             return EXIT_INCONCLUSIVE
         return EXIT_OK
 
@@ -141,8 +141,8 @@ def interval(line: Line) -> str:
 
 def key(name: str) -> Column:
     def value(line: Line) -> Any:
-        found = getattr(line.cell, name)
-        return ("no", "yes")[found] if isinstance(found, bool) else found
+        shown = getattr(line.cell, name)
+        return ("no", "yes")[shown] if isinstance(shown, bool) else shown
 
     return Column(name, value)
 

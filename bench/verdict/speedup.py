@@ -54,12 +54,12 @@ class PairSide:
     @property
     def unet_ms(self) -> float | None:
         """Milliseconds of a UNet evaluation of all images, the mean of everything timed."""
-        found = [
+        evaluation_ms = [
             sum(steps) / row["nfe"]
             for row in self.line.good
             for steps in (row["stages_samples_ms"] or {}).get("unet", ())
         ]
-        return sum(found) / len(found) if found else None
+        return sum(evaluation_ms) / len(evaluation_ms) if evaluation_ms else None
 
     @property
     def single(self) -> bool:
@@ -191,14 +191,14 @@ def sides_of(target: Run) -> list[PairSide]:
     rows, said = target.rows(), target.header.versus or {}
     lines = {line.cell: line for line in by_cell(rows)}
     missing = [cell for cell, _ in target.missing(rows)]
-    found = []
+    sides = []
     for cell in target.plan:
         line = lines.get(cell, CellRounds(cell, []))
         nfe = line.median("nfe")
         cost = said["gflop"]
         total = None if nfe is None else cost["text"] + nfe * cost["unet"] + cost["decode"]
-        found.append(PairSide(said["side"], line, total, missing.count(cell)))
-    return found
+        sides.append(PairSide(said["side"], line, total, missing.count(cell)))
+    return sides
 
 
 def latencies(base: PairSide, head: PairSide, hardware: str) -> Figure | None:
@@ -206,7 +206,7 @@ def latencies(base: PairSide, head: PairSide, hardware: str) -> Figure | None:
     if base.line.median("median_ms") is None or head.line.median("median_ms") is None:
         return None
     kinds = {base.line.provenance, head.line.provenance}
-    found = ratio_of(base, head) if len(kinds) == 1 else None
+    ratio = ratio_of(base, head) if len(kinds) == 1 else None
     return Figure(
         MEASURED,
         str(head),
@@ -215,10 +215,10 @@ def latencies(base: PairSide, head: PairSide, hardware: str) -> Figure | None:
         base.line.median("median_ms"),
         head.line.median("median_ms"),
         "ms",
-        None if found is None else found.value,
-        None if found is None else found.low,
-        None if found is None else found.high,
-        found.why if found else "no ratio mixes figures of different provenance",
+        None if ratio is None else ratio.value,
+        None if ratio is None else ratio.low,
+        None if ratio is None else ratio.high,
+        ratio.why if ratio else "no ratio mixes figures of different provenance",
     )
 
 
@@ -342,33 +342,33 @@ RATIOS = (
 )
 
 
-def markdown(found: Speedup) -> str:
+def markdown(speedup: Speedup) -> str:
     """Both tables and the notes; for a README too."""
-    sides = [found.base, *found.heads]
+    sides = [speedup.base, *speedup.heads]
     columns, above = cell_columns(sides)
-    text = [f"### {found.title}", "", f"{above}.", "", *markdown_lines(columns, sides), ""]
-    if found.figures:
-        text += [*markdown_lines(RATIOS, found.figures), ""]
-    text += [f"- {note}" for note in (*found.notes, rows_note(found))]
+    text = [f"### {speedup.title}", "", f"{above}.", "", *markdown_lines(columns, sides), ""]
+    if speedup.figures:
+        text += [*markdown_lines(RATIOS, speedup.figures), ""]
+    text += [f"- {note}" for note in (*speedup.notes, rows_note(speedup))]
     return "\n".join(text) + "\n"
 
 
-def rows_note(found: Speedup) -> str:
-    return f"rows: {found.runs[0]} (base), {found.runs[1]} (head)"
+def rows_note(speedup: Speedup) -> str:
+    return f"rows: {speedup.runs[0]} (base), {speedup.runs[1]} (head)"
 
 
-def show(found: Speedup, form: str) -> None:
+def show(speedup: Speedup, form: str) -> None:
     """Print to stdout as `table`, `markdown` or `json`."""
     if form == "json":
-        print_json(found.columns())
+        print_json(speedup.columns())
         return
     if form == "markdown":
-        print(markdown(found), end="")
+        print(markdown(speedup), end="")
         return
-    sides = [found.base, *found.heads]
+    sides = [speedup.base, *speedup.heads]
     columns, above = cell_columns(sides)
-    draw(columns, sides, f"{found.title}\n{above}")
-    if found.figures:
-        draw(RATIOS, found.figures, "How many times faster: base / head")
-    for note in (*found.notes, rows_note(found)):
+    draw(columns, sides, f"{speedup.title}\n{above}")
+    if speedup.figures:
+        draw(RATIOS, speedup.figures, "How many times faster: base / head")
+    for note in (*speedup.notes, rows_note(speedup)):
         print(f"note: {note}")

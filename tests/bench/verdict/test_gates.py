@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bench.commands import gates as command
 from bench.commands.gates import main
 from bench.verdict import gates
 from bench.verdict.gates import differences
@@ -25,8 +26,8 @@ def found(shapes_bundle: Bundle) -> dict[str, Any]:
 
 
 def test_the_golden_file_holds(found: dict[str, Any]) -> None:
-    golden = json.loads(gates.GOLDEN.read_text())
-    assert differences(golden, found) == [], f"if it is meant: {gates.UPDATE}"
+    golden = json.loads(command.GOLDEN.read_text())
+    assert differences(golden, found) == [], f"if it is meant: {command.UPDATE}"
 
 
 def test_what_is_counted(found: dict[str, Any]) -> None:
@@ -60,7 +61,7 @@ def test_update_then_check(
     golden = tmp_path / "gates.json"
     usual = ["--model", str(shapes_bundle.path), "--golden", str(golden)]
     assert shell(main, ["--check", *usual]) == 2
-    assert gates.UPDATE in capsys.readouterr().err
+    assert command.UPDATE in capsys.readouterr().err
     assert shell(main, ["--update", *usual]) == 0
     assert shell(main, usual) == 0
     golden.write_text(golden.read_text().replace('"1": 1', '"1": 2'))
@@ -83,7 +84,7 @@ def test_the_workflow_fits_the_published_schema() -> None:
 
 def test_the_workflow_calls_no_gate_through_make() -> None:
     text = (ROOT / ".github" / "workflows" / "regression-gate.yml").read_text()
-    for command in ("addbench ab", "addbench gates"):
-        line = next(each for each in text.splitlines() if command in each)
+    for verb in ("addbench ab", "addbench gates"):
+        line = next(each for each in text.splitlines() if verb in each)
         assert "make" not in line
         assert "python -m" in line
