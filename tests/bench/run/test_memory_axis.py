@@ -12,6 +12,7 @@ from made import cell, make_run, row
 from bench.rows.cell import Cell
 from bench.rows.fields import LATER
 from bench.rows.store import ROWS, Run, open_run
+from bench.rows.summary import by_cell
 from bench.run.measure import Measurement
 from bench.run.plan import make_cells, probe
 from bench.run.request import Request
@@ -84,7 +85,7 @@ def test_tables_parquet_and_page_tell_them_apart(tmp_path: Path) -> None:
     read = pq.read_table(file).to_pylist()
     assert [one["low_memory"] for one in read] == [False, True]
     assert [one["stages_ms"]["load"] for one in read] == [None, 4.0]
-    lines = table.lines_of(made.rows())
+    lines = by_cell(made.rows())
     with_load, without = (
         [text.get_text() for text in stages(some).legends[0].get_texts()]
         for some in (lines, lines[:1])
