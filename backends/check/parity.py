@@ -27,6 +27,7 @@ from core.errors import AddbenchError
 from core.files import ROOT, read_json, sha256_json, write_json
 from core.memory import give_memory_back
 from core.process import die_with_parent
+from core.table import Column, markdown_lines
 
 if TYPE_CHECKING:
     import torch
@@ -403,21 +404,35 @@ def verdict(record: Mapping[str, Any]) -> AddbenchError | None:
     return None
 
 
+PART_COLUMNS = (
+    Column("part", lambda pair: pair[0]),
+    Column("relative error", lambda pair: "; ".join(
+        f"{name} {error:.1e}" for name, error in pair[1]["relative_error"].items())),
+    Column("largest value", lambda pair: max(
+        (op["largest"] for op in pair[1]["largest_values"]), default=None), 1),
+    Column("within the gate", lambda pair: "yes" if pair[1]["ok"] else "no"),
+)  # fmt: skip
+IMAGE_COLUMNS = (
+    Column("image (decoder-steps)", lambda pair: pair[0]),
+    Column("PSNR (dB)", lambda pair: pair[1]["psnr_db"], 1),
+    Column("SSIM", lambda pair: pair[1]["ssim"], 5),
+    Column("within the gate", lambda pair: "yes" if pair[1]["ok"] else "no"),
+)
+"""What is said of each part and each image of a record, here and on the page of a run."""
+
+
 def report(record: Mapping[str, Any]) -> str:
-    """The record as lines for a terminal."""
+    """The record as text, with a table of its parts and one of its images."""
     lines = [
         f"storage {record['storage']}, precision {record['precision']}, weights {record['weights']}"
     ]
     if oracle := record.get("oracle"):
         lines.append(f"  images against {oracle['pipeline']} of diffusers {oracle['diffusers']}")
-    for part, found in record["parts"].items():
-        errors = ", ".join(f"{k} {v:.2e}" for k, v in found["relative_error"].items())
-        largest = max((op["largest"] for op in found["largest_values"]), default=0.0)
-        lines.append(f"  {part:<16} relative error {errors}; largest value {largest:.0f}")
-    for key, found in record["images"].items():
-        lines.append(f"  image {key:<10} PSNR {found['psnr_db']:.1f} dB, SSIM {found['ssim']:.5f}")
+    for columns, name in ((PART_COLUMNS, "parts"), (IMAGE_COLUMNS, "images")):
+        if record[name]:
+            lines += ["", *markdown_lines(columns, list(record[name].items()))]
     if record["storage"] in QUANTISED and record["weights"] == "random":
-        lines.append(f"  {RANDOM_WORDS}")
+        lines += ["", RANDOM_WORDS]
     return "\n".join(lines)
 
 

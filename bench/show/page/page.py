@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backends.check.parity import IMAGE_COLUMNS, PART_COLUMNS
 from bench.limits import claims
 from bench.limits.ledger import measured, read_claims
 from bench.rows.fields import FLAGS, MODELLED, OK
@@ -302,20 +303,6 @@ def roofline(target: Run, rows: Sequence[Row]) -> Plot | AddbenchError:
 RECORD = {"bundle_hash", "backend", "storage", "precision", "weights", "gate", "parts", "images",
           "fp16_limit"}  # fmt: skip
 """What the page takes from a record of parity."""
-PARTS = (
-    Column("part", lambda pair: pair[0]),
-    Column("relative error", lambda pair: "; ".join(
-        f"{name} {error:.1e}" for name, error in pair[1]["relative_error"].items())),
-    Column("largest value", lambda pair: max(
-        (op["largest"] for op in pair[1]["largest_values"]), default=None), 1),
-    Column("within the gate", lambda pair: "yes" if pair[1]["ok"] else "no"),
-)  # fmt: skip
-IMAGES = (
-    Column("image (decoder-steps)", lambda pair: pair[0]),
-    Column("PSNR (dB)", lambda pair: pair[1]["psnr_db"], 1),
-    Column("SSIM", lambda pair: pair[1]["ssim"], 5),
-    Column("within the gate", lambda pair: "yes" if pair[1]["ok"] else "no"),
-)
 
 
 @dataclass(frozen=True)
@@ -324,8 +311,8 @@ class Parity:
 
     record: Mapping[str, Any] | None
     failure: AddbenchError | None = None
-    parts: Sequence[Column] = PARTS
-    images: Sequence[Column] = IMAGES
+    parts: Sequence[Column] = PART_COLUMNS
+    images: Sequence[Column] = IMAGE_COLUMNS
 
 
 def parity(target: Run) -> Parity:

@@ -238,8 +238,8 @@ def test_a_backend_has_one_colour_in_every_plot(made: Run) -> None:
     twice = series_of({"a": by_cell(rows), "b": by_cell(rows)})[1]
     assert [series.drawn for series in twice[:3]] == [series.drawn for series in twice[3:]]
     assert len({(series.drawn, series.marker) for series in twice}) == len(twice)
-    assert len(set(canvas.HUES.values())) == len(canvas.HUES) == len(BACKENDS)
-    assert set(canvas.HUES) == set(BACKENDS)
+    assert len(set(canvas.HUES.values())) == len(canvas.HUES)
+    assert set(canvas.HUES) <= set(BACKENDS), "a backend without a colour of its own is neutral"
 
 
 def test_labels_of_steps_do_not_touch() -> None:
