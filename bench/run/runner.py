@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bench.limits.floors import of_row
+from bench.limits.floors import beaten, measured_again, of_row
 from bench.limits.modelled import figures_apart
 from bench.machine.environment import git_state
 from bench.rows.cell import Cell
@@ -58,12 +58,32 @@ class Side:
     seat: Seat = Seat()
     modelled: dict[Cell, dict[str, Any]] = field(default_factory=dict)
     """Figures of its modelled cells, all at once when the first is asked for."""
+    surveyed: Mapping[str, Any] | None = None
+    """What rows are held against, once a ceiling was measured again; until then the plan's."""
+    looked_at: set[str] = field(default_factory=set)
+    """Ceilings that were measured again, once each."""
 
     def model(self) -> None:
         """Work out the figures of every modelled cell, once."""
         cards = [cell for cell in self.plan.cells if self.plan.candidate(cell).modelled]
         if cards and not self.modelled:
             self.modelled = figures_apart(cards, self.plan.bundle)
+
+    @property
+    def roofline(self) -> Mapping[str, Any] | None:
+        return self.surveyed or self.plan.roofline
+
+    def doubt(self, rows: Sequence[Row], say: Callable[[str], None]) -> None:
+        """Measure the ceilings again that rows show to be too low; the rows to come are held
+        against the better ones. The header keeps the first, so tables go on to doubt them.
+        """
+        low = beaten(rows, self.roofline) if self.roofline else {}
+        names = [name for name in low if name not in self.looked_at]
+        if not names or self.roofline is None:
+            return
+        say(f"a stage is faster than the ceiling of {', '.join(names)}: measuring it again")
+        self.looked_at |= {*names}
+        self.surveyed = measured_again(self.roofline, names)
 
 
 class Runner:
@@ -148,12 +168,15 @@ class Runner:
         with closing(spawn.results(job_of(side, candidate, turn), self.limits, self.display)) as (
             stream
         ):
+            measured = []
             for cell, result in stream:
                 if cell in side.modelled:
                     result = with_image(side.modelled[cell], result)
-                if plan.roofline:
-                    result["roofline"] = of_row(result, cell, plan.roofline)
-                yield cell, make_row(cell, turn.round, context, result)
+                if side.roofline:
+                    result["roofline"] = of_row(result, cell, side.roofline)
+                measured.append(make_row(cell, turn.round, context, result))
+                yield cell, measured[-1]
+        side.doubt(measured, self.display.say)  # its worker is gone
 
 
 def job_of(side: Side, candidate: Candidate, turn: Turn) -> spawn.Job:

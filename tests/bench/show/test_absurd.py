@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from backends.base import UnsupportedError
 from backends.modelled.card import SPLITS, Call, estimate
 from backends.modelled.costs import known_costs
+from bench.limits import floors
 from bench.limits.floors import ERROR, beaten, beaten_text, of_row, share_of_floor
 from bench.limits.ranges import can_model, modelled
 from bench.machine import ceilings
@@ -23,6 +24,7 @@ from bench.machine.ceilings import Ceilings, agree, looked_at
 from bench.rows.stats import fit_steps
 from bench.rows.store import Row, Run
 from bench.rows.summary import by_cell
+from bench.run.runner import Side
 from bench.show import stages
 from bench.show.columns import COLUMNS
 from bench.show.latency import legend_text
@@ -229,6 +231,43 @@ def test_a_disturbed_look_is_not_the_ceiling(monkeypatch: pytest.MonkeyPatch) ->
     looked_at("cpu", ["bf16"], 8)
     assert len(looks) == 3  # two looks were enough
     assert not agree(found, dataclasses.replace(found, gb_per_s=5.0))
+
+
+def test_a_ceiling_that_a_stage_beats_is_measured_again_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of = cell(backend="ort", precision="bf16", storage="bf16", decoder="vae", steps=1)
+    stages_ms = {"text": 0.5, "unet_first": 9.0, "unet_step": None, "decode": 20.0, "rest": 0.1,
+                 "load": None}  # fmt: skip
+
+    def timed(surveyed: Any) -> Row:
+        found = row(of, [30.0], stages_ms=stages_ms)
+        return found | {"roofline": of_row(found, of, surveyed)}
+
+    asked: list[tuple[str, list[str]]] = []
+
+    def look(_: Any, device: str, dtypes: list[str]) -> Ceilings:
+        asked.append((device, dtypes))
+        return Ceilings(device, {"bf16": {"matmul": 4.2, "conv": 0.9}}, 9.0, "measured")
+
+    monkeypatch.setattr(floors, "run_apart", look)
+    said: list[str] = []
+    side = Side(cast(Any, SimpleNamespace(roofline=SURVEYED)), cast(Any, None))
+    first = timed(side.roofline)
+    side.doubt([first], said.append)
+    assert asked == [("cpu", ["bf16"])]
+    assert "cpu bf16" in said[0]
+    better = floors.ceilings_of(side.roofline or {})["cpu"]
+    assert better.tflops == {"bf16": {"matmul": 4.2, "conv": 1.0}}  # the best of both
+    assert better.gb_per_s == 10.0
+    second = timed(side.roofline)
+    assert second["roofline"]["text"]["fraction"] <= 1.0
+    side.doubt([second], said.append)
+    side.doubt([first], said.append)  # still doubted, and not measured for ever
+    assert len(asked) == len(said) == 1
+    calm = Side(cast(Any, SimpleNamespace(roofline=None)), cast(Any, None))
+    calm.doubt([first], said.append)
+    assert calm.roofline is None
 
 
 # ---- models
