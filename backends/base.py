@@ -385,8 +385,9 @@ def physical_cores() -> int:
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
 
-def thread_count(text: str) -> int:
+def thread_count(text: str | int) -> int:
     """`auto` or a positive number, as the `threads` option of the CPU backends takes it."""
+    text = str(text)  # a compile's child process is given a number that was resolved before
     if text == "auto":
         return physical_cores()
     if not text.isdigit() or int(text) < 1:
