@@ -69,7 +69,7 @@ class Place:
         layers = find_layers(model, scheme)
         add_probes(model, layers)
         storage.save(model, self.probes)
-        recording = open_recording(self.probes, {"threads": "1", "spin": "in-call"})
+        recording = open_recording(self.probes, {"threads": 1, "spin": "in-call"})
         names = [output.name for output in recording.get_outputs()]
         return layers, dict(zip(names, recording.run(None, inputs), strict=True))
 
