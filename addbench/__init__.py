@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from backends.pipeline.pipeline import load_pipeline
+    from backends.load import load_pipeline
     from bench.run.api import compare, sweep
     from bench.run.request import Request, Sampling
 
@@ -25,7 +25,7 @@ PLACES = {
     "Sampling": "bench.run.request",
     "Request": "bench.run.request",
     "compare": "bench.run.api",
-    "load_pipeline": "backends.pipeline.pipeline",
+    "load_pipeline": "backends.load",
     "sweep": "bench.run.api",
 }
 

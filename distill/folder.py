@@ -20,6 +20,7 @@ from core.errors import AddbenchError
 from core.files import read_json, staged_folder, write_atomic, write_json
 from core.git import revision
 from distill.context import DONE, Context
+from distill.quality import quality_table, weaknesses, wording_table
 
 SHARED = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "taesd", "fid")
 CLASSES = {
@@ -162,8 +163,6 @@ def write_card(
     context: Context, folder: Path, quality: dict[str, Any] | None = None, name: str = ""
 ) -> None:
     """README.md of a model folder: recipe, times, limits, and what was measured of it."""
-    from distill.report import quality_table, weaknesses, wording_table
-
     name = name or folder.name
     config = context.config
     record = read_json(folder / "training.json")

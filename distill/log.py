@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from core.files import write_atomic
 from distill.context import Context
 
 
@@ -20,8 +22,6 @@ class Log:
     """
 
     def __init__(self, context: Context, stage: str, step: int, total: int) -> None:
-        from distill.loop import truncate_log
-
         self.stage, self.total = stage, total
         self.main: bool = context.accelerator.is_main_process
         self.every = max(1, min(50, total // 20))
@@ -144,3 +144,18 @@ def _tensorboard(context: Context) -> Any:
         )
         return None
     return SummaryWriter(str(context.folder / "tensorboard"))
+
+
+def truncate_log(path: Path, stage: str, step: int) -> None:
+    """Drop a stage's rows after `step`: a killed run logged steps that its checkpoint lacks."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the torn last line of a killed run
+        if row["stage"] != stage or row["step"] <= step:
+            kept.append(line)
+    write_atomic(path, "".join(f"{line}\n" for line in kept))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from abc import ABC, abstractmethod
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from core.errors import AddbenchError, PreconditionError
-from core.files import staged_folder, write_atomic, write_json
+from core.files import staged_folder, write_json
 from core.git import revision
 from distill import checkpointing
 from distill.context import DONE, Context
+from distill.log import Log
 from distill.sharding import Shards, shard
 
 GRIDS = 8
@@ -181,8 +181,6 @@ def run_stage(
         PreconditionError: a checkpoint of another configuration is there.
         AddbenchError: the loss is not finite, or the disk is full; the last checkpoint stays.
     """
-    from distill.log import Log
-
     context = trainer.context
     accelerator = context.accelerator
     batch, processes = trainer.settings.batch, accelerator.num_processes
@@ -287,18 +285,3 @@ class _Clock:
 def _mean(accelerator: Any, value: Tensor) -> float:
     """Mean over processes."""
     return float(accelerator.reduce(value.detach().float(), "mean"))
-
-
-def truncate_log(path: Path, stage: str, step: int) -> None:
-    """Drop a stage's rows after `step`: a killed run logged steps that its checkpoint lacks."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the torn last line of a killed run
-        if row["stage"] != stage or row["step"] <= step:
-            kept.append(line)
-    write_atomic(path, "".join(f"{line}\n" for line in kept))

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    from backends.pipeline.pipeline import load_pipeline
+    from backends.load import load_pipeline
     from backends.pipeline.prompts import check_prompts, check_seeds
     from core.files import write_atomic
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,17 +18,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 import torch
 
-from backends.base import (
-    Artifact,
-    Backend,
-    NonFiniteError,
-    Session,
-    Shapes,
-    UnsupportedError,
-    check_decoder,
-    decoders,
-    stage_parts,
-)
 from backends.pipeline.conditioning import (
     Conditioning,
     Denoised,
@@ -39,15 +27,24 @@ from backends.pipeline.conditioning import (
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.prompts import check_prompts, check_seeds, token_ids, warn_of_unknown
 from backends.pipeline.recipe import Recipe, check_steps, make_recipe
-from backends.registry import parse_backend
+from backends.pipeline.session import (
+    Artifact,
+    NonFiniteError,
+    Session,
+    Shapes,
+    UnsupportedError,
+    stage_parts,
+)
 from core import values
 from core.memory import give_memory_back
-from export.bundle import Bundle, find_bundle
+from export.bundle import Bundle
 from export.models import CONTEXT_PART
 from export.source.scheduler import step_arguments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from backends.base import Backend
 
 Given = TypeVar("Given", bound=Session)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64}
@@ -414,51 +411,3 @@ def non_finite() -> NonFiniteError:
         "an op overflowed, in FP16 most likely, or the weights are damaged",
         "run `addbench parity` on the bundle: it names the part and the op",
     )
-
-
-def load_pipeline(
-    model: str | os.PathLike[str],
-    backend: str = "ort",
-    decoder: str | None = None,
-    *,
-    batch: int = 1,
-    weights: str | None = None,
-    dtype: str | None = None,
-    size: int | tuple[int, int] | None = None,
-    embedding_cache: int = 0,
-    low_memory: bool = False,
-    scheduler: str | None = None,
-    guidance: float | None = None,
-    guidance_mode: str | None = None,
-) -> Pipeline:
-    """Load a pipeline for a model's name or a bundle's folder, ready to be called.
-
-    Args:
-        decoder: `vae` or `taesd`, the tiny one; None for the best that the bundle has: the VAE
-            that the model was trained with.
-        batch: prompts of a call, for backends whose graphs have a fixed batch.
-        size: pixels of a side, or width and height; None for the model's own.
-        low_memory: load each part when a call needs it, see `Pipeline.use_low_memory`.
-        scheduler, guidance, guidance_mode: see `backends.pipeline.recipe.make_recipe`.
-
-    Raises:
-        PreconditionError: the backend cannot be used (checked first), or there is no such bundle;
-            the message names the command that makes it.
-    """
-    name = values.path_text("model", model)
-    values.count("batch", batch)
-    chosen = parse_backend(values.path_text("backend", backend))
-    chosen.probe().require(chosen.name)
-    if low_memory:
-        chosen.require_low_memory()
-    bundle = find_bundle(name, weights, dtype, None if size is None else values.pixels(size))
-    decoder = decoder or decoders(bundle)[0]
-    check_decoder(bundle, decoder)
-    made = chosen.pipeline(
-        bundle,
-        decoder,
-        Shapes(batch, *bundle.size),
-        embedding_cache=embedding_cache,
-        recipe=make_recipe(bundle, scheduler, guidance, guidance_mode),
-    )
-    return (made.use_low_memory() if low_memory else made).prepare()

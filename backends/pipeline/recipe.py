@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from backends.base import Shapes, UnsupportedError
+from backends.pipeline.session import Shapes, UnsupportedError
 from core.errors import PreconditionError
 from export.models import SCHEDULERS, Model, scheduler_name
 

@@ -37,7 +37,7 @@ from core.files import ROOT, build_root, write_atomic, write_json
 from export.models import DECODERS
 
 if TYPE_CHECKING:
-    from bench.gpu.checks import Job, Result
+    from bench.gpu.job import Job, Result
     from export.bundle import Bundle
 
 NEEDED = ("torch", "diffusers", "transformers")
@@ -227,7 +227,7 @@ def export(model: str) -> bool:
 
 def job_of(args: argparse.Namespace, bundle: Bundle) -> Job:
     """What the checks' process is to do."""
-    from bench.gpu.checks import Job
+    from bench.gpu.job import Job
 
     return Job(
         bundle=str(bundle.path),

@@ -63,7 +63,7 @@ def overhead(args: argparse.Namespace) -> dict[str, object]:
                 "one call is the cold one, and quartiles need two repeats",
                 f"use {flag} 20",
             )
-    from backends.pipeline.pipeline import load_pipeline
+    from backends.load import load_pipeline
     from bench.harness.overhead import compare_ways, record_text
 
     with load_pipeline(

@@ -11,50 +11,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from bench.gpu import parity, profile, sanity
+from bench.gpu.job import Job, Result
 from core.errors import AddbenchError
 from core.files import read_json, write_json
 from core.process import die_with_parent
 
 STAGES = ("sanity", "parity", "profile")
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the child is to do.
-
-    Attributes:
-        bundle: folder of the bundle.
-        device: `cuda` or `cpu`.
-        decoders, steps, batch: what parity and profile look at; batch of the profile.
-        quick: probes of a tenth of a second.
-        out: the JSON file of results by stage. Stages that it holds are not run again.
-    """
-
-    bundle: str
-    device: str
-    decoders: list[str]
-    steps: list[int]
-    batch: int
-    quick: bool
-    out: str
-
-    def backend(self, mode: str, **options: str) -> str:
-        """The torch backend on this device, as the command line writes it."""
-        chosen = {"device": self.device, "mode": mode, **options}
-        return "torch:" + ",".join(f"{key}={value}" for key, value in sorted(chosen.items()))
-
-    def columns(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def stage_functions() -> Mapping[str, Callable[[Job, Mapping[str, Result]], Result]]:
-    from bench.gpu import parity, profile, sanity
-
     return {"sanity": sanity.check, "parity": parity.check, "profile": profile.check}
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends.check.gate import GATES
 from backends.check.parity import SEED, seeded_inputs
-from bench.gpu.checks import Job, Result
+from bench.gpu.job import Job, Result
 
 if TYPE_CHECKING:
     import numpy as np

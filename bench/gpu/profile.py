@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.check.parity import SEED, seeded_inputs
-from bench.gpu.checks import Job, Result
+from bench.gpu.job import Job, Result
 from bench.gpu.parity import opened
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bench.gpu.checks import Job, Result
+from bench.gpu.job import Job, Result
 
 QUICK_S = 0.1
 SIDE = 512

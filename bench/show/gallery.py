@@ -13,7 +13,7 @@ from matplotlib import style
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from backends.pipeline.pipeline import load_pipeline
+from backends.load import load_pipeline
 from bench.show.canvas import STYLE
 
 TILE = 1.15

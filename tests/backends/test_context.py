@@ -13,8 +13,9 @@ import torch
 from backends.__main__ import main
 from backends.base import Shapes, UnsupportedError, artifact_key
 from backends.check.gate import image_distance
+from backends.load import load_pipeline
 from backends.pipeline.captured import DevicePipeline
-from backends.pipeline.pipeline import Pipeline, load_pipeline
+from backends.pipeline.pipeline import Pipeline
 from backends.pipeline.recipe import Recipe
 from backends.registry import parse_backend
 from core.cli import run as shell

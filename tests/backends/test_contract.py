@@ -12,7 +12,8 @@ import torch
 from backends.artifacts.split_unet import HALVES
 from backends.base import BackendError, Shapes, UnavailableError
 from backends.check.gate import gate_for, image_distance
-from backends.pipeline.pipeline import Pipeline, load_pipeline
+from backends.load import load_pipeline
+from backends.pipeline.pipeline import Pipeline
 from backends.registry import BACKENDS, each_backend, parse_backend
 from core.errors import PreconditionError
 from export.bundle import Bundle

@@ -12,7 +12,8 @@ import pytest
 
 from backends.base import Artifact, BackendError, Session, Shapes, UnsupportedError
 from backends.commands.image import main as generate
-from backends.pipeline.pipeline import Pipeline, load_pipeline
+from backends.load import load_pipeline
+from backends.pipeline.pipeline import Pipeline
 from backends.pipeline.recipe import Recipe
 from backends.registry import parse_backend
 from core.cli import run as shell

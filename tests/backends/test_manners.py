@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backends.pipeline.pipeline import load_pipeline
+from backends.load import load_pipeline
 from backends.pipeline.prompts import warn_of_unknown
 from backends.registry import parse_backend
 from core.files import ROOT

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.base import BackendError, Capability, Shapes, UnsupportedError
+from backends.load import load_pipeline
 from backends.modelled import fit
 from backends.modelled.backend import ModelledBackend
 from backends.modelled.card import (
@@ -38,7 +39,6 @@ from backends.modelled.program import (
     Reading,
     floor_seconds,
 )
-from backends.pipeline.pipeline import load_pipeline
 from backends.registry import parse_backend
 from core.devices import Device, devices
 from core.errors import PreconditionError

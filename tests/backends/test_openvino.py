@@ -20,7 +20,7 @@ from backends.base import (
     artifact_key,
 )
 from backends.check.gate import GATES, gate_for, image_distance
-from backends.pipeline.pipeline import load_pipeline
+from backends.load import load_pipeline
 from backends.registry import parse_backend
 from core.errors import PreconditionError
 from export.bundle import Bundle

@@ -13,8 +13,8 @@ import pytest
 from backends import base, ort
 from backends.base import BackendError, Shapes, UnsupportedError
 from backends.check.gate import gate_for, image_distance
+from backends.load import load_pipeline
 from backends.onnxrt import operators, session
-from backends.pipeline.pipeline import load_pipeline
 from backends.registry import parse_backend
 from core.errors import PreconditionError
 from export.bundle import Bundle

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from backends.check.gate import GATES, ImageDistance, gate_for, image_distance
 from backends.check.parity import FP16_MAX, verdict
 from backends.check.watch import Watch
-from backends.pipeline.pipeline import load_pipeline
+from backends.load import load_pipeline
 from core.errors import AddbenchError
 from export.bundle import Bundle
 

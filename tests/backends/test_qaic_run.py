@@ -32,7 +32,7 @@ from backends.check.gate import gate_for, image_distance
 from backends.cloud_ai import probe, runtimes
 from backends.cloud_ai.compiler import FlagError
 from backends.cloud_ai.session import DeviceLostError
-from backends.pipeline.pipeline import load_pipeline
+from backends.load import load_pipeline
 from backends.qaic import QaicBackend
 from backends.registry import parse_backend
 from bench.rows.cell import Cell

@@ -21,7 +21,7 @@ from backends.check.gate import GATES, RANDOM_WORDS, gate_for, image_distance
 from backends.check.parity import record_name, report
 from backends.commands.image import main as generate_main
 from backends.commands.parity import main as parity_main
-from backends.pipeline.pipeline import load_pipeline
+from backends.load import load_pipeline
 from backends.quantised.schemes import RECORD
 from backends.registry import parse_backend, with_precision
 from bench.sweep import main as sweep_main

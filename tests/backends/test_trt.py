@@ -21,7 +21,8 @@ import torch
 
 from backends.base import BackendError, OutOfMemoryError, Shapes, UnsupportedError, artifact_key
 from backends.check.gate import gate_for, image_distance
-from backends.pipeline.pipeline import Pipeline, load_pipeline
+from backends.load import load_pipeline
+from backends.pipeline.pipeline import Pipeline
 from backends.registry import parse_backend
 from core.errors import PreconditionError
 from core.files import ROOT

@@ -27,8 +27,8 @@ from backends.base import BackendError, Shapes, UnsupportedError, artifact_key
 from backends.check import scales_parity
 from backends.check.gate import GATES, gate_for, image_distance
 from backends.commands.calibrate import record
+from backends.load import load_pipeline
 from backends.ort import OrtBackend
-from backends.pipeline.pipeline import load_pipeline
 from backends.quantised import scales
 from backends.registry import parse_backend
 from backends.tensorrt import probe

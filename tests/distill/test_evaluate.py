@@ -14,7 +14,8 @@ from core.errors import PreconditionError
 from core.files import ROOT
 from distill.evaluate import fid_shapes, held_out, main
 from distill.fidelity import frechet_distance, standard_scores
-from distill.report import WANTED, compare, typing_shares, weaknesses, wording_table
+from distill.quality import weaknesses, wording_table
+from distill.report import WANTED, compare, typing_shares
 from distill.shapes import draw
 
 SHAPES_TURBO = ROOT / "models" / "shapes-turbo"

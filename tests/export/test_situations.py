@@ -15,7 +15,7 @@ from original import original_unet, original_vae, write_single_file
 from safetensors.torch import load_file, save_file
 from small import copied, distance, opened, redraw, saved
 
-from backends.pipeline.pipeline import load_pipeline
+from backends.load import load_pipeline
 from backends.pipeline.prompts import token_ids
 from core.errors import PreconditionError
 from core.files import ROOT, read_json, write_json

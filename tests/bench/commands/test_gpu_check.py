@@ -57,7 +57,8 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def checks_in_process(command: Any, *, input: str, **_: Any) -> SimpleNamespace:
     """Stands for the checks' process: importing torch and diffusers once more takes seconds."""
-    from bench.gpu.checks import Job, run
+    from bench.gpu.checks import run
+    from bench.gpu.job import Job
 
     assert command[1:] == ["-m", "bench.gpu.checks"]
     run(Job(**json.loads(input)))
@@ -117,7 +118,8 @@ def test_it_is_cut_off_and_goes_on(
 
 
 def test_a_stage_that_fails_is_a_result(tmp_path: Path) -> None:
-    from bench.gpu.checks import Job, known, run
+    from bench.gpu.checks import known, run
+    from bench.gpu.job import Job
 
     job = Job(str(tmp_path), "cpu", ["vae"], [1], 1, True, str(tmp_path / "out.json"))
     (tmp_path / "out.json").write_text(json.dumps({"sanity": {"status": "ok"}}))

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bench.run.measure
+from backends.load import load_pipeline
 from backends.pipeline.output import Output, Timings
-from backends.pipeline.pipeline import load_pipeline
 from bench.commands.harness import main
 from bench.harness import overhead
 from bench.harness.overhead import bare_call, blocks, interleaved, ratios

@@ -1,0 +1,63 @@
+"""A bundle and a backend by name, as a pipeline that is ready to be called."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from backends.pipeline.recipe import make_recipe
+from backends.pipeline.session import Shapes, check_decoder, decoders
+from backends.registry import parse_backend
+from core import values
+from export.bundle import find_bundle
+
+if TYPE_CHECKING:
+    from backends.pipeline.pipeline import Pipeline
+
+
+def load_pipeline(
+    model: str | os.PathLike[str],
+    backend: str = "ort",
+    decoder: str | None = None,
+    *,
+    batch: int = 1,
+    weights: str | None = None,
+    dtype: str | None = None,
+    size: int | tuple[int, int] | None = None,
+    embedding_cache: int = 0,
+    low_memory: bool = False,
+    scheduler: str | None = None,
+    guidance: float | None = None,
+    guidance_mode: str | None = None,
+) -> Pipeline:
+    """Load a pipeline for a model's name or a bundle's folder, ready to be called.
+
+    Args:
+        decoder: `vae` or `taesd`, the tiny one; None for the best that the bundle has: the VAE
+            that the model was trained with.
+        batch: prompts of a call, for backends whose graphs have a fixed batch.
+        size: pixels of a side, or width and height; None for the model's own.
+        low_memory: load each part when a call needs it, see `Pipeline.use_low_memory`.
+        scheduler, guidance, guidance_mode: see `backends.pipeline.recipe.make_recipe`.
+
+    Raises:
+        PreconditionError: the backend cannot be used (checked first), or there is no such bundle;
+            the message names the command that makes it.
+    """
+    name = values.path_text("model", model)
+    values.count("batch", batch)
+    chosen = parse_backend(values.path_text("backend", backend))
+    chosen.probe().require(chosen.name)
+    if low_memory:
+        chosen.require_low_memory()
+    bundle = find_bundle(name, weights, dtype, None if size is None else values.pixels(size))
+    decoder = decoder or decoders(bundle)[0]
+    check_decoder(bundle, decoder)
+    made = chosen.pipeline(
+        bundle,
+        decoder,
+        Shapes(batch, *bundle.size),
+        embedding_cache=embedding_cache,
+        recipe=make_recipe(bundle, scheduler, guidance, guidance_mode),
+    )
+    return (made.use_low_memory() if low_memory else made).prepare()
