@@ -94,10 +94,11 @@ def save(
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def resume(
-    accelerator: Any, folder: Path, config: str, shards: Mapping[str, Any] | None = None
-) -> State | None:
-    """Load the newest checkpoint into what the accelerator prepared; None when there is none.
+def resumable(folder: Path, config: str, sharded: bool | None = None) -> tuple[Path, State] | None:
+    """The newest checkpoint that a stage would go on from, with its state; None without one.
+
+    Args:
+        sharded: whether its networks lie in shards; None where that is not known yet.
 
     Raises:
         PreconditionError: it belongs to another configuration, or is in shards and they are not
@@ -113,12 +114,27 @@ def resume(
             f"its hash is {state.config[:12]}, this command's is {config[:12]}",
             "run with the settings it was started with, pick another --run, or delete the folder",
         )
-    if state.sharded != bool(shards):
+    if sharded is not None and state.sharded != sharded:
         raise PreconditionError(
             f"{newest} was written {'with' if state.sharded else 'without'} --shard",
             "whole networks and shards are kept in different files",
             f"run {'with' if state.sharded else 'without'} --shard, or pick another --run",
         )
+    return newest, state
+
+
+def resume(
+    accelerator: Any, folder: Path, config: str, shards: Mapping[str, Any] | None = None
+) -> State | None:
+    """Load the newest checkpoint into what the accelerator prepared; None when there is none.
+
+    Raises:
+        PreconditionError: see `resumable`.
+    """
+    checkpoint = resumable(folder, config, bool(shards))
+    if checkpoint is None:
+        return None
+    newest, state = checkpoint
     accelerator.load_state(str(newest))
     if shards:
         load_shards(dict(shards), checkpoint_id=newest / SHARDS)

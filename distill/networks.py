@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -154,21 +153,6 @@ def use_eager_attention(*modules: Any) -> None:
 
 
 @functools.cache
-def bf16_is_faster() -> bool:
-    """Whether this CPU multiplies in bfloat16 faster than in float32 (AMX does, most do not)."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(1024, 1024, dtype=dtype)
-        best = float("inf")
-        for _ in range(4):
-            started = time.perf_counter()
-            torch.mm(a, a)
-            best = min(best, time.perf_counter() - started)
-        return best
-
-    return seconds(torch.bfloat16) < 0.6 * seconds(torch.float32)
-
-
 class TextEncoding(nn.Module):
     """The text encoders as the pipelines read them.
 

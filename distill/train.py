@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, Any
 from core.cli import Parser, run
 from core.errors import PreconditionError
 from core.files import build_root, write_json
+from core.isa import cpu_flags
 
 if TYPE_CHECKING:
     from distill.config import Config
     from distill.context import Context
 
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
+"""Instruction sets with which a CPU multiplies faster in bfloat16 than in float32."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("auto", *PRECISIONS),
         default="auto",
-        help="auto: bf16 on a GPU, and on a CPU that multiplies faster in it; else fp32",
+        help="auto: bf16 on a GPU and on a CPU with AMX or AVX-512 for it; else fp32",
     )
     parser.add_argument(
         "--shard", action="store_true", help="FSDP: teacher and student in shards over processes"
@@ -60,12 +63,17 @@ def runs_root() -> Path:
     return build_root() / "distill"
 
 
+def chosen_precision(device: str, asked: str) -> str:
+    """The precision to train in: as asked, or what the hardware says where that is `auto`."""
+    if asked != "auto":
+        return asked
+    return "bf16" if device == "cuda" or cpu_flags() & BF16_FLAGS else "fp32"
+
+
 def make_accelerator(device: str, precision: str) -> Any:
     """accelerate's one object for device, precision and processes."""
     import torch
     from accelerate import Accelerator
-
-    from distill.networks import bf16_is_faster
 
     if device == "cuda" and not torch.cuda.is_available():
         raise PreconditionError(
@@ -73,8 +81,7 @@ def make_accelerator(device: str, precision: str) -> Any:
             "torch finds none, or is a CPU build",
             "use --device cpu, or install a CUDA build of torch",
         )
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" or bf16_is_faster() else "fp32"
+    precision = chosen_precision(device, precision)
     if device == "cpu" and precision == "fp16":
         raise PreconditionError(
             "FP16 training needs a GPU",
@@ -132,9 +139,12 @@ def train(
         config, run_name, device=device, precision=precision, base=base, shard=shard
     )
     accelerator, folder = context.accelerator, context.folder
+    stages = [stage] if stage else list(config.stages)
+    for name in stages:  # a command that is refused leaves the run's record as it was
+        refuse_early(context, name, stages)
     if accelerator.is_main_process:
         write_json(folder / "config.json", dataclasses.asdict(config))
-    for name in [stage] if stage else list(config.stages):
+    for name in stages:
         if context.finished(name):
             _say(accelerator, f"stage {name} is finished")
             continue
@@ -162,6 +172,24 @@ def train(
             _say(accelerator, f"ratios {quality['ratios']}, wanted {quality['wanted']}")
     accelerator.wait_for_everyone()
     return folder
+
+
+def refuse_early(context: Context, stage: str, stages: Sequence[str]) -> None:
+    """Refuse what cannot be trained before anything is written.
+
+    Raises:
+        PreconditionError: a stage that this one starts from is neither finished nor among `stages`,
+            or this one's checkpoint belongs to another configuration.
+    """
+    from distill.checkpointing import resumable
+    from distill.config import upstream
+
+    if context.finished(stage):
+        return
+    for needed in upstream(stage):
+        if needed not in stages:
+            context.weights(needed)
+    resumable(context.folder / stage / "checkpoints", context.config.stage_hash(stage))
 
 
 def _quiet_libraries() -> None:

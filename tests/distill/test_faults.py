@@ -16,7 +16,7 @@ from core.errors import AddbenchError, PreconditionError
 from core.files import read_json, write_json
 from distill import checkpointing
 from distill.context import Context
-from distill.train import main, make_accelerator
+from distill.train import chosen_precision, main, make_accelerator
 from tests.distill.settings import SMALL
 
 FP32 = ["--smoke", "--precision", "fp32", *SMALL, "--no-export"]
@@ -163,3 +163,34 @@ def test_shards_and_whole_networks_are_not_mixed_up(tmp_path: Path) -> None:
     write_json(state, read_json(state) | {"sharded": True})
     with pytest.raises(PreconditionError, match="was written with --shard"):
         checkpointing.resume(accelerator, tmp_path, "c")
+
+
+def test_a_refused_command_leaves_the_settings_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage that stopped under one setting, asked for under another."""
+    from distill.stages.autoencoder import AutoencoderTrainer
+
+    def stopped(self: AutoencoderTrainer, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderTrainer, "write", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            main([*FP32, "--stage", "autoencoder"])
+    record = tmp_path / "distill" / "smoke" / "config.json"
+    before = record.read_bytes()
+    with pytest.raises(PreconditionError, match="another configuration"):
+        main([*FP32, "--stage", "autoencoder", "--set", "autoencoder.learning_rate=0.5"])
+    with pytest.raises(PreconditionError, match="autoencoder is not finished"):
+        main([*FP32, "--stage", "teacher", "--set", "teacher.learning_rate=0.5"])
+    assert record.read_bytes() == before
+
+
+def test_the_precision_that_is_chosen_hangs_on_the_cpu_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for flags, precision in (({"avx2"}, "fp32"), ({"amx_bf16"}, "bf16"), ({"avx512_bf16"}, "bf16")):
+        monkeypatch.setattr("distill.train.cpu_flags", lambda flags=flags: flags)
+        assert chosen_precision("cpu", "auto") == precision
