@@ -91,7 +91,7 @@ AXES: dict[str, Axis] = {
                    " here", {"action": "extend"}),
     "steps": Axis("steps", int_list, "1,2,4", "denoising steps (1,2,4, or the model's)", {}),
     "batch": Axis("batches", int_list, "1,4", "images per call (1)", {}),
-    "decoder": Axis("decoders", word_list, "vae,taesd", "(vae,taesd)", {}),
+    "decoder": Axis("decoders", word_list, "vae,taesd", "(those that the bundle has)", {}),
     "scheduler": Axis("schedulers", word_list, "dpm++2m,unipc",
                       f"{', '.join(SCHEDULERS)} (the model's own)", {}),
     "guidance": Axis("guidance", float, "SCALE", "(the model's own)", {}),

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from backends.pipeline.session import decoders
 from bench.rows.store import create_run
 from bench.run import revisions
 from bench.run.orders import HEAD, Trial
@@ -156,7 +157,7 @@ def prepare(
         say(f"{side.name} {side}: compiling")
         backends = [piece for each in kept for piece in ("--backend", each.text)]
         axes = ["--batch", ",".join(map(str, request.batches))]
-        axes += ["--decoder", ",".join(request.decoders)]
+        axes += ["--decoder", ",".join(request.decoders or decoders(bundle))]
         # Whether it works is for the workers to say, cell by cell.
         side.python("-m", "backends", "compile", "--model", str(folder), *backends, *axes, log=log)
     return bundle

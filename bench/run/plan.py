@@ -9,6 +9,7 @@ from typing import Any
 
 from backends.base import Backend, Capability, UnavailableError, check_decoder
 from backends.pipeline.recipe import check_steps, make_recipe
+from backends.pipeline.session import decoders
 from backends.registry import parse_backend, with_precision
 from bench.limits.unbuilt import bundle_or_architecture
 from bench.machine.environment import collect, git_state, with_hardware
@@ -150,7 +151,8 @@ def make_cells(
         PreconditionError: a decoder that the bundle does not have, what its model was not made
             for, or low memory of a backend that does not do that.
     """
-    for decoder in request.decoders:
+    chosen = request.decoders or decoders(bundle)
+    for decoder in chosen:
         check_decoder(bundle, decoder)
     for candidate in candidates if any(request.low_memory) else ():
         if candidate.backend is not None:
@@ -184,7 +186,7 @@ def make_cells(
         )
         for candidate in candidates
         for batch in request.batches
-        for decoder in request.decoders
+        for decoder in chosen
         for recipe in recipes
         for low in request.low_memory
         for count in steps

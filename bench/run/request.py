@@ -77,7 +77,7 @@ class Request:
         precision: of the arithmetic, for backends that can choose.
         steps: denoising steps; () for those that the model is used with.
         batches: images a call.
-        decoders: `vae`, `taesd`.
+        decoders: `vae`, `taesd`; () for those that the bundle has.
         schedulers, guidance, guidance_modes: where they are not the model's own.
         low_memory: whether a call loads each part when it needs it and releases it after.
         method: how long and in how many fresh processes each cell is measured.
@@ -97,7 +97,7 @@ class Request:
     precision: str | None = None
     steps: tuple[int, ...] = ()
     batches: tuple[int, ...] = (1,)
-    decoders: tuple[str, ...] = ("vae", "taesd")
+    decoders: tuple[str, ...] = ()
     schedulers: tuple[str, ...] = ()
     guidance: float | None = None
     guidance_modes: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ class Request:
         checked["steps"] = counts("steps", self.steps)
         checked["batches"] = counts("batches", self.batches)
         checked["low_memory"] = switches("low_memory", self.low_memory)
-        for name in ("backends", "batches", "decoders", "low_memory"):
+        for name in ("backends", "batches", "low_memory"):
             if not checked[name]:
                 refuse(name, getattr(self, name), "it has no value", "leave it out, or name one")
         if self.guidance is not None:

@@ -30,6 +30,15 @@ def test_a_group_is_what_one_worker_measures(tiny_bundle: Bundle) -> None:
     assert (cells[0].weights, cells[0].storage, cells[0].precision) == ("random", "fp16", "fp32")
 
 
+def test_decoders_that_are_not_named_are_those_of_the_bundle(tiny_bundle: Bundle) -> None:
+    parts = {name: part for name, part in tiny_bundle.manifest["parts"].items()
+             if name != "taesd_decoder"}  # fmt: skip
+    without = Bundle(tiny_bundle.path, {**tiny_bundle.manifest, "parts": parts})
+    for bundle, decoders in ((tiny_bundle, ["vae", "taesd"]), (without, ["vae"])):
+        cells = make_cells(bundle, probe(["null"]), Request(steps=(1,)))
+        assert [cell.decoder for cell in cells] == decoders
+
+
 def test_a_cell_goes_into_columns_and_back() -> None:
     one = cell(options="a=1", steps=4)
     assert Cell.of(one.columns() | {"median_ms": 1.0}) == one
