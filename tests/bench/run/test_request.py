@@ -30,7 +30,7 @@ from export.bundle import Bundle
         ({"size": "512"}, "pass size=512"),
         ({"size": (512, 0)}, "pass size=512"),
         ({"model": 7}, "it is a name, or a path"),
-        ({"decoders": []}, "it has no value"),
+        ({"backends": []}, "it has no value"),
         ({"backends": [None]}, "it holds words"),
         ({"guidance": float("nan")}, "a finite number"),
         ({"low_memory": "yes"}, "pass low_memory=True"),
