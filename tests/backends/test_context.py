@@ -106,7 +106,7 @@ def test_a_call_makes_the_context_once_and_in_the_text_stage(
     monkeypatch.setattr(session, "_run", slowly)
     out = split(PROMPTS, steps=4, seed=SEEDS)
     encoders = ["text_encoder", "text_encoder_2"]
-    assert counted.runs == [*encoders, CONTEXT_PART, *["unet"] * 4, "taesd_decoder"]
+    assert counted.runs == [*encoders, CONTEXT_PART, *["unet"] * 4, "vae_decoder"]
     times = out.timings
     assert times.text is not None
     assert times.rest is not None

@@ -142,7 +142,7 @@ def test_embedding_cache_gives_the_same_image_without_encoding(tiny_bundle: Bund
         (["a", "b"], [1], 1, "1 seeds do not fit 2 prompts"),
         (["a"], [-1], 1, "not a seed"),
         (["a"], [2**63], 1, "not a seed"),
-        (["a"], 0, 0, "too few"),
+        (["a"], 0, 0, "at least 1"),
     ],
 )
 def test_bad_requests_are_refused(

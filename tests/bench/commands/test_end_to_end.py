@@ -29,6 +29,7 @@ def run(shapes_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("runs")
     words = ["--model", str(shapes_bundle.path), "--backend", "ort", "--backend", "torch"]
     words += ["--steps", "1,4", "--batch", "4", "--decoder", "vae", "--quality", str(CAPTIONS)]
+    words += ["--rounds", "1"]
     words += ["--min-samples", "3", "--min-time", "0.01", "--max-time", "5", "--out", str(out)]
     assert main(words) == 0
     return open_run("latest", out)

@@ -239,8 +239,8 @@ def test_whole_images_take_the_evaluations_that_the_scheduler_runs() -> None:
     ("words", "message"),
     [
         (["--size", "512x"], "not a size"),
-        (["--size", "100x100"], "multiples of 32"),
-        (["--size", "1280"], "256 to 1024"),
+        (["--size", "100x100"], "multiples of 8"),
+        (["--size", "1280"], "about 1024x1024 pixels"),
         (["--batch", "0"], "at least 1"),
         (["--device", "abacus"], "abacus"),
     ],
