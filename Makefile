@@ -8,7 +8,7 @@ DTYPE ?= fp16
 BACKEND ?= ort
 STEPS ?= 1,2,4
 BATCH ?= 1,4
-DECODER ?= vae,taesd
+DECODER ?=
 PROMPT ?= a large white star above a large green triangle on a black background
 OUT ?= image.png
 OPTIMUM_VENV ?= $(or $(ADDBENCH_OPTIMUM),.venv-optimum)
@@ -50,7 +50,7 @@ export: $(READY)
 	$(PY) -m export --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) $(EXPORT_FLAGS)
 
 sweep: export
-	$(PY) -m bench.sweep --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --steps $(STEPS) --batch $(BATCH) --decoder $(DECODER) $(SWEEP_FLAGS)
+	$(PY) -m bench.sweep --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --steps $(STEPS) --batch $(BATCH) $(if $(DECODER),--decoder $(DECODER)) $(SWEEP_FLAGS)
 
 image: export
 	$(PY) -m addbench image "$$PROMPT" --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --out '$(OUT)'

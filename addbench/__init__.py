@@ -3,8 +3,9 @@
     pipe = addbench.load_pipeline("shapes-turbo", backend="ort")
     images = pipe(["a red circle left of a blue square"], steps=1, seed=7).images
 
-    run = addbench.sweep(addbench.Request("shapes-turbo", backends=["ort"], steps=[1, 2]))
-    outcome = addbench.compare("latest", run)
+    base = addbench.sweep(addbench.Request("shapes-turbo", backends=["ort"], steps=[1, 2]))
+    head = addbench.sweep(addbench.Request("shapes-turbo", backends=["ort"], steps=[1, 2]))
+    outcome = addbench.compare(base, head)
 
 What is imported here imports torch and the rest only when it is first used.
 """

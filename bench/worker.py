@@ -234,7 +234,8 @@ class Worker:
             "what": f"image 0 differs from torch FP32: PSNR {distance.psnr_db:.1f} dB, SSIM"
             f" {distance.ssim:.4f}",
             "why": f"the gate is {gate.psnr_db:g} dB and {gate.ssim:g}",
-            "next": f"`addbench parity ... --backend {cell.backend}` names the part",
+            "next": f"`addbench parity --model {cell.model} --backend {cell.backend_text}` names"
+            " the part",
         }
         check = {"status": "mismatch", **found}
         return {"status": "mismatch", "image_check": check, "error": error}

@@ -28,7 +28,7 @@ def require_sharding(accelerator: Any) -> None:
         raise PreconditionError(
             "--shard needs several processes",
             "this is one process, and there is nothing to share",
-            "start it with `accelerate launch --num_processes N -m distill.train ...`",
+            "start the same command by `accelerate launch --num_processes 2 -m addbench train`",
         )
     if accelerator.mixed_precision == "fp16":
         raise PreconditionError(

@@ -26,8 +26,7 @@ def parser() -> Parser:
         "--batch", type=int_list, default=[1], metavar="1,4", help="images of a call (1)"
     )
     top.add_argument(
-        "--decoder", type=word_list, default=["vae", "taesd"], metavar="vae,taesd",
-        help="(vae,taesd)",
+        "--decoder", type=word_list, metavar="vae,taesd", help="(those that the bundle has)"
     )  # fmt: skip
     top.add_argument(
         "--dry-run", action="store_true",
@@ -45,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Shapes,
         UnsupportedError,
         check_decoder,
+        decoders,
         probe_compiler,
         stage_parts,
     )
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             probe_compiler(backend).require(backend.name)
             continue
         if isinstance(backend, DryRunsModels):
-            what = (args.model, args.weights, args.dtype, args.decoder, args.batch)
+            asked = args.decoder or ["vae", "taesd"]
+            what = (args.model, args.weights, args.dtype, asked, args.batch)
             print("\n".join(backend.dry_run_model(*what)))
             done.append(backend)
         elif not isinstance(backend, DryRuns):
@@ -73,13 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from export.bundle import find_bundle
 
     bundle = find_bundle(args.model, args.weights, args.dtype)
-    for decoder in args.decoder:
+    names = args.decoder or decoders(bundle)
+    for decoder in names:
         check_decoder(bundle, decoder)
     width, height = bundle.size
     recipe = make_recipe(bundle)
     for backend in chosen:
         every = backend.parts(bundle)
-        wanted = {part for decoder in args.decoder for part in stage_parts(every, decoder)}
+        wanted = {part for decoder in names for part in stage_parts(every, decoder)}
         for batch in args.batch:
             for part in (part for part in every if part in wanted):
                 shapes = recipe.shapes(part, Shapes(batch, width, height))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import time
@@ -248,7 +249,7 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 def resume_words(run: Run) -> str:
     """The flags that go on with a run."""
     folder = run.path.parent
-    runs = "" if folder.resolve() == RUNS.resolve() else f" --runs {folder}"
+    runs = "" if folder.resolve() == RUNS.resolve() else f" --runs {shlex.quote(str(folder))}"
     return f"--resume {run.name}{runs}"
 
 

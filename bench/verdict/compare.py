@@ -13,7 +13,7 @@ from typing import Any
 from bench.rows.cell import Cell
 from bench.rows.fields import EMULATED, KEY_COLUMNS, OK
 from bench.rows.stats import median_or_none
-from bench.rows.store import Row, Run, is_timed
+from bench.rows.store import Row, Run, calmness, is_noisy, is_timed
 from bench.verdict.outcome import (
     FAILED,
     INCONCLUSIVE,
@@ -60,23 +60,28 @@ class Cells:
 
 
 def gather(rows: Iterable[Row], name: str) -> dict[Cell, Cells]:
-    """Rows by cell. A row that is ok replaces an earlier one of its round that is not.
+    """Rows by cell, one a round: of several attempts the calm one, as `last_rows` has it.
 
     Raises:
-        AddbenchError: a cell was measured twice in one round, both ok.
+        AddbenchError: a cell was measured twice in one round, though the first time was calm.
     """
     key = itemgetter(*KEY_COLUMNS, "round")
     latest: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         place = key(row)
         earlier = latest.get(place)
-        if earlier is not None and earlier["status"] == row["status"] == OK:
+        if earlier is None or calmness(row) >= calmness(earlier):
+            latest[place] = row
+        if (
+            earlier is not None
+            and earlier["status"] == OK == row["status"]
+            and not is_noisy(earlier)
+        ):
             raise AddbenchError(
                 f"run {name} has two results of {Cell.of(row)} in round {row['round'] + 1}",
                 f"rows {earlier['row']} and {row['row']}: a sweep measures a cell once a round",
                 "remove the row that does not belong there",
             )
-        latest[place] = row
     by_key: dict[tuple[Any, ...], Cells] = {}
     for place, row in latest.items():
         cells = by_key.setdefault(place[:-1], Cells())

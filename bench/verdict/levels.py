@@ -50,7 +50,7 @@ def panel(name: str, rows: Sequence[Row]) -> Panel:
         raise PreconditionError(
             f"run {name} has {len(rounds)} rounds with {len(cells)} complete cells",
             f"levels are spreads between rounds: at least {FEWEST_ROUNDS} are needed",
-            "addbench sweep --rounds 20 ...",
+            "measure it again with --rounds 20",
         )
     groups = {group: place for place, group in enumerate(dict.fromkeys(c.group for c in cells))}
     table = [[math.log(good[cell, round_]) for cell in cells] for round_ in rounds]

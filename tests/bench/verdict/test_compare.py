@@ -19,6 +19,7 @@ from bench.rows.store import HEADER, ROWS, Row, Run
 from bench.verdict import compare
 from core.cli import run as shell
 from core.cli import share
+from core.errors import AddbenchError
 
 CELLS = [cell(steps=steps) for steps in (1, 2, 4)]
 
@@ -274,6 +275,16 @@ def test_a_torn_last_line_is_left_out(both: Any, base: Run, tmp_path: Path) -> N
     found = both(base, damaged(head(tmp_path, [1, 1, 1], rounds=6), lambda data: data[:-40]))
     assert found.code == 0
     assert found.json["cells"][2]["head_rounds"] == 5
+
+
+def test_of_two_attempts_at_a_round_the_calm_one_counts() -> None:
+    """What --patience leaves: a disturbed row, and another of the same cell and round."""
+    calm, loud = row(cell(), [10.0] * 5, flags=[]), row(cell(), [30.0] * 5, flags=["disturbed"])
+    for attempts in ([loud, calm], [loud, loud, calm]):
+        (gathered,) = compare.gather(attempts, "a run").values()
+        assert (gathered.medians, gathered.disturbed) == ([10.0], 0)
+    with pytest.raises(AddbenchError, match="two results of"):
+        compare.gather([calm, calm], "a run")
 
 
 @pytest.mark.parametrize(
