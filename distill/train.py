@@ -186,8 +186,8 @@ def refuse_early(context: Context, stage: str, stages: Sequence[str]) -> None:
 
     if context.finished(stage):
         return
-    for needed in upstream(stage):
-        if needed not in stages:
+    for needed in upstream(stage):  # a preset that starts from a checkpoint has fewer stages
+        if needed in context.config.stages and needed not in stages:
             context.weights(needed)
     resumable(context.folder / stage / "checkpoints", context.config.stage_hash(stage))
 
