@@ -93,7 +93,8 @@ def test_a_backend_is_one_file_and_one_line(copy: Path, tiny_bundle: Bundle) -> 
     assert re.search(r"^plain +usable", listed, re.MULTILINE)
     python(copy, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "--rootdir", str(copy),
            "tests/backends/test_contract.py", "-k", "plain and images",
-           ADDBENCH_TEST_BUNDLES=str(tiny_bundle.path.parent))  # fmt: skip
+           ADDBENCH_TEST_BUNDLES=str(tiny_bundle.path.parent),
+           PYTEST_XDIST_WORKER="")  # fmt: skip
 
 
 def test_the_verb_on_the_page_is_the_verb() -> None:
