@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import AddbenchError
+from export.source.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 OPSET = 23
+EXPORTER = ("torch.onnx", "torch.export", "onnxscript")
+"""Loggers of the exporter, whose real failures are exceptions."""
 UNBATCHED = ("timestep",)
 """Inputs that one value serves for the whole batch."""
 
@@ -43,7 +45,7 @@ def exported_graph(
 
     batch = torch.export.Dim("batch", min=1)
     axes = tuple(None if key in UNBATCHED else {0: batch} for key in inputs)
-    with _quiet(), torch.no_grad():
+    with quiet(EXPORTER, logging.ERROR), torch.no_grad():
         program = torch.onnx.export(
             wrapper,
             tuple(inputs.values()),
@@ -144,19 +146,3 @@ def _clean(model: onnx_ir.Model, name: str) -> None:
             for value in node.outputs:
                 value.metadata_props.clear()
                 value.doc_string = None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the exporter's chatter; real failures are exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
