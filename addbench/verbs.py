@@ -78,6 +78,12 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
     ),
     "judge": (
         Verb(
+            "choose",
+            "bench.commands.choose",
+            "what to take within limits, and how sure that is",
+            ("scipy", "matplotlib"),
+        ),
+        Verb(
             "compare",
             "bench.commands.compare",
             "did it become slower from one run to the other",

@@ -1,0 +1,1 @@
+"""Which cell to take within limits: the language of limits, contenders, the decision."""
