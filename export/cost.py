@@ -56,6 +56,7 @@ class Cost:
         operators: how many heavy operators of each kind there are, whatever the batch. In the
             MatMul form an attention is two.
         scores: of attention: one for each query, key and head, whatever the form.
+        conv_bytes: of `activation_bytes`, what convolutions read and write.
     """
 
     part: str
@@ -65,6 +66,7 @@ class Cost:
     by_kind: Mapping[str, float]
     operators: Mapping[str, int] = field(default_factory=dict)
     scores: int = 0
+    conv_bytes: int = 0
 
 
 def part_cost(graph: Path, batch: int = 1, form: str = "inline") -> Cost:
@@ -101,10 +103,11 @@ def part_cost(graph: Path, batch: int = 1, form: str = "inline") -> Cost:
         part=CONTEXT_PART if form == "output" else graph.parent.name,
         flops=sum(tally.flops.values()),
         weight_bytes=weights,
-        activation_bytes=tally.moved,
+        activation_bytes=sum(tally.moved.values()),
         by_kind=tally.flops,
         operators=tally.operators,
         scores=tally.scores,
+        conv_bytes=tally.moved["conv"],
     )
 
 
@@ -114,7 +117,7 @@ class _GraphTally:
     def __init__(self, proto: onnx.ModelProto) -> None:
         self.flops: dict[str, float] = dict.fromkeys(KINDS, 0.0)
         self.operators = dict.fromkeys(KINDS, 0)
-        self.moved = 0
+        self.moved = dict.fromkeys(KINDS, 0)
         self.scores = 0
         self._types: dict[str, tuple[tuple[int, ...] | None, int]] = {}
         self._constants = {tensor.name for tensor in proto.graph.initializer}
@@ -172,7 +175,8 @@ class _GraphTally:
     def _count(self, kind: str, flops: float, node: onnx.NodeProto, *moving: str) -> None:
         self.flops[kind] += flops
         self.operators[kind] += 1
-        self.moved += sum(_bytes(self._shape(node, name), self._types[name][1]) for name in moving)
+        for name in moving:
+            self.moved[kind] += _bytes(self._shape(node, name), self._types[name][1])
 
     def _shape(self, node: onnx.NodeProto, name: str) -> tuple[int, ...]:
         shape = self._types.get(name, (None, 0))[0]
@@ -230,10 +234,11 @@ def part_cost_at(
         part=part,
         flops=flops,
         weight_bytes=sum(each.numel() * each.element_size() for each in wrapped.parameters()),
-        activation_bytes=tally.moved,
+        activation_bytes=sum(tally.moved.values()),
         by_kind=tally.flops,
         operators=tally.operators,
         scores=tally.scores,
+        conv_bytes=tally.moved["conv"],
     )
 
 
@@ -265,4 +270,5 @@ def budget_cost(part: str, size: int) -> Cost | None:
         by_kind=flops,
         operators={kind: int(known[f"{kind}_operators"]) for kind in KINDS},
         scores=round(1e6 * known[f"scores_m_{size}px"]),
+        conv_bytes=round(1e6 * known[f"conv_mb_{size}px"]),
     )

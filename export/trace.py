@@ -17,7 +17,7 @@ class FunctionTally(TorchFunctionMode):
     Attributes:
         flops: by kind, 2 per multiply-add.
         operators: calls, by kind.
-        moved: bytes of the activations that these calls read and wrote, weights apart.
+        moved: by kind, bytes of the activations that calls read and wrote, weights apart.
         scores: of attention: one for each query, key and head.
     """
 
@@ -25,7 +25,7 @@ class FunctionTally(TorchFunctionMode):
         super().__init__()
         self.flops = {"linear": 0.0, "conv": 0.0, "attention": 0.0}
         self.operators = dict.fromkeys(self.flops, 0)
-        self.moved = 0
+        self.moved = dict.fromkeys(self.flops, 0)
         self.scores = 0
 
     def __torch_function__(
@@ -52,4 +52,4 @@ class FunctionTally(TorchFunctionMode):
     def _count(self, kind: str, flops: float, *moving: Tensor) -> None:
         self.flops[kind] += flops
         self.operators[kind] += 1
-        self.moved += sum(tensor.numel() * tensor.element_size() for tensor in moving)
+        self.moved[kind] += sum(tensor.numel() * tensor.element_size() for tensor in moving)

@@ -3,9 +3,9 @@
 A part takes what `program` says with the parameters that `fit` found on published results; a card
 of several SoCs has its share of peak, bandwidth and memory on each. What nobody has published is
 assumed, and stands in ASSUMPTIONS. An interval is 8 of 10 of a thousand draws of the assumptions,
-of the reading of SDXL's results, and of the errors that the fit made on networks it had not seen;
-the same draws for every call, so that calls differ by what they do and not by chance. No draw is
-below a part's floor: all FLOPs at the peak, or all weights once at full bandwidth.
+of the fits by their weight, and of the errors that each made on networks it had not seen; the same
+draws for every call, so that calls differ by what they do and not by chance. No draw is below a
+part's floor: all FLOPs at the peak, or all weights once at full bandwidth.
 
 Splits of a call of N images:
 
@@ -29,18 +29,28 @@ from functools import cache
 import numpy as np
 
 from backends.base import UnsupportedError
-from backends.modelled.fit import DDR, KINDS, errors_of, factor, fits, without_sdxl
+from backends.modelled.fit import (
+    DDR,
+    KINDS,
+    central,
+    errors_of,
+    factor,
+    fits,
+    unseen_errors,
+    weights,
+    without_sdxl,
+)
 from backends.modelled.program import (
     HOST_S,
-    READINGS,
+    SHARES,
     SWITCH_S,
     Parameters,
     Place,
-    Reading,
     Vector,
     Work,
     floor_seconds,
     seconds,
+    switches,
 )
 from core.devices import Device
 from export.cost import Cost
@@ -48,21 +58,21 @@ from export.cost import Cost
 SPLITS = ("pipelines", "batch", "parts", "guidance")
 DRAWS = 1024
 INTERVAL = (0.1, 0.9)
-CENTRAL: tuple[Reading, float] = ("exchange", DDR[len(DDR) // 2])
-"""Reading and share of the DDR of the middle of an interval. That reading because rows that it was
-not made for show it too: fitted to the Standard card alone it is there, and `scores` is not."""
 ASSUMPTIONS = (
     f"DDR: programs get {DDR[0]:.0%} to {DDR[-1]:.0%} of its bandwidth; weights are read once for"
     " every evaluation of a part",
-    "what SDXL at 1024 px spends most of its time on: in half of the draws the scores of attention,"
-    " in half the exchange of activations among the cores; neither goes through the DDR",
+    "what SDXL at 1024 px spends most of its time on beside multiply-adds: the scores of attention,"
+    f" the exchange of activations among the cores, or both, in shares of {SHARES[0]:.0%} to"
+    f" {SHARES[-1]:.0%}, each as often as networks that its fit had not seen make it likely;"
+    " neither goes through the DDR",
     f"host: {1e3 * HOST_S[0]:.0f} to {1e3 * HOST_S[1]:.0f} ms an image for tokens, noise, scheduler"
     " and uint8 (of the published rows of SDXL-Turbo on our CPU, nine in ten or more took as much"
     " outside of the parts)",
-    "program switching: none, all parts resident; `switching` figures add"
-    f" {1e3 * SWITCH_S[0]:.0f} to {1e3 * SWITCH_S[1]:.0f} ms to each turn of a pipeline on an SoC:"
-    " what its authors say of full SDXL, whose published times are fitted with it; they say it of"
-    " one switch, and a turn goes through four programs",
+    "program switching: none, all parts resident; its authors say"
+    f" {1e3 * SWITCH_S[0]:.0f} to {1e3 * SWITCH_S[1]:.0f} ms of a switch between programs of full"
+    " SDXL, not how many a turn of a pipeline has: figures are given for one, and for one at each"
+    " of its programs (four for SDXL), and SDXL's published times are fitted with the middle of"
+    " the two",
     "everything on the chip goes with the clock of its cores: SDXL took 1.66 to 1.71 times as long"
     " on an Ultra's SoC as on a Pro, whose peaks differ by 1.72; the power that each may draw is"
     " left out (a Standard card has 75 W; a public record of an Ultra shows a limit of 31 W an"
@@ -92,7 +102,7 @@ class Draws:
 
     Attributes:
         ddr: share of the bandwidth.
-        host_s, switch_s: seconds an image, seconds a turn.
+        host_s, switch_s: seconds an image, seconds a switch.
         parameters: see `program`.
         error: by kind, what multiplies times.
     """
@@ -109,30 +119,30 @@ def draws() -> Draws:
     """Sobol points: spread evenly, and the same every time."""
     from scipy.stats import qmc
 
-    points = qmc.Sobol(6, rng=np.random.default_rng(7)).random(DRAWS)
-    found = [fits()[reading, ddr] for reading in READINGS for ddr in DDR]
-    which = np.minimum((points[:, 0] * len(READINGS)).astype(int), len(READINGS) - 1) * len(DDR)
-    which += np.minimum((points[:, 1] * len(DDR)).astype(int), len(DDR) - 1)
-    middle = next(n for n, each in enumerate(found) if (each.reading, each.ddr) == CENTRAL)
+    points = qmc.Sobol(5, rng=np.random.default_rng(7)).random(DRAWS)
+    found = list(fits().values())
+    upto = np.cumsum(list(weights().values()))
+    which = np.minimum(np.searchsorted(upto, points[:, 0], side="right"), len(found) - 1)
+    middle = next(n for n, each in enumerate(found) if each is central())
     chosen = np.concatenate([[middle], which])
 
     def uniform(column: int, low: float, high: float) -> Vector:
         return np.concatenate([[(low + high) / 2], low + (high - low) * points[:, column]])
 
     error: dict[str, Vector] = {}
-    for column, kind in enumerate(KINDS, start=4):
+    for column, kind in enumerate(KINDS, start=3):
         drawn = np.empty(DRAWS)
         for place, each in enumerate(found):
-            mine, (errors, weights) = which == place, errors_of(each, kind)
+            mine, (errors, counts) = which == place, unseen_errors(each, kind)
             drawn[mine] = np.quantile(
-                errors, points[mine, column], weights=weights, method="inverted_cdf"
+                errors, points[mine, column], weights=counts, method="inverted_cdf"
             )
         error[kind] = np.concatenate([[1.0], drawn])
     values = np.array([list(vars(each.parameters).values()) for each in found])
     return Draws(
         ddr=np.array([each.ddr for each in found])[chosen],
-        host_s=uniform(2, *HOST_S),
-        switch_s=uniform(3, *SWITCH_S),
+        host_s=uniform(1, *HOST_S),
+        switch_s=uniform(2, *SWITCH_S),
         parameters=Parameters(*values[chosen].T),
         error=error,
     )
@@ -156,21 +166,26 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Times:
-    """A modelled call. Seconds.
+class Pace:
+    """Seconds of a call, and between the ends of two calls while the card is kept busy."""
+
+    latency: Interval
+    period: Interval
+
+
+@dataclass(frozen=True)
+class Times(Pace):
+    """A modelled call: its pace where all parts are resident. Seconds.
 
     Attributes:
-        latency: of a call, all parts resident.
-        period: between the ends of two calls while the card is kept busy.
-        switching_latency, switching_period: the same where programs are switched.
+        once: its pace where a turn of a pipeline switches once, or all its switches take as long.
+        each: the same where it switches at each of its programs.
         rest: of the latency, what the host takes while no SoC works for the call.
         floor, period_floor: of latency and period, whatever the draw; no host work.
     """
 
-    latency: Interval
-    period: Interval
-    switching_latency: Interval
-    switching_period: Interval
+    once: Pace
+    each: Pace
     rest: Interval
     floor: float
     period_floor: float
@@ -223,19 +238,20 @@ def sequence(
     # Turns that every SoC takes for each call, when all have work. One host serves them all.
     share = batch / (images * (device.socs // socs))
 
-    def times_of(turn: Vector) -> tuple[Interval, Interval, Interval]:
-        rest = np.maximum(turns * images * host, batch * host - turns * turn)
-        period = np.maximum(share * (turn + images * host), batch * host)
-        return Interval.of(turns * turn + rest), Interval.of(period), Interval.of(rest)
+    def rest_of(turn: Vector) -> Vector:
+        return np.maximum(turns * images * host, batch * host - turns * turn)
 
-    latency, period, rest = times_of(device_s)
-    switching_latency, switching_period, _ = times_of(device_s + draws().switch_s)
+    def pace(switched: int) -> Pace:
+        turn = device_s + switched * draws().switch_s
+        period = np.maximum(share * (turn + images * host), batch * host)
+        return Pace(Interval.of(turns * turn + rest_of(turn)), Interval.of(period))
+
+    once, each = (pace(count) for count in switches(len(parts)))
     return Times(
-        latency=latency,
-        period=period,
-        switching_latency=switching_latency,
-        switching_period=switching_period,
-        rest=rest,
+        **vars(pace(0)),
+        once=once,
+        each=each,
+        rest=Interval.of(rest_of(device_s)),
         floor=turns * least,
         period_floor=share * least,
     )
@@ -257,10 +273,10 @@ def spread(device: Device, batch: int, parts: Sequence[tuple[Cost, int]], encode
     floors = [times * floor_seconds(cost, batch, device) for cost, times in parts]
     host = batch * draws().host_s
     once = np.max(each[:encoders], axis=0) + np.sum(each[encoders:], axis=0) + host
-    latency = Interval.of(once)
-    period = Interval.of(np.max([*each, host], axis=0))
+    pace = Pace(Interval.of(once), Interval.of(np.max([*each, host], axis=0)))
     floor = max(floors[:encoders]) + sum(floors[encoders:])
-    return Times(latency, period, latency, period, Interval.of(host), floor, max(floors))
+    return Times(**vars(pace), once=pace, each=pace, rest=Interval.of(host), floor=floor,
+                 period_floor=max(floors))  # fmt: skip
 
 
 def estimate(device: Device, costs: Mapping[str, Cost], call: Call) -> Estimate:
@@ -316,6 +332,7 @@ def doubled(cost: Cost, inputs: int) -> Cost:
         cost,
         flops=inputs * cost.flops,
         activation_bytes=inputs * cost.activation_bytes,
+        conv_bytes=inputs * cost.conv_bytes,
         by_kind={kind: inputs * flops for kind, flops in cost.by_kind.items()},
         scores=inputs * cost.scores,
     )
@@ -323,19 +340,25 @@ def doubled(cost: Cost, inputs: int) -> Cost:
 
 def reach() -> str:
     """What the fits say of the card, in a sentence."""
-    central = fits()[CENTRAL]
+    middle = central()
     shares = []
     for kind, name in zip(KINDS, ("matrix products", "convolutions"), strict=True):
-        errors, weights = errors_of(central, kind)
-        median, most = (factor(errors, weights, share) for share in (0.5, 0.9))
+        errors, counts = errors_of(middle, kind)
+        median, most = (factor(errors, counts, share) for share in (0.5, 0.9))
         shares.append(
-            f"{name} at {getattr(central.parameters, kind):.0%} of the peak (held-out error: a"
+            f"{name} at {getattr(middle.parameters, kind):.0%} of the peak (held-out error: a"
             f" factor of {median:.2f} in the median, {most:.2f} at the 90th percentile)"
         )
-    off = without_sdxl().values()
+    off = likeliest_without_sdxl()
     return (
         "fitted to the maker's published FP16 results on a Standard card and to MLPerf's of SDXL on"
         f" Pro and Ultra cards, {' and '.join(shares)}; without SDXL's it would be"
-        f" {min(off):.1f} to {max(off):.1f} times too fast for them;"
+        f" {min(off):.2f} to {max(off):.2f} times too fast for them;"
         f" {DDR[0]:.0%} to {DDR[-1]:.0%} of the DDR's bandwidth is an assumption"
     )
+
+
+def likeliest_without_sdxl() -> list[float]:
+    """Measured / modelled time of SDXL's rows where none was fitted, by the likeliest share."""
+    place = SHARES.index(central().share)
+    return [off[place] for off in without_sdxl().values()]

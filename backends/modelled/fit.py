@@ -4,8 +4,8 @@ The formula is in `program`. It is fitted by robust least squares on the logarit
 
 - Qualcomm's own FP16 results on a Standard card: transformers and dense convolutional networks;
 - six MLPerf results of SDXL base at 1024 px on Pro and Ultra cards, which are all that there is of
-  this architecture and count `TRUST` times: whole pipelines, with guidance either as a batch of two
-  on one device or as one prompt each on two (`SPLIT_OF_GUIDANCE`).
+  this architecture: whole pipelines, with guidance either as a batch of two on one device or as one
+  prompt each on two (`SPLIT_OF_GUIDANCE`). They count like any other two families.
 
 What SDXL's 0.3 s an evaluation on a Pro are, the counted work of its graph narrows down:
 
@@ -15,14 +15,24 @@ What SDXL's 0.3 s an evaluation on a Pro are, the counted work of its graph narr
 - It is not the operators. 934 of them, and 1200 more where attention is cut into blocks, at the
   microseconds that the small networks show for one, are less than a twentieth.
 - It is not the multiply-adds, which run at half of the peak or more where rows have enough tokens.
-- Two readings are left, and one size of one network cannot tell them apart: `scores`, of which SDXL
-  at 1024 px has four times as many for a FLOP as BERT, and `exchange`. Each is fitted apart, and
-  the model draws from both. At 512 px there are 14 times fewer scores and 4 times fewer
-  activations: the readings differ there, so that what is said of 512 px is extrapolated. A measured
-  UNet step at 512 px would settle it.
+- What is left are the scores of attention, of which SDXL at 1024 px has four times as many for a
+  FLOP as BERT, and the exchange of activations. One size of one network cannot tell them apart: the
+  share of the scores is assumed, in `SHARES`, and all is fitted anew for each. Those fits are worth
+  what they say of networks that they had not seen (`weights`): a mixture of both is likelier than
+  either alone, by which also the Standard card's transformers are explained better. At 512 px there
+  are 14 times fewer scores and 4 times fewer activations, so that what is said of 512 px is
+  extrapolated. A measured UNet step at 512 px would settle it.
+
+Convolutions exchange activations too: with it the Standard card's convolutional networks that have
+a chip for themselves are predicted within a factor of 1.3 where they are held out, without it
+within 1.5, and an operator of theirs takes 5 to 7 microseconds in place of 13. They ask for half
+the time a byte of what matrix products do, so that theirs is a parameter of its own.
 
 What the DDR delivers cannot be told from these rows: it is assumed, and all is fitted anew for each
 assumption. Rows whose weights cannot stay on the chip are a check of it, see `Sample.streamed`.
+
+No rate passes `fastest_share`: what the fastest published program of these cards reaches. What
+rests on a bound says little of the card: `Fit.at_bounds` has the names.
 
 Rows count by family (BERT-base in 33 names is one family), and throughput and latency rows of a
 family count the same. Errors are of whole families held out, each of SDXL's cards a family: a fit
@@ -53,19 +63,20 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 from scipy.optimize import least_squares
 
 from backends.modelled.program import (
     HOST_S,
-    READINGS,
+    SHARES,
     SWITCH_S,
     Parameters,
     Place,
-    Reading,
     Vector,
     Work,
     core_peak,
     seconds,
+    switches,
 )
 from core.devices import devices
 from export.cost import budget_cost
@@ -82,8 +93,6 @@ WIDE = 640
 """Hidden size of the narrowest transformer block of SDXL's UNet."""
 LINK_GB_PER_S = 5.0
 """Of FP16 input: above it the smallest networks all give out the same images/s."""
-TRUST = 5.0
-"""How many times as much a row of SDXL counts as a family of other networks."""
 SDXL_SIZE, SDXL_STEPS = 1024, 20
 SPLIT_OF_GUIDANCE = "guidance"
 
@@ -94,8 +103,7 @@ class Sample:
 
     Attributes:
         cores: of one instance.
-        flops, scores, activation_bytes: of one inference of one instance, its whole batch. Scores
-            and activations of transformers only.
+        flops, scores, activation_bytes: of one inference of one instance, its whole batch.
         weight_bytes: FP16, read once an inference by every instance.
     """
 
@@ -131,7 +139,8 @@ class Sample:
             matmul_flops=0.0 if conv else self.flops,
             conv_flops=self.flops if conv else 0.0,
             scores=self.scores,
-            activation_bytes=self.activation_bytes,
+            moved_bytes=0.0 if conv else self.activation_bytes,
+            conv_bytes=self.activation_bytes if conv else 0.0,
             weight_bytes=self.weight_bytes,
             matmul_operators=0.0 if conv else float(self.operators),
             conv_operators=float(self.operators) if conv else 0.0,
@@ -171,20 +180,22 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class Fit:
-    """All rows under one reading and one assumption about the DDR.
+    """All rows under one share of the scores and one assumption about the DDR.
 
     Attributes:
         errors: measured / modelled time of the rows, as they were fitted.
         held_out: the same with the row's family left out of the fit.
         modelled: seconds, with the row's family left out.
+        at_bounds: names of the parameters that rest on a bound.
     """
 
-    reading: Reading
+    share: float
     ddr: float
     parameters: Parameters
     errors: Vector
     held_out: Vector
     modelled: Vector
+    at_bounds: tuple[str, ...]
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -213,7 +224,8 @@ def samples(measured: Path = MEASURED, architectures: Path = ARCHITECTURES) -> l
             scores, moved = traffic(layers, hidden, inner, tokens)
         else:
             flops = float(row["achieved_tflops"]) * 1e12 / rate
-            weights, scores, moved = float(about["params_m"]) * 2e6, 0.0, 0.0
+            weights, scores = float(about["params_m"]) * 2e6, 0.0
+            moved = float(about["activation_mb"]) * 1e6
         rows.append(
             Sample(
                 model=row["model"],
@@ -297,56 +309,87 @@ class Rows:
         self.work = Work(*np.array([list(vars(work).values()) for work in works]).T)
         self.place = Place(*np.array([list(vars(place).values()) for place in places]).T)
         self.times = times
-        beside = (sum(HOST_S) + sum(SWITCH_S)) / 2
+        # Host, and the middle of what a turn through SDXL's four programs may switch.
+        beside = sum(HOST_S) / 2 + sum(switches(4)) / 2 * sum(SWITCH_S) / 2
         self.beside = np.where(self.is_sdxl, beside, 0.0)
+        most = fastest_share(fitted)
+        self.low = np.array([0.05, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+        self.high = np.array([most, most, 1.0, 1.0, 1e3, 1e3, 1e3, 1e3])
 
     def predict(self, parameters: Parameters, ddr: float) -> Vector:
         """Seconds of every row."""
         return np.asarray(
-            self.times @ seconds(self.work, self.place, parameters, ddr) + self.beside
+            seconds(self.work, self.place, parameters, ddr) @ self.times.T + self.beside
         )
 
     def solve(
         self,
         keep: NDArray[np.bool_],
         ddr: float,
-        reading: Reading | None,
+        share: float,
         start: Sequence[float] | Vector | None = None,
     ) -> Vector:
         """The parameters' values, see `Parameters.of`; by soft-L1 loss on the logarithm of time.
 
         Args:
             keep: which rows are fitted.
-            reading: None leaves out what only SDXL's rows can show.
+            share: of the scores, see `SHARES`.
         """
-        weights = np.sqrt(self.weights * np.where(self.is_sdxl, TRUST, 1.0))[keep]
-        free = 7 if reading else 6
+        weights = np.sqrt(self.weights)[keep]
 
         def residuals(values: Vector) -> Vector:
-            found = Parameters.of([*values, *([0.0] * (7 - free))], reading)
-            return weights * np.log(self.predict(found, ddr) / self.seconds)[keep]
+            off = np.log(self.predict(Parameters.of(values, share), ddr) / self.seconds)
+            return np.asarray(weights * off[..., keep])
+
+        def slopes(values: Vector) -> Vector:
+            """All columns of the Jacobian at once, by differences into the bounds."""
+            step = np.where(values + 1e-6 * SCALE > self.high, -1e-6, 1e-6) * SCALE
+            moved = (values[:, None] + np.diag(step))[:, :, None]
+            return np.asarray(((residuals(moved) - residuals(values)) / step[:, None]).T)
 
         def result(start: Sequence[float] | Vector) -> Vector:
             fitted = least_squares(
                 residuals,
-                x0=np.clip(start, LOW, HIGH)[:free],
-                bounds=(LOW[:free], HIGH[:free]),
-                x_scale=SCALE[:free],
+                jac=slopes,
+                x0=np.clip(start, self.low, self.high),
+                bounds=(self.low, self.high),
+                x_scale=SCALE,
                 loss="soft_l1",
+                ftol=1e-5,
                 f_scale=0.1 / np.sqrt(len(self.names)),
             )
             return np.append(fitted.x, [fitted.cost])
 
-        # Two starts where none is given: `serial` can rest at a bound.
-        starts = [START, [*START[:2], 0.7, 0.7, *START[4:]]] if start is None else [start]
+        # Several starts: `serial` can rest at a bound, and another minimum is lower then.
+        starts = [*([] if start is None else [start]), START, [*START[:2], 0.7, 0.7, *START[4:]]]
         best = min((result(each) for each in starts), key=lambda each: float(each[-1]))
-        return np.append(best[:-1], np.zeros(7 - free))
+        return np.asarray(best[:-1])
+
+    def at_bounds(self, values: Vector) -> tuple[str, ...]:
+        """Names of the values that rest on a bound, as a person is told."""
+        near = 1e-3 * SCALE
+        return tuple(
+            f"{name} {'0' if bottom else f'{high:.0%} of the peak' if n < 2 else f'{high:g}'}"
+            for n, (name, value, low, high) in enumerate(
+                zip(NAMES, values, self.low, self.high, strict=True)
+            )
+            if (bottom := value - low < near[n]) or high - value < near[n]
+        )
 
 
-START = [0.5, 0.65, 0.1, 0.1, 3.0, 10.0, 30.0]
-LOW = np.array([0.05, 0.05, 0.0, 0.0, 0.0, 0.0, 0.0])
-HIGH = np.array([1.0, 1.0, 1.0, 1.0, 1000.0, 1000.0, 1000.0])
-SCALE = np.array([0.1, 0.1, 0.3, 0.3, 10.0, 10.0, 20.0])
+NAMES = ("matmul", "conv", "serial_matmul", "serial_conv", "operator_matmul_us",
+         "operator_conv_us", "scores and exchange", "conv_byte_ps")  # fmt: skip
+START = [0.5, 0.65, 0.1, 0.1, 3.0, 10.0, 100.0, 5.0]
+SCALE = np.array([0.1, 0.1, 0.3, 0.3, 10.0, 10.0, 30.0, 10.0])
+
+
+def fastest_share(fitted: Sequence[Sample]) -> float:
+    """The most of a card's peak that any published program reached: no rate is above it.
+
+    It is a network of dense convolutions, and products run on the same units.
+    """
+    peak = core_peak(CARD)
+    return max(s.flops / s.seconds / (peak * s.cores) for s in fitted)
 
 
 @cache
@@ -357,29 +400,65 @@ def rows() -> Rows:
 
 
 @cache
-def fits() -> Mapping[tuple[Reading, float], Fit]:
-    """The fits under every reading and assumption about the DDR, each family held out in turn."""
+def fits() -> Mapping[tuple[float, float], Fit]:
+    """The fits under every share and assumption about the DDR, each family held out in turn."""
     published = rows()
     everything = np.ones(len(published.names), bool)
     found = {}
-    for reading in READINGS:
+    for share in SHARES:
         for ddr in DDR:
-            values = published.solve(everything, ddr, reading)
+            values = published.solve(everything, ddr, share)
             modelled = np.empty(len(published.names))
             for family in dict.fromkeys(published.families):
                 mine = np.array([each == family for each in published.families])
-                others = published.solve(~mine, ddr, reading, start=values)
-                modelled[mine] = published.predict(Parameters.of(others, reading), ddr)[mine]
-            parameters = Parameters.of(values, reading)
-            found[reading, ddr] = Fit(
-                reading,
+                others = published.solve(~mine, ddr, share, start=values)
+                modelled[mine] = published.predict(Parameters.of(others, share), ddr)[mine]
+            parameters = Parameters.of(values, share)
+            found[share, ddr] = Fit(
+                share,
                 ddr,
                 parameters,
                 errors=published.seconds / published.predict(parameters, ddr),
                 held_out=published.seconds / modelled,
                 modelled=modelled,
+                at_bounds=published.at_bounds(values),
             )
     return found
+
+
+def weights(without: str = "") -> dict[tuple[float, float], float]:
+    """How much each fit counts: the DDR's assumptions alike, shares by their likelihood.
+
+    That is of the held-out errors of transformers and SDXL, for which logarithms have a Laplace
+    distribution of the fit's own width; each family is one observation, however many rows it has.
+
+    Args:
+        without: a family whose errors do not count.
+    """
+    families = families_of("matmul") - {without}
+
+    def likelihood(fit: Fit) -> float:
+        errors, counts = errors_of(fit, "matmul", without)
+        width = float(np.average(np.abs(np.log(errors)), weights=counts))
+        return width ** -len(families)
+
+    found: dict[tuple[float, float], float] = {}
+    for ddr in DDR:
+        each = {share: likelihood(fits()[share, ddr]) for share in SHARES}
+        found |= {(share, ddr): one / sum(each.values()) / len(DDR) for share, one in each.items()}
+    return {place: found[place] for place in fits()}
+
+
+def central() -> Fit:
+    """The likeliest fit under the middle assumption about the DDR: the middle of an interval."""
+    middle, counts = DDR[len(DDR) // 2], weights()
+    return max((fits()[share, middle] for share in SHARES), key=lambda f: counts[f.share, f.ddr])
+
+
+def families_of(kind: Kind) -> set[str]:
+    """The families that have rows of a kind."""
+    published = rows()
+    return {f for f, own in zip(published.families, published.kinds, strict=True) if own == kind}
 
 
 def of_kind(kind: Kind) -> NDArray[np.bool_]:
@@ -392,6 +471,14 @@ def errors_of(fit: Fit, kind: Kind, without: str = "") -> tuple[Vector, Vector]:
     published = rows()
     mine = of_kind(kind) & np.array([family != without for family in published.families])
     return fit.held_out[mine], published.weights[mine]
+
+
+def unseen_errors(fit: Fit, kind: Kind, without: str = "") -> tuple[Vector, Vector]:
+    """`errors_of`, wider by what so few families leave open of one that comes: those are drawn."""
+    errors, counts = errors_of(fit, kind, without)
+    n = len(families_of(kind) - {without})
+    wider = stats.t.ppf(0.9, n - 1) / stats.norm.ppf(0.9) * np.sqrt(1 + 1 / n)
+    return errors**wider, counts
 
 
 @dataclass(frozen=True)
@@ -410,30 +497,38 @@ class Covered:
 
 
 def coverage(interval: tuple[float, float]) -> list[Covered]:
-    """Every row with its interval: fit, and the errors that widen it, without its family."""
+    """Every row with its interval: fits, weights, and errors, all without its family."""
     published, found = rows(), []
+    groups = dict.fromkeys(zip(published.kinds, published.families, strict=True))
     spread = {
-        (kind, family): [errors_of(each, kind, family) for each in fits().values()]
-        for kind, family in dict.fromkeys(zip(published.kinds, published.families, strict=True))
+        (kind, family): [
+            (each, each_weight, *unseen_errors(each, kind, family))
+            for each, each_weight in zip(fits().values(), weights(family).values(), strict=True)
+        ]
+        for kind, family in groups
     }
     for place, name in enumerate(published.names):
         kind, family = published.kinds[place], published.families[place]
         drawn = [
-            (each.modelled[place] * errors, weights)
-            for each, (errors, weights) in zip(fits().values(), spread[kind, family], strict=True)
+            (each.modelled[place] * errors, each_weight * counts / counts.sum())
+            for each, each_weight, errors, counts in spread[kind, family]
         ]
-        values, weights = (np.concatenate(column) for column in zip(*drawn, strict=True))
-        low, high = (quantile(values, weights, share) for share in interval)
+        values, counted = (np.concatenate(column) for column in zip(*drawn, strict=True))
+        low, high = (quantile(values, counted, share) for share in interval)
         found.append(Covered(name, family, float(published.seconds[place]), low, high))
     return found
 
 
-def without_sdxl(ddr: float = DDR[1]) -> dict[str, float]:
-    """Measured / modelled time of SDXL's rows where no row of SDXL was fitted."""
-    published = rows()
-    parameters = Parameters.of(published.solve(~published.is_sdxl, ddr, None), None)
-    off = published.seconds / published.predict(parameters, ddr)
-    return {published.names[n]: float(off[n]) for n in np.flatnonzero(published.is_sdxl)}
+def without_sdxl() -> dict[str, list[float]]:
+    """Measured / modelled time of SDXL's rows where no row of SDXL was fitted, for each share."""
+    published, ddr = rows(), DDR[len(DDR) // 2]
+    found: dict[str, list[float]] = {}
+    for share in SHARES:
+        parameters = Parameters.of(published.solve(~published.is_sdxl, ddr, share), share)
+        off = published.seconds / published.predict(parameters, ddr)
+        for n in np.flatnonzero(published.is_sdxl):
+            found.setdefault(published.names[n], []).append(float(off[n]))
+    return found
 
 
 def quantile(values: Vector, weights: Vector, share: float) -> float:

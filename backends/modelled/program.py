@@ -5,40 +5,43 @@
     seconds  = max(compute, stream) + serial x min(compute, stream) + operators x overhead
 
 `peak` is that of the program's cores. `serial` counts only where one program has the chip for
-itself: of several, one computes while another waits for memory. What else there is depends on how
-the published results are read, see `READINGS`. Everything on the chip (rates, and the time of an
-operator) goes with the peak of the cores or with their clock; only the stream does not.
+itself: of several, one computes while another waits for memory. What else there is:
+
+    scores     of attention: each is written, exponentiated, normalised and read by the vector
+               units, in blocks of queries
+    exchange   the activations of a program that has the chip for itself, which its cores hand each
+               other: what matrix products and attention move at one rate, what convolutions move
+               at another
+
+Everything on the chip (rates, and the time of an operator) goes with the peak of the cores or with
+their clock; only the stream does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from dataclasses import dataclass
+from functools import cache
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.devices import Device, devices
-from export.cost import Cost
+from export.cost import Cost, budget_cost
 
 Vector = NDArray[np.float64]
 Number = float | Vector
-Reading = Literal["scores", "exchange"]
-READINGS: tuple[Reading, ...] = get_args(Reading)
-"""What SDXL at 1024 px spends most of its time on, beside its multiply-adds.
-
-    scores     the scores of attention: each is written, exponentiated, normalised and read by the
-               vector units, in blocks of queries
-    exchange   the activations of a program that has the chip for itself: they are exchanged among
-               its cores
-"""
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""What of SDXL's time at 1024 px beside its multiply-adds may be the scores of attention; the rest
+is the exchange of what matrix products and attention move."""
 CORES = {"ai100-standard": 14, "ai100-pro": 16, "ai100-ultra": 16}
 """Of one SoC, by the maker's documentation."""
 HOST_S = (0.002, 0.010)
 """Seconds of the host an image: tokens, noise, scheduler, uint8."""
 SWITCH_S = (0.100, 0.200)
-"""Seconds of a turn of a pipeline on an SoC whose programs are not all resident."""
+"""Seconds of a switch between two programs of an SoC that are not both resident. Its source says so
+of a switch and does not count them: see `switches`."""
 REFERENCE = "ai100-pro"
 """The card whose SoC the time of a score, of a byte and of an operator is stated for."""
 
@@ -53,7 +56,8 @@ class Parameters:
             overlap, for a program that has the chip for itself.
         operator_matmul_us, operator_conv_us: of an operator, on the reference card.
         score_ps: picoseconds of a score on all of the reference card.
-        byte_ps: picoseconds of a byte of activations that is exchanged, on the reference card.
+        byte_ps: picoseconds of a byte that matrix products and attention exchange, there.
+        conv_byte_ps: picoseconds of a byte that convolutions exchange, there.
     """
 
     matmul: Number
@@ -62,28 +66,47 @@ class Parameters:
     serial_conv: Number
     operator_matmul_us: Number
     operator_conv_us: Number
-    score_ps: Number = 0.0
-    byte_ps: Number = 0.0
+    score_ps: Number
+    byte_ps: Number
+    conv_byte_ps: Number
 
     @classmethod
-    def of(cls, values: Sequence[float] | Vector, reading: Reading | None) -> Self:
-        """From what a fit works on: the last of seven is that of the reading."""
-        last = float(values[6])
-        shared = cls(*(float(value) for value in values[:6]))
-        if reading is None:
-            return shared
-        named = {"scores": "score_ps", "exchange": "byte_ps"}[reading]
-        return replace(shared, **{named: last})
+    def of(cls, values: Sequence[Number] | Vector, share: float) -> Self:
+        """Return the parameters that a fit's values stand for; values may be vectors.
+
+        Args:
+            values: the first six; milliseconds of the reference card for scores and exchange of
+                one evaluation of SDXL's UNet at 1024 px; the last.
+            share: of these milliseconds, what the scores take.
+        """
+        *_, beside_ms, conv_byte_ps = values
+        scores, moved = reference_unet()
+        score_ps, byte_ps = 1e9 * share / scores, 1e9 * (1 - share) / moved
+        return cls(*(*values[:6], score_ps * beside_ms, byte_ps * beside_ms, conv_byte_ps))
+
+
+@cache
+def reference_unet() -> tuple[float, float]:
+    """Scores, and bytes beside those of convolutions, of SDXL's UNet at 1024 px."""
+    cost = budget_cost("unet", 1024)
+    assert cost is not None  # a line of export/budget.csv
+    return float(cost.scores), float(cost.activation_bytes - cost.conv_bytes)
 
 
 @dataclass(frozen=True)
 class Work:
-    """One evaluation of a program, or of many: its whole batch."""
+    """One evaluation of a program, or of many: its whole batch.
+
+    Attributes:
+        moved_bytes: activations that matrix products and attention read and write.
+        conv_bytes: activations that convolutions read and write.
+    """
 
     matmul_flops: Number
     conv_flops: Number
     scores: Number
-    activation_bytes: Number
+    moved_bytes: Number
+    conv_bytes: Number
     weight_bytes: Number
     matmul_operators: Number
     conv_operators: Number
@@ -95,7 +118,8 @@ class Work:
             matmul_flops=batch * (cost.by_kind["linear"] + cost.by_kind["attention"]),
             conv_flops=batch * cost.by_kind["conv"],
             scores=float(batch * cost.scores),
-            activation_bytes=float(batch * cost.activation_bytes),
+            moved_bytes=float(batch * (cost.activation_bytes - cost.conv_bytes)),
+            conv_bytes=float(batch * cost.conv_bytes),
             weight_bytes=float(cost.weight_bytes),
             matmul_operators=float(cost.operators["linear"] + cost.operators["attention"]),
             conv_operators=float(cost.operators["conv"]),
@@ -145,7 +169,8 @@ def seconds(work: Work, place: Place, found: Parameters, ddr: Number) -> Vector:
         ddr: share of the DDR's bandwidth.
     """
     reference = core_peak(REFERENCE) * CORES[REFERENCE]
-    rest = work.scores * found.score_ps + place.alone * work.activation_bytes * found.byte_ps
+    exchange = work.moved_bytes * found.byte_ps + work.conv_bytes * found.conv_byte_ps
+    rest = work.scores * found.score_ps + place.alone * exchange
     compute = (
         work.matmul_flops / found.matmul + work.conv_flops / found.conv + 1e-12 * reference * rest
     ) / place.peak
@@ -164,3 +189,12 @@ def floor_seconds(cost: Cost, batch: int, device: Device) -> float:
     """At the peak of one SoC, or for the weights at full bandwidth if that is longer."""
     place = Place.soc(device)
     return float(max(batch * cost.flops / place.peak, cost.weight_bytes / place.bandwidth))
+
+
+def switches(programs: int) -> tuple[int, int]:
+    """How often a turn through so many programs switches, at least and at most.
+
+    The source of `SWITCH_S` calls it a switch between component binaries: a turn of a pipeline
+    whose programs take turns has as many as programs. Or it is what all of them come to.
+    """
+    return 1, programs

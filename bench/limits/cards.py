@@ -22,11 +22,13 @@ from core.errors import PreconditionError
 from core.table import Column, console, markdown_lines, terminal_table
 
 if TYPE_CHECKING:
-    from backends.modelled.card import Estimate
+    from backends.modelled.card import Estimate, Pace
     from backends.modelled.fit import Fit
     from core.devices import Device
     from export.cost import Cost
 
+SWITCHING = {"once": "a switch a turn", "each": "a switch a program"}
+"""How a published 100 to 200 ms of switching may count, and what columns call it."""
 CLAIMED = "ai100-ultra"
 HEADLINE = "modelled, not measured"
 READING = (
@@ -73,9 +75,13 @@ class Option:
     batch: int
     found: Estimate
 
-    def verdict(self, target_ms: float, *, switching: bool = False) -> str:
+    def pace(self, switching: str) -> Pace:
+        """The pace of a call: `resident`, or by a name of `SWITCHING`."""
+        return {"resident": self.found, "once": self.found.once, "each": self.found.each}[switching]
+
+    def verdict(self, target_ms: float, switching: str = "resident") -> str:
         """Whether a period of `target_ms` is plausible."""
-        period = self.found.switching_period if switching else self.found.period
+        period = self.pace(switching).period
         if target_ms < 1e3 * self.found.period_floor:
             return IMPOSSIBLE
         if target_ms < 1e3 * period.low:
@@ -88,8 +94,12 @@ class Option:
 
     def columns(self, target_ms: float) -> dict[str, Any]:
         """As JSON; milliseconds."""
-        from bench.limits.modelled import ms
+        from bench.limits.modelled import ms, pace
 
+        switched = {
+            name: pace(self.pace(name)) | {"verdict": self.verdict(target_ms, name)}
+            for name in SWITCHING
+        }
         return {
             "provenance": "modelled",
             "device": self.device.name,
@@ -101,9 +111,7 @@ class Option:
             "latency": ms(self.found.latency),
             "period": ms(self.found.period),
             "verdict": self.verdict(target_ms),
-            "switching_latency": ms(self.found.switching_latency),
-            "switching_period": ms(self.found.switching_period),
-            "switching_verdict": self.verdict(target_ms, switching=True),
+            "switching": switched,
             "stages": {name: ms(each) for name, each in self.found.stages.items()},
             "images_per_joule_at_tdp": round(self.per_joule(self.found.period.mid), 5),
         }
@@ -166,17 +174,29 @@ def resident_words(found: Sequence[Option], question: Question) -> str:
 
 
 def option_columns(target_ms: float) -> tuple[Column, ...]:
+    target = f"{target_ms:g} ms"
     return (
         Column("decoder", lambda one: one.decoder),
         Column("steps", lambda one: one.steps),
         Column("split", lambda one: one.split),
         Column("latency (ms)", lambda one: span(one.found.latency)),
         Column("period (ms)", lambda one: span(one.found.period)),
-        Column(f"{target_ms:g} ms", lambda one: one.verdict(target_ms)),
-        Column("period, switching (ms)", lambda one: span(one.found.switching_period)),
-        Column(f"{target_ms:g} ms, switching", lambda one: one.verdict(target_ms, switching=True)),
+        Column(target, lambda one: one.verdict(target_ms)),
+        *switched_columns(),
+        *(
+            Column(f"{target}, {header}", lambda one, name=name: one.verdict(target_ms, name))  # type: ignore[misc]
+            for name, header in SWITCHING.items()
+        ),
         Column("images/J at TDP", joule_span),
     )
+
+
+def switched_columns() -> list[Column]:
+    """The periods of both ways to count switching."""
+    return [
+        Column(f"period, {header} (ms)", lambda one, name=name: span(one.pace(name).period))  # type: ignore[misc]
+        for name, header in SWITCHING.items()
+    ]
 
 
 CARD_COLUMNS = (
@@ -185,7 +205,7 @@ CARD_COLUMNS = (
     Column("steps", lambda one: one.steps),
     Column("split", lambda one: one.split),
     Column("period (ms)", lambda one: span(one.found.period)),
-    Column("period, switching (ms)", lambda one: span(one.found.switching_period)),
+    *switched_columns(),
     Column("images/s", lambda one: one.batch / one.found.period.mid, 1),
     Column("images/J at TDP", joule_span),
 )
@@ -203,7 +223,6 @@ class Section:
 
 def sections(found: Sequence[Option], question: Question) -> list[Section]:
     from backends.modelled.card import ASSUMPTIONS
-    from backends.modelled.fit import SDXL_SIZE
     from core.devices import find_device
 
     unet = question.costs()["unet"]
@@ -211,9 +230,7 @@ def sections(found: Sequence[Option], question: Question) -> list[Section]:
     claimed = CLAIMED if CLAIMED in question.devices else question.devices[-1]
     ours = [one for one in found if one.device.name == claimed]
     width, height = question.pixels
-    readings = reading_words(
-        find_device(claimed), unet, f"{width}x{height}", (width, height) == (SDXL_SIZE,) * 2
-    )
+    readings = reading_words(find_device(claimed), unet, (width, height))
     return [
         Section(
             f"{what}, every {question.target_ms:g} ms on {claimed}: {HEADLINE}",
@@ -262,19 +279,36 @@ def report(found: Sequence[Option], question: Question) -> dict[str, Any]:
     """As JSON."""
     from backends.modelled import VERSION
     from backends.modelled.card import ASSUMPTIONS, INTERVAL
-    from backends.modelled.fit import KINDS, coverage, errors_of, factor, fits, without_sdxl
+    from backends.modelled.fit import (
+        KINDS,
+        coverage,
+        errors_of,
+        factor,
+        fits,
+        weights,
+        without_sdxl,
+    )
+    from backends.modelled.program import SHARES
+
+    counts = weights()
 
     def columns(each: Fit) -> Mapping[str, Any]:
         errors: dict[str, Any] = {}
         for kind in KINDS:
-            held_out, weights = errors_of(each, kind)
+            held_out, rows = errors_of(each, kind)
             errors[kind] = {
-                "rows": len(weights),
-                "held_out_median": factor(held_out, weights, 0.5),
-                "held_out_p90": factor(held_out, weights, 0.9),
+                "rows": len(rows),
+                "held_out_median": factor(held_out, rows, 0.5),
+                "held_out_p90": factor(held_out, rows, 0.9),
             }
-        parameters = {"parameters": dict(vars(each.parameters))}
-        return {"reading": each.reading, "ddr": each.ddr, **parameters, **errors}
+        return {
+            "share_of_scores": each.share,
+            "ddr": each.ddr,
+            "weight": counts[each.share, each.ddr],
+            "parameters": dict(vars(each.parameters)),
+            "at_bounds": list(each.at_bounds),
+            **errors,
+        }
 
     inside = [each.inside for each in coverage(INTERVAL)]
     return {
@@ -286,6 +320,9 @@ def report(found: Sequence[Option], question: Question) -> dict[str, Any]:
         "options": [one.columns(question.target_ms) for one in found],
         "fits": [columns(one) for one in fits().values()],
         "inside_8_of_10": {"rows": len(inside), "inside": sum(inside)},
-        "sdxl_measured_over_modelled_without_its_rows": without_sdxl(),
+        "sdxl_measured_over_modelled_without_its_rows": {
+            name: dict(zip(map(str, SHARES), off, strict=True))
+            for name, off in without_sdxl().items()
+        },
         "assumptions": list(ASSUMPTIONS),
     }

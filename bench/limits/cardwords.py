@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from backends.modelled.card import Interval
-    from backends.modelled.fit import Kind
+    from backends.modelled.fit import Fit, Kind
     from bench.limits.cards import Option
     from core.devices import Device
     from export.cost import Cost
 
 FITS, SPARE, BEYOND, IMPOSSIBLE = "fits", "time to spare", "beyond the range", "impossible"
+NEAR = 0.15
+"""What a prediction of a card from the other may miss by."""
 PHRASES = {
     FITS: "fits",
     SPARE: "leaves time to spare",
@@ -39,12 +41,13 @@ def answer(found: Sequence[Option], target_ms: float) -> list[str]:
     """Which ways make the target plausible, in a sentence for each verdict."""
     lines = []
     for switching, title in (
-        (False, "with all parts resident"),
-        (True, "if programs are switched"),
+        ("resident", "with all parts resident"),
+        ("once", "if a turn of a pipeline switches programs once"),
+        ("each", "if it switches at each of its programs"),
     ):
         by_verdict: dict[str, dict[str, list[Option]]] = {}
         for one in found:
-            ways = by_verdict.setdefault(one.verdict(target_ms, switching=switching), {})
+            ways = by_verdict.setdefault(one.verdict(target_ms, switching), {})
             ways.setdefault(one.split, []).append(one)
         lines += [
             f"{title} it {PHRASES[verdict]}: {ways_words(by_verdict[verdict])}"
@@ -103,85 +106,110 @@ def decode_span(option: Option) -> str:
 
 def fit_words() -> list[str]:
     """How good the fits are, and what speaks for and against their assumptions."""
-    from backends.modelled.card import CENTRAL, INTERVAL
-    from backends.modelled.fit import KINDS, WIDE, coverage, fits, rows, samples, without_sdxl
-    from backends.modelled.fit import Rows as Published
+    from backends.modelled.card import INTERVAL, likeliest_without_sdxl
+    from backends.modelled.fit import (
+        KINDS,
+        WIDE,
+        Rows,
+        central,
+        coverage,
+        fastest_share,
+        fits,
+        rows,
+        samples,
+        weights,
+    )
 
-    published, every, central = rows(), samples(), fits()[CENTRAL]
+    published, every, middle = rows(), samples(), central()
     sdxl = published.is_sdxl
-    off = max(math.exp(abs(math.log(e))) for fit in fits().values() for e in fit.held_out[sdxl])
     inside = coverage(INTERVAL)
     of_sdxl = [each for each, mine in zip(inside, sdxl, strict=True) if mine]
-    alone = without_sdxl().values()
-    narrow = Published([s for s in every if s.hidden is not None and s.hidden < WIDE], [])
-    errors = narrow.seconds / narrow.predict(central.parameters, central.ddr)
+    of_conv = [each for each, kind in zip(inside, published.kinds, strict=True) if kind == "conv"]
+    outside = {each.family: None for each in of_conv if not each.inside}
+    alone = likeliest_without_sdxl()
+    counts = weights()
+    near = sum(counts[f.share, f.ddr] for f in fits().values() if card_left_out(f) <= NEAR)
+    narrow = Rows([s for s in every if s.hidden is not None and s.hidden < WIDE], [])
+    errors = narrow.seconds / narrow.predict(middle.parameters, middle.ddr)
     streaming = max(s.streamed for s in every if not s.on_chip)
+    resting = {name: None for fit in fits().values() for name in fit.at_bounds}
     return [
         *(
             fit_line(name, kind)
             for kind, name in zip(KINDS, ("matrix products", "convolutions"), strict=True)
         ),
         f"SDXL base at 1024 px on Pro and Ultra cards (MLPerf v4.0, {sdxl.sum()} rows): a card that"
-        f" was left out is predicted from the other within {off - 1:.0%}; with none of these rows"
-        f" the model would be {min(alone):.1f} to {max(alone):.1f} times too fast for them",
+        f" was left out is predicted from the other within {card_left_out(middle):.0%} by the"
+        f" likeliest fit, and within {NEAR:.0%} by fits of {near:.1%} of the weight; with none of"
+        f" these rows the model would be {min(alone):.2f} to {max(alone):.2f} times too fast for"
+        " them",
         f"{sum(each.inside for each in inside)} of {len(inside)} published rows are inside 8 of 10"
         " draws of a model that never saw their family, and"
-        f" {sum(each.inside for each in of_sdxl)} of {len(of_sdxl)} of SDXL",
+        f" {sum(each.inside for each in of_sdxl)} of {len(of_sdxl)} of SDXL;"
+        f" {sum(each.inside for each in of_conv)} of {len(of_conv)} of convolutional networks:"
+        f" outside are some of {', '.join(outside)}",
         f"transformers narrower than {WIDE}, in no fit, take {errors.min():.1f} to"
         f" {errors.max():.1f} times what the model says",
         "a check of what is assumed of the DDR: rows whose weights do not fit on the chip read up"
         f" to {streaming:.0%} of its bandwidth, if they read them once an inference",
+        f"no rate may pass {fastest_share(every):.0%} of the peak, the most that any published"
+        f" program of these cards reached; on a bound in some of the {len(fits())} fits:"
+        f" {', '.join(resting)}",
     ]
 
 
-def reading_words(device: Device, unet: Cost, size: str, measured: bool) -> list[str]:
-    """What a UNet step takes by each reading of SDXL's published times, and what that is worth.
+def card_left_out(fit: Fit) -> float:
+    """By how much SDXL's time on either card is missed where that card was not fitted, at most."""
+    from backends.modelled.fit import rows
+
+    return max(math.exp(abs(math.log(error))) for error in fit.held_out[rows().is_sdxl]) - 1
+
+
+def reading_words(device: Device, unet: Cost, size: tuple[int, int]) -> list[str]:
+    """What a UNet step takes by what SDXL's time may be spent on, and what that is worth.
 
     Args:
         unet: one evaluation at batch 1.
-        measured: whether this size is the one that was published.
+        size: width and height that are asked about.
     """
-    from backends.modelled.fit import DDR, fits
-    from backends.modelled.program import READINGS, Place, Work, seconds
+    from backends.modelled.fit import DDR, SDXL_SIZE, fits, weights
+    from backends.modelled.program import SHARES, Place, Work, seconds
 
-    names = {"scores": "the scores of attention", "exchange": "activations exchanged among cores"}
-    steps = {}
-    for reading in READINGS:
-        fitted = [fits()[reading, ddr] for ddr in DDR]
+    counts, asked = weights(), "{}x{}".format(*size)
+    steps = []
+    for share in SHARES:
         took = [
             1e3 * float(seconds(Work.of(unet), Place.soc(device), each.parameters, each.ddr))
-            for each in fitted
+            for each in (fits()[share, ddr] for ddr in DDR)
         ]
-        steps[reading] = f"{min(took):.0f} to {max(took):.0f} ms if it is {names[reading]}"
-    asked = [fits()["scores", ddr].parameters.matmul for ddr in DDR]
+        weight = sum(counts[share, ddr] for ddr in DDR)
+        steps.append(f"{share:.0%}: {min(took):.0f} to {max(took):.0f} ms (weight {weight:.0%})")
     return [
-        "what SDXL at 1024 px spends most of its time on is not known: neither its multiply-adds"
-        " nor the DDR nor the number of its operators, but one published size of one network does"
-        f" not tell the rest apart. A UNet step at {size} on {device.name} takes"
-        f" {' and '.join(steps.values())}. The middle of the ranges is the second: networks of the"
-        f" Standard card show it too, and the first asks for matrix products at {min(asked):.0%}"
-        f" to {max(asked):.0%} of the peak",
-        f"{size} is the size that was published"
-        if measured
-        else f"{size} is extrapolated: published are 1024 px on Pro and Ultra cards. Inferred is"
-        " what both readings share, the range of a step; which end of it is not. A UNet step"
-        f" measured at {size} would settle it",
+        "what SDXL at 1024 px spends most of its time on is neither its multiply-adds nor the DDR"
+        " nor the number of its operators: it is the scores of attention, or the exchange of"
+        " activations among the cores, or both, and one published size of one network does not say"
+        f" in which shares. A UNet step at {asked} on {device.name} by the share of the scores:"
+        f" {'; '.join(steps)}. Weights say how well each predicts networks that its fit had not"
+        " seen",
+        f"{asked} is the size that was published"
+        if size == (SDXL_SIZE, SDXL_SIZE)
+        else f"{asked} is extrapolated: published are {SDXL_SIZE} px on Pro and Ultra cards. A UNet"
+        f" step measured at {asked} would settle it",
     ]
 
 
 def fit_line(name: str, kind: Kind) -> str:
-    from backends.modelled.card import CENTRAL
-    from backends.modelled.fit import errors_of, factor, fits, of_kind, rows
+    from backends.modelled.fit import central, errors_of, factor, fits, of_kind, rows
 
-    central, mine = fits()[CENTRAL], of_kind(kind)
-    outside, weights = errors_of(central, kind)
-    inside = central.errors[mine]
-    off = [[factor(each, weights, share) for share in (0.5, 0.9)] for each in (inside, outside)]
+    middle, mine = central(), of_kind(kind)
+    outside, counts = errors_of(middle, kind)
+    inside = middle.errors[mine]
+    off = [[factor(each, counts, share) for share in (0.5, 0.9)] for each in (inside, outside)]
     shares = sorted(getattr(fit.parameters, kind) for fit in fits().values())
     return (
-        f"{name}: {getattr(central.parameters, kind):.0%} of the peak"
+        f"{name}: {getattr(middle.parameters, kind):.0%} of the peak"
         f" ({shares[0]:.0%} to {shares[-1]:.0%} over the assumptions), from {mine.sum()} of"
-        f" {len(rows().names)} published rows, with {central.ddr:.0%} of the DDR's bandwidth; off"
+        f" {len(rows().names)} published rows, with {middle.ddr:.0%} of the DDR's bandwidth; off"
         f" by a factor of {off[0][0]:.2f} (median) and {off[0][1]:.2f} (90th percentile) on these"
         f" rows, of {off[1][0]:.2f} and {off[1][1]:.2f} on families held out"
     )

@@ -17,7 +17,7 @@ from export.bundle import Bundle
 
 if TYPE_CHECKING:
     from backends.modelled.backend import ModelledBackend
-    from backends.modelled.card import Estimate, Interval
+    from backends.modelled.card import Estimate, Interval, Pace
 
 Result = dict[str, Any]
 
@@ -79,12 +79,15 @@ def columns(cell: Cell, modelled: Estimate, split: str, tdp_w: float) -> Result:
             "floor_ms": round(1e3 * modelled.floor, 4),
             "stages": {name: ms(each) for name, each in modelled.stages.items()},
             "period": period,
-            "switching": {
-                "latency": ms(modelled.switching_latency),
-                "period": ms(modelled.switching_period),
-            },
+            "switching": pace(modelled.once),
+            "switching_each": pace(modelled.each),
         },
     }
+
+
+def pace(switched: Pace) -> dict[str, dict[str, float]]:
+    """Latency and period in milliseconds."""
+    return {"latency": ms(switched.latency), "period": ms(switched.period)}
 
 
 def ms(interval: Interval) -> dict[str, float]:

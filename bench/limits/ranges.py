@@ -67,7 +67,7 @@ EFFICIENCY = {
 
 @dataclass(frozen=True)
 class Range:
-    """Milliseconds of a call. `switched`: the slow end where a card switches programs, if known."""
+    """Milliseconds of a call. `switched`: the slow end where a card switches to each program."""
 
     floor: float
     fast: float
@@ -199,7 +199,7 @@ def fitted_ms(device: Device, batch: int, parts: Sequence[tuple[Cost, int]]) -> 
         1e3 * found.floor,
         1e3 * found.latency.low,
         1e3 * found.latency.high,
-        1e3 * found.switching_latency.high,
+        1e3 * found.each.latency.high,
     )
 
 

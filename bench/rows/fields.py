@@ -132,11 +132,13 @@ DAY_ONE = "2026-11-22"
 """The day of the first rows. What came later that day the earliest rows lack."""
 
 RANGE = numbers("low_ms", "mid_ms", "high_ms")
+PACE = Record({"latency": RANGE, "period": RANGE})
 MODEL = Record({
     "version": WHOLE, "split": TEXT, "tdp_w": NUMBER, "floor_ms": NUMBER,
     "stages": Record(dict.fromkeys(("text", "unet_step", "decode", "rest"), RANGE)),
     "period": RANGE,
-    "switching": Record({"latency": RANGE, "period": RANGE}),
+    "switching": PACE,
+    "switching_each": PACE,
 })  # fmt: skip
 STAGES = numbers("text", "unet_first", "unet_step", "decode", "rest", "load")
 EACH_CALL = ListOf(NUMBER)
@@ -263,7 +265,8 @@ FIELDS: tuple[Field, ...] = (
          "`tdp_w`, at which `energy_j` of such "
          "a row is counted, over `period_ms`; `floor_ms` (all parts at the peak, or their "
          "weights once at full bandwidth); `stages` and `period` with `low_ms`, `mid_ms`, "
-         "`high_ms`; `switching`: `latency` and `period` where programs are switched. Else null",
+         "`high_ms`; `switching`: `latency` and `period` where a turn of a pipeline switches "
+         "programs once, `switching_each` where it does at each of them. Else null",
          since=DAY_ONE),
     figure("roofline", ROOFLINE,
          "per stage (`text`, `unet_step`, `decode`): achieved `tflops` and `gb_per_s`, "

@@ -99,9 +99,13 @@ class CellRounds:
 
     @property
     def switching_high_ms(self) -> float | None:
-        """The upper end of a modelled latency where programs are switched."""
+        """The upper end of a modelled latency where each program of a turn is switched to.
+
+        Rows of older models have the end of one switch a turn.
+        """
         models = [row["modelled"] for row in self.good if row["modelled"]]
-        return median_or_none([each["switching"]["latency"]["high_ms"] for each in models])
+        paces = [each.get("switching_each") or each["switching"] for each in models]
+        return median_or_none([pace["latency"]["high_ms"] for pace in paces])
 
 
 def by_cell(rows: Sequence[Row]) -> list[CellRounds]:

@@ -30,7 +30,8 @@ from core.table import as_json, csv_text, draw, markdown_lines
 MODELLED_WORDS = (
     "modelled: the card was not here and nothing was timed. The median is what the model says under"
     " its central assumptions, with all parts resident; low and high hold 8 of 10 draws of its"
-    " assumptions and of its fit's errors, `high, switching` is theirs where programs are switched."
+    " assumptions and of its fit's errors, `high, switching` is theirs where every program is"
+    " switched to."
     " period: between the ends of two calls while every SoC is busy. images/J at TDP: the card at"
     " its power limit all the while, so at least that many. superseded: an older model of the card;"
     " model it again."

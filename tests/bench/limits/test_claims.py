@@ -228,7 +228,8 @@ def test_markdown_names_both_headlines(tmp_path: Path, capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     assert text.index("Cloud AI 100 Ultra") < text.index("Stability AI") < text.index("| claim")
     assert "4 steps, taesd: beyond the range (floor 164 ms" in text
-    assert "2 steps, vae: fits (floor 121 ms" in text
+    assert "1 step, vae: fits (floor 84 ms" in text
+    assert "2 steps, vae: beyond the range (floor 121 ms" in text
     assert "if it switches programs" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(CLAIMS)

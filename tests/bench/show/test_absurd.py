@@ -308,8 +308,9 @@ def test_a_modelled_card_holds_its_own_middle(
         found = estimate(card, known_costs(name, (side, side)), call)
     except UnsupportedError:
         return
-    for each in (found.latency, found.period, found.switching_latency, found.switching_period):
-        assert 0 < each.low <= each.mid <= each.high
+    for pace in (found, found.once, found.each):
+        for each in (pace.latency, pace.period):
+            assert 0 < each.low <= each.mid <= each.high
     assert found.floor <= found.latency.low
     assert found.period_floor <= found.period.low
     assert all(0 < stage.low <= stage.mid <= stage.high for stage in found.stages.values())
