@@ -157,6 +157,8 @@ class Backend(ABC):
     resident: str = ""
     """Why a pipeline of it holds all parts as long as it lives; "" where it may load each when it
     is needed and release it after."""
+    row_flags: tuple[str, ...] = ()
+    """What a reader of its rows should know of this machine: flags of `bench.rows.fields`."""
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         given = dict(options or {})

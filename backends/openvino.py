@@ -30,6 +30,7 @@ from backends.base import (
     thread_count,
 )
 from backends.onnxrt.session import MODEL, translate
+from core.amounts import bytes_text
 from core.files import require_disk
 from core.isa import cpu_flags, isa
 from core.memory import require_memory
@@ -139,10 +140,10 @@ class OpenVinoBackend(Backend):
         doing = f"compiling {bundle.name} {part} for OpenVINO"
         weights, need = self._fp32_bytes(bundle, part), self.memory_need(bundle, part)
         require_disk(folder, weights + SMALL, doing)
-        require_memory(need, doing, f"use ort, which compiles in {need * 0.6 / 1e9:.1f} GB")
+        require_memory(need, doing, f"use ort, which compiles in {bytes_text(need * 0.6)}")
         if weights > WORTH_SAYING:
             print(
-                f"{doing}: about {need / 1e9:.1f} GB of memory, {weights / 1e9:.1f} GB of disk and"
+                f"{doing}: about {bytes_text(need)} of memory, {bytes_text(weights)} of disk and"
                 f" {SECONDS_PER_GB * weights / 1e9:.0f} s on two cores; the result is kept",
                 file=sys.stderr,
             )

@@ -38,6 +38,7 @@ from backends.base import (
 from backends.onnxrt.session import plain_options, translate
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.pipeline import Pipeline
+from core.amounts import bytes_text
 from core.errors import PreconditionError
 from core.files import ROOT, require_disk, sha256_json, write_json
 from core.isa import isa
@@ -239,8 +240,8 @@ class OptimumBackend(Backend):
         disk = 2 * graphs + fp32_bytes(bundle, "unet")
         require_disk(folder, disk, doing)
         require_memory(need, doing, "measure optimum on the small model: --model shapes-turbo")
-        print(f"{doing}: {need / 1e9:.1f} GB of memory, {disk / 1e9:.1f} GB of disk, of which"
-              f" {graphs / 1e9:.1f} GB are kept", file=sys.stderr)  # fmt: skip
+        print(f"{doing}: {bytes_text(need)} of memory, {bytes_text(disk)} of disk, of which"
+              f" {bytes_text(graphs)} are kept", file=sys.stderr)  # fmt: skip
         with tempfile.TemporaryDirectory(dir=folder, prefix=".checkpoint-") as checkpoint:
             job = {"bundle": str(bundle.path), "checkpoint": checkpoint, "folder": str(folder)}
             for does, python in (("write", home_python()), ("export", self.interpreter)):

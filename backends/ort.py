@@ -45,6 +45,7 @@ from backends.onnxrt.session import (
     translate,
 )
 from backends.quantised import schemes
+from core.amounts import bytes_text
 from core.files import require_disk
 from core.isa import isa
 from core.memory import drop_cached, reading_ahead, require_memory
@@ -244,6 +245,10 @@ class OrtBackend(Backend):
         """Why the kernels are onnxruntime's own where nobody asked for them; "" otherwise."""
         return "" if self.plain or self.own_operators else operators.no_compiler()
 
+    @property
+    def row_flags(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("no_compiler",) if self.no_compiler else ()
+
     def pipeline(self, bundle: Bundle, decoder: str, shapes: Shapes, **rest: Any) -> Pipeline:
         if self.no_compiler:
             say_once(f"ort: {PLAIN_KERNELS}: {self.no_compiler}; apt install g++")
@@ -394,7 +399,7 @@ class OrtBackend(Backend):
 
         doing = f"loading {bundle.name} {part}"
         need = self._weight_bytes(bundle, part)
-        instead = f"drop graph=canonical, to load compiled graphs in {need / 1e9:.1f} GB"
+        instead = f"drop graph=canonical, to load compiled graphs in {bytes_text(need)}"
         require_memory(int(1.3 * need) + SMALL, doing, instead)
         made = plain_options(self)
         graph = str(bundle.parts[part].graph)

@@ -28,6 +28,7 @@ from bench.rows.cell import Cell
 from bench.rows.fields import OK
 from bench.rows.store import LATEST, is_noisy
 from bench.run.request import QUICK, SWEEP
+from core.amounts import count_text
 from core.cli import Parser, count, run
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 
@@ -130,14 +131,13 @@ def given(args: argparse.Namespace) -> dict[str, Any]:
 
 def conclude(target: Run, spent_budget_s: float | None) -> int:
     """Table, plot, and the list of what is not ok; the exit code."""
-    from bench.run.runner import resume_words
     from bench.show import latency as plot
     from bench.show import table
 
     rows = target.rows()
     table.show(target, rows)
     if any(map(is_noisy, rows)):
-        print(f"measure them again when it is quiet: addbench sweep {resume_words(target)}"
+        print(f"measure them again when it is quiet: addbench sweep --resume {target.argument}"
               " --patience 10m")  # fmt: skip
     files: list[Path] = []
     for what, write in (("table", table.write), ("plot", plot.write)):
@@ -151,7 +151,7 @@ def conclude(target: Run, spent_budget_s: float | None) -> int:
     missing = target.missing(rows)
     if not bad and not missing:
         return EXIT_OK
-    print(f"\n{len(bad)} cells failed and {len(missing)} are missing:", file=sys.stderr)
+    print(f"\n{count_text(len(bad), 'cell')} failed, {len(missing)} missing:", file=sys.stderr)
     for row in bad:
         print_bad(row)
     for cell, round_ in missing:
@@ -159,7 +159,7 @@ def conclude(target: Run, spent_budget_s: float | None) -> int:
     if spent_budget_s is not None:
         print(f"the budget of {spent_budget_s:g} s is spent", file=sys.stderr)
     retry = " --retry-failed" if bad else ""
-    print(f"go on with: addbench sweep {resume_words(target)}{retry}", file=sys.stderr)
+    print(f"go on with: addbench sweep --resume {target.argument}{retry}", file=sys.stderr)
     return EXIT_FAILED
 
 

@@ -33,6 +33,7 @@ from bench.rows.cell import Cell
 from bench.rows.fields import MODELLED, OK
 from bench.rows.store import now_utc
 from bench.run.measure import Measurement, PeakMemory, StopRule, inputs_of_call, measure
+from bench.run.quality import judge_accepts, measure_quality
 from core.errors import AddbenchError, PreconditionError
 from core.process import die_with_parent
 
@@ -185,12 +186,12 @@ class Worker:
             "cpu_freq_mhz": environment.cpu_freq_mhz(),
         }
         read = gauge.columns()
-        flags = result["flags"] + read.pop("flags")
+        flags = [*result["flags"], *read.pop("flags"), *self.backend.row_flags]
         if not memory.per_cell:
             flags.append("process_peak")
         result |= read | {"flags": list(dict.fromkeys(flags))}
         result |= started | self.judge(cell, measured)
-        if self.rule.quality and result["status"] == OK:
+        if self.rule.quality and result["status"] in (OK, "mismatch"):
             try:
                 result["quality"] = self.quality(
                     cell, lambda count: report.judging(number, count, self.rule.quality)
@@ -198,12 +199,14 @@ class Worker:
             except Exception as error:
                 traceback.print_exc()
                 return result | failure(error)
+            root = self.bundle.checkpoint().root
+            if result["status"] == "mismatch" and judge_accepts(result["quality"], root, cell):
+                result["flags"].append("below_gate")
+                result |= {"status": OK, "error": None}
         return result
 
     def quality(self, cell: Cell, on_pictures: Callable[[int], None]) -> dict[str, Any]:
         """What the judge reads from this cell's pictures of held-out captions."""
-        from bench.run.quality import measure_quality
-
         fid = self.bundle.checkpoint().root / "fid"
         return measure_quality(self.pipe, cell, self.rule.quality, fid, on_pictures)
 
@@ -234,8 +237,8 @@ class Worker:
             "what": f"image 0 differs from torch FP32: PSNR {distance.psnr_db:.1f} dB, SSIM"
             f" {distance.ssim:.4f}",
             "why": f"the gate is {gate.psnr_db:g} dB and {gate.ssim:g}",
-            "next": f"`addbench parity --model {cell.model} --backend {cell.backend_text}` names"
-            " the part",
+            "next": f"`addbench parity --model {cell.model} --weights {cell.weights} --dtype"
+            f" {self.bundle.dtype} --backend {cell.backend_text}` names the part",
         }
         check = {"status": "mismatch", **found}
         return {"status": "mismatch", "image_check": check, "error": error}

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from core.amounts import bytes_text
 from core.errors import AddbenchError, PreconditionError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +154,7 @@ def require_disk(folder: Path, need_bytes: int, purpose: str) -> None:
     free = shutil.disk_usage(existing).free
     if need_bytes > free:
         raise PreconditionError(
-            f"{purpose} needs {need_bytes / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free",
+            f"{purpose} needs {bytes_text(need_bytes)} of disk and {bytes_text(free)} are free",
             f"{existing} is the disk it would be written to",
             "free some room (`addbench cache prune`) or set ADDBENCH_BUILD",
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from core.amounts import bytes_text
 from core.errors import PreconditionError
 
 PIECE = 1 << 24
@@ -26,8 +27,8 @@ def require_memory(need_bytes: int, purpose: str, instead: str = "") -> None:
     available = available_memory()
     if need_bytes > available:
         raise PreconditionError(
-            f"{purpose} needs about {need_bytes / 1e9:.1f} GB of memory"
-            f" and {available / 1e9:.1f} GB are available",
+            f"{purpose} needs about {bytes_text(need_bytes)} of memory"
+            f" and {bytes_text(available)} are available",
             "the estimate comes from the size of its weights",
             "close other programs, or use a machine with more memory"
             + (f"; or {instead}" if instead else ""),

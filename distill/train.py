@@ -142,6 +142,8 @@ def train(
     stages = [stage] if stage else list(config.stages)
     for name in stages:  # a command that is refused leaves the run's record as it was
         refuse_early(context, name, stages)
+    if config.data.kind != "shapes" and not all(map(context.finished, stages)):
+        _ = context.source  # opened before anything is written: it may not be there
     if accelerator.is_main_process:
         write_json(folder / "config.json", dataclasses.asdict(config))
     for name in stages:
@@ -179,7 +181,7 @@ def refuse_early(context: Context, stage: str, stages: Sequence[str]) -> None:
 
     Raises:
         PreconditionError: a stage that this one starts from is neither finished nor among `stages`,
-            or this one's checkpoint belongs to another configuration.
+            or this one's checkpoint belongs to another configuration or wants --shard otherwise.
     """
     from distill.checkpointing import resumable
     from distill.config import upstream
@@ -189,7 +191,8 @@ def refuse_early(context: Context, stage: str, stages: Sequence[str]) -> None:
     for needed in upstream(stage):  # a preset that starts from a checkpoint has fewer stages
         if needed in context.config.stages and needed not in stages:
             context.weights(needed)
-    resumable(context.folder / stage / "checkpoints", context.config.stage_hash(stage))
+    sharded = context.shard and stage == "student"  # no other stage has a network that large
+    resumable(context.folder / stage / "checkpoints", context.config.stage_hash(stage), sharded)
 
 
 def _quiet_libraries() -> None:

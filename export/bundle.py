@@ -370,7 +370,7 @@ def _export_command(
         weights = default_weights(MODELS[name]) if name in MODELS else "hub"
     words = f"addbench export --model {name} --weights {weights} --dtype {dtype or 'fp16'}"
     words += f" --size {size_text(size)}" if size else ""
-    return words + (f" --lora FILE (with the weights called {lora})" if lora else "")
+    return words + (f" --lora {lora}.safetensors" if lora else "")
 
 
 def bundle_path(model: str, weights: str, dtype: str, size: tuple[int, int] | None = None) -> Path:

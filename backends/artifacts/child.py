@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from backends.base import BackendError, OutOfMemoryError
+from core.amounts import bytes_text
 from core.files import ROOT, read_json, write_json
 from core.process import die_with_parent
 
@@ -82,7 +83,7 @@ def run_child(
         raise OutOfMemoryError(
             f"{doing} was killed",
             "most likely by the system, for want of memory",
-            f"free memory (it needs about {need_bytes / 1e9:.1f} GB)",
+            f"free memory (it needs about {bytes_text(need_bytes)})",
         )
     if child.returncode:
         raise BackendError(f"{doing} failed with exit code {child.returncode}", words, advice)

@@ -26,6 +26,7 @@ from backends.cloud_ai.compiler import half_buffers, io_list
 from backends.cloud_ai.presets import DEVIATIONS, PARTS, Preset, preset_for
 from backends.cloud_ai.script import script
 from backends.cloud_ai.spec import DIALECTS, CompileSpec
+from core.amounts import bytes_text
 from core.errors import PreconditionError
 from core.files import build_root, require_disk, write_atomic, write_json
 from export.bundle import MANIFEST, Bundle, find_bundle
@@ -200,7 +201,7 @@ def write_graphs(backend: QaicBackend, bundle: Bundle, jobs: Sequence[Job], fold
     """
     need = sum(bundle.parts[job.part].weight_bytes for job in jobs)
     require_disk(folder, need, f"the graphs of {bundle.path.name}")
-    print(f"writing {need / 1e9:.1f} GB of graphs into {folder}", file=sys.stderr, flush=True)
+    print(f"writing {bytes_text(need)} of graphs into {folder}", file=sys.stderr, flush=True)
     for job in jobs:
         graph = folder / job.spec.model
         lower(bundle.parts[job.part].graph, backend.form(job.part, job.batch), graph)

@@ -162,18 +162,14 @@ def verdict(one: Reached) -> str:
 
 
 def claims_text(target: Run) -> list[str]:
-    """What was published for NVIDIA hardware, judged with the rows of this run beside it."""
-    from bench.limits.claims import figure, findings, near_text
+    """What was published and concerns this run's rows, judged by them."""
+    from bench.limits.claims import concerning, figure, findings, near_text
     from bench.limits.ledger import measured, read_claims
-    from core.devices import devices
 
-    known = devices()
-    claims = [
-        claim
-        for claim in read_claims()
-        if claim.hardware in known and known[claim.hardware].vendor == "NVIDIA"
-    ]
-    found = findings(claims, measured([target]))
+    ours = measured([target])
+    found = concerning(findings(read_claims(), ours), ours)
+    if not found:
+        return ["## Claims", "", "None that was published concerns this run's model and device."]
     columns = (
         Column("claim", lambda one: one.claim.id),
         Column("conditions", lambda one: f"{one.claim.hardware}, {one.claim.conditions}"),

@@ -41,6 +41,10 @@ FLAGS = {
     "throttled": "the GPU's clock fell below 75% of the highest it can be set to",
     "stage_gap": "the stages do not add up to the call, by more than 1% and 1 ms in the median"
     " sample",
+    "below_gate": "image 0 is below the gate of pixels, and the judge finds as many of the row's"
+    " own captions right as in torch FP32: the row is ok by that (`--quality`)",
+    "no_compiler": "the operators that the backend builds for this CPU could not be built: it ran"
+    " without them, slower. `addbench backends` says why",
     "process_peak": "the kernel does not reset peaks: `peak_memory_mb` is that of the whole process"
     " so far",
 }
@@ -277,14 +281,16 @@ FIELDS: tuple[Field, ...] = (
     judgement("image_check", IMAGE_CHECK,
          "`status` (`ok`, `mismatch`, `no_reference`), `psnr_db` (100 for equal images) and "
          "`ssim` of the cold call's image 0, made from the reference's prompt and seed, against "
-         "torch FP32. The gate is parity's, by storage and precision",
+         "torch FP32. The gate is parity's, by storage and precision; with `--quality` a picture "
+         "below it is held against the judge (flag `below_gate`)",
          emulated=True),
     judgement("quality", MapOf(NUMBER),
          "with `--quality`, in the first round: of the cell's own pictures of `captions` "
          "held-out captions the share with every attribute right (`all`; `all_1` to `all_3` by "
          "number of objects) and with each one right (`background`, `count`, `shape`, `colour`, "
          "`size`, `position`), and `fid_shapes`, the FID of as many pictures over this "
-         "project's own network, comparable only with itself. Else null",
+         "project's own network, comparable only over as many captions and the same network "
+         "(`fid_network`, of newer rows); null for fewer than 512. Else null",
          since=DAY_ONE, emulated=True),
     circumstance("artifacts", MapOf(TEXT),
          "part -> cache key of what was compiled for it",

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import sys
 import tempfile
 import time
@@ -262,6 +263,13 @@ class Run:
     def label(self) -> str:
         """What people call it: its name in the index of the published runs, or else its own."""
         return label_of(self.path)
+
+    @property
+    def argument(self) -> str:
+        """What a command line takes for it: its name, and its folder where that is not RUNS."""
+        folder = self.path.parent
+        outside = folder.resolve() != RUNS.resolve()
+        return self.name + (f" --runs {shlex.quote(str(folder))}" if outside else "")
 
     @property
     def plan(self) -> list[Cell]:

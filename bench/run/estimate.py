@@ -14,6 +14,7 @@ from bench.rows.store import Row, is_timed, open_run, run_names
 from bench.run.measure import FEWEST_SAMPLES, LONG_CALL_S, StopRule
 from bench.run.plan import Plan, groups
 from bench.run.request import BY_TIME
+from core.amounts import count_text
 from core.errors import AddbenchError
 
 WORKER_START_S = 5.0
@@ -169,7 +170,10 @@ def describe(plan: Plan, known: Past) -> None:
         for round_ in by_round
         for group in groups(cell for cell, other in plan.work if other == round_)
     ]
-    print(f"{len(plan.work)} cells in {len(turns)} processes, not measured now:")
+    print(
+        f"{count_text(len(plan.work), 'cell')} in {count_text(len(turns), 'process', 'processes')},"
+        " not measured now:"
+    )
     for round_, group in turns:
         candidate = plan.candidate(group[0])
         rule = plan.method.rule.of_round(round_)

@@ -18,7 +18,7 @@ from bench.run.plan import Plan, plan
 from bench.run.progress import Display
 from bench.run.request import SINGLE, Request
 from bench.run.resume import open_pair, refuse_changes, reopen, unfinished
-from bench.run.runner import Runner, Side, resume_words, sigterm_as_ctrl_c
+from bench.run.runner import Runner, Side, sigterm_as_ctrl_c
 from core.errors import PreconditionError
 from export.cost import part_cost, part_cost_at
 from export.models import CONTEXT_PART
@@ -206,7 +206,7 @@ def measure(
             pair = replace(pair, runs=(base, head))
         turns = order(pair)
         sides = [Side(*both) for both in zip(pair.plans, pair.runs, SIDES, strict=True)]
-        go_on = f"go on with addbench versus {resume_words(pair.runs[HEAD])}"
+        go_on = f"go on with addbench versus --resume {pair.runs[HEAD].argument}"
         left_s = None if budget_s is None else budget_s - (time.monotonic() - started)
         display = Display(sum(len(turn.cells) for turn in turns), 1)
         with Runner(sides, display, timeout_s=timeout_s, budget_s=left_s, go_on=go_on) as runner:

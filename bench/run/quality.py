@@ -7,7 +7,9 @@ no network saw in training, each from a seed of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
 
     from backends.pipeline.pipeline import Pipeline
     from bench.rows.cell import Cell
+
+JUDGE_CAPTIONS = 200
+"""The least number of captions by which a picture below the gate of pixels can be accepted."""
+JUDGE_TOLERANCE = 0.02
+"""How much less of the captions may be right than in torch FP32: two standard errors of a share of
+98% of 200."""
 
 
 def require_judge(model: str) -> None:
@@ -45,24 +53,40 @@ def measure_quality(
     """What the judge reads from the cell's pictures of `captions` held-out captions.
 
     `all` and each attribute (shares in [0, 1]), `all_1` to `all_3` by number of objects,
-    `captions`; `fid_shapes` where the checkpoint has the network: its folder is `fid`.
+    `captions`; where the checkpoint has the network (its folder is `fid`) and the captions are
+    enough, `fid_shapes` and `fid_network`, which tells networks apart.
     """
     from distill.evaluate import fid_features, held_out
-    from distill.fidelity import frechet_distance
+    from distill.fidelity import LEAST_PICTURES, frechet_distance
     from distill.judge import following
 
     scenes = held_out(captions)
     made = pictures(pipe, [scene.caption for scene in scenes], cell.batch, cell.steps, on_pictures)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "captions": len(scenes),
         **{name: round(share, 4) for name, share in following(made, scenes).items()},
         "fid_shapes": None,
     }
-    if fid is not None and (fid / "fid.json").is_file():
-        found["fid_shapes"] = round(
-            frechet_distance(*fid_features(made, scenes, fid, made.shape[1])), 4
-        )
-    return found
+    if fid is not None and (fid / "fid.json").is_file() and len(scenes) >= LEAST_PICTURES:
+        distance = frechet_distance(*fid_features(made, scenes, fid, made.shape[1]))
+        weights = (fid / "fid.safetensors").read_bytes()
+        figures["fid_shapes"] = round(distance, 4)
+        figures["fid_network"] = int(sha256(weights).hexdigest()[:8], 16)
+    return figures
+
+
+def judge_accepts(quality: Mapping[str, float], checkpoint: Path, cell: Cell) -> bool:
+    """Whether as many of a cell's captions are right as torch FP32 gets of the same checkpoint.
+
+    Both are the same captions and seeds; a checkpoint without that figure, or captions that are
+    too few to tell two points apart, accept nothing.
+    """
+    path = checkpoint / "quality.json"
+    if not path.is_file() or quality["captions"] < JUDGE_CAPTIONS:
+        return False
+    rows = json.loads(path.read_text()).get("student" if cell.decoder == "vae" else "tiny", [])
+    wanted = [row["all"] for row in rows if row["steps"] == cell.steps]
+    return bool(wanted) and quality["all"] >= wanted[0] - JUDGE_TOLERANCE
 
 
 def pictures(

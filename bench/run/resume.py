@@ -155,7 +155,7 @@ def open_single(text: str, runs: Path) -> Run:
             raise PreconditionError(
                 f"run {run.name} is one side of a pair",
                 "finished on its own it would not be interleaved with the other",
-                f"addbench versus --resume {run.name}"
+                f"addbench versus --resume {run.argument}"
                 if verb == "versus"
                 else "measure the two revisions again with `addbench ab`",
             )
@@ -170,7 +170,7 @@ def open_pair(text: str, runs: Path) -> list[Run]:
         raise PreconditionError(
             f"run {named.name} is not of `addbench versus`",
             "its header names no other side",
-            f"addbench sweep --resume {named.name}",
+            f"addbench sweep --resume {named.argument}",
         )
     folder = named.path.parent
     if said["side"] == "head":

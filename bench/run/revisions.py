@@ -118,10 +118,18 @@ def require_own_repository() -> None:
         )
 
 
+def new_code() -> list[str]:
+    """Files that git does not know yet in the folders of this checkout's code. Others, a picture
+    or a log beside them, change nothing that is measured."""
+    kept = {path.split("/")[0] for path in git("ls-files", "--", "*.py").split()}
+    new = git("ls-files", "--others", "--exclude-standard", "-z").split("\0")
+    return [path for path in new if path.split("/")[0] in kept]
+
+
 def changed() -> bool:
-    """Whether this checkout holds what no revision has: changes, or files that git may take."""
+    """Whether this checkout holds code that no revision has: changes, or new files of it."""
     try:
-        return bool(git("status", "--porcelain"))
+        return bool(git("status", "--porcelain", "--untracked-files=no") or new_code())
     except AddbenchError:  # no repository: the revisions will not be found, which says so
         return False
 
@@ -134,7 +142,9 @@ def snapshot() -> str:
     with tempfile.TemporaryDirectory() as scratch:
         index = {"GIT_INDEX_FILE": str(Path(scratch, "index"))}
         git("read-tree", "HEAD", **index)
-        git("add", "--all", **index)
+        git("add", "--update", **index)
+        if new := new_code():
+            git("add", "--", *new, **index)
         tree = git("write-tree", **index).strip()
     who = {
         f"GIT_{role}_{what}": value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 import time
@@ -19,13 +18,14 @@ from bench.limits.modelled import figures_apart
 from bench.machine.environment import git_state
 from bench.rows.cell import Cell
 from bench.rows.fields import MODELLED, NUMERICS, OK
-from bench.rows.store import RUNS, Row, RowWriter, Run, create_run, make_row
+from bench.rows.store import Row, RowWriter, Run, create_run, make_row
 from bench.run import spawn
 from bench.run.estimate import past, survey, with_rounds
 from bench.run.orders import Turn, round_by_round
 from bench.run.patience import again
 from bench.run.plan import Candidate, Plan
 from bench.run.progress import Display
+from core.amounts import count_text
 from core.files import ROOT
 
 Listener = Callable[[Turn, Cell, Row], None]
@@ -246,13 +246,6 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def resume_words(run: Run) -> str:
-    """The flags that go on with a run."""
-    folder = run.path.parent
-    runs = "" if folder.resolve() == RUNS.resolve() else f" --runs {shlex.quote(str(folder))}"
-    return f"--resume {run.name}{runs}"
-
-
 def sweep(
     plan: Plan,
     runs: Path,
@@ -280,8 +273,8 @@ def sweep(
             plan = with_rounds(plan, past(runs, plan))
         run = resumed or create_run(runs, plan.header(command))
         side = Side(plan, run)
-        go_on = f"go on with addbench sweep {resume_words(run)}"
-        print(f"run {run.name}: {len(plan.work)} cells, in {run.path}", flush=True)
+        go_on = f"go on with addbench sweep --resume {run.argument}"
+        print(f"run {run.name}: {count_text(len(plan.work), 'cell')}, in {run.path}", flush=True)
         display = Display(len(plan.work), plan.method.rounds)
         left_s = None if budget_s is None else budget_s - (time.monotonic() - started)
         with Runner([side], display, timeout_s=timeout_s, budget_s=left_s, go_on=go_on) as runner:

@@ -36,6 +36,12 @@ def captions_right(line: CellRounds) -> float | None:
     return None if share is None else share * 100
 
 
+def fid_network(line: CellRounds) -> str:
+    """Which network the own FID is over: FIDs of two compare as little as of two counts."""
+    network = line.quality("fid_network")
+    return f"{int(network):08x}" if network else ""
+
+
 def images_per_joule(line: CellRounds) -> float | None:
     """Where power was measured."""
     energy = None if line.provenance == MODELLED else line.median("energy_j")
@@ -94,6 +100,8 @@ COLUMNS = (
     Column("image PSNR", lambda line: line.image),
     Column("captions right (%)", captions_right, 1),
     Column("own FID", lambda line: line.quality("fid_shapes"), 2),
+    Column("captions judged", lambda line: line.quality("captions"), 0),
+    Column("FID network", fid_network),
     Column("samples", samples),
     Column("rounds", lambda line: len(line.rows)),
     Column("status", lambda line: line.status, whole=True),
@@ -101,7 +109,8 @@ COLUMNS = (
 )
 ALWAYS = ("weights", "backend", "numerics", "decoder", "batch", "steps", "flags")
 """Columns of the Markdown table that stay even where they say the same in every line."""
-CONDITIONS = ("model", "device", "size (px)", "scheduler", "guidance", "low memory", "provenance")
+CONDITIONS = ("model", "device", "size (px)", "scheduler", "guidance", "low memory", "provenance",
+              "captions judged", "FID network")  # fmt: skip
 """Said once above the table where all lines agree."""
 BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory", "decoder",
          "batch", "steps", "NFE", "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)",
@@ -113,7 +122,7 @@ BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory"
 
 SINCE = ("guidance", "low memory", "loading (ms)", "low (ms)", "high (ms)",
          "high, switching (ms)", "period (ms)", "images/J", "images/J at TDP",
-         "captions right (%)", "own FID")  # fmt: skip
+         "captions right (%)", "own FID", "captions judged", "FID network")  # fmt: skip
 """Columns of the CSV that are left out where no cell has a value: tables that were published before
 they existed stay as they are."""
 

@@ -91,7 +91,7 @@ def some_rows(target: Run) -> list[Row]:
         raise PreconditionError(
             f"run {target.name} has no rows",
             "no cell was finished",
-            f"addbench sweep --resume {target.name}",
+            f"addbench sweep --resume {target.argument}",
         )
     return rows
 
@@ -111,7 +111,7 @@ def smaller_is_better(target: Run) -> bytes:
         raise PreconditionError(
             f"no cell of run {target.name} is ok",
             f"the first: {left_out[0].cell}: {left_out[0].status}, {left_out[0].provenance}",
-            "measure them again: addbench sweep --resume RUN --retry-failed",
+            f"measure them again: addbench sweep --resume {target.argument} --retry-failed",
         )
     for line in left_out:
         print(f"left out: {line.cell}: {line.status}, {line.provenance}", file=sys.stderr)

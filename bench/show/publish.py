@@ -64,7 +64,7 @@ def copied(target: Run, results: Path) -> dict[Path, bytes]:
         raise PreconditionError(
             f"run {target.name} is not complete: {len(missing)} cells are missing",
             f"the first is {missing[0][0]}",
-            f"addbench sweep --resume {target.name}",
+            f"addbench sweep --resume {target.argument}",
         )
     if not any(row["status"] == OK for row in rows):
         raise PreconditionError(

@@ -47,6 +47,8 @@ class Cells:
     provenances: set[str] = field(default_factory=set)
     disturbed: int = 0
     """Rounds in which other processes or the card's clock took part."""
+    uncompiled: int = 0
+    """Rounds without the operators that a backend builds where there is a compiler."""
 
     @property
     def bad(self) -> str:
@@ -92,6 +94,7 @@ def gather(rows: Iterable[Row], name: str) -> dict[Cell, Cells]:
             cells.medians.append(row["median_ms"])
         if row["flags"]:
             cells.disturbed += not DOUBTS.isdisjoint(row["flags"])
+            cells.uncompiled += "no_compiler" in row["flags"]
     return {Cell(*place): cells for place, cells in by_key.items()}
 
 
@@ -237,10 +240,15 @@ def doubts(side: str, target: Run, by_cell: dict[Cell, Cells]) -> list[str]:
     """What of a run's rows is missing, or was not measured in peace."""
     count = sum(cells.statuses.total() for cells in by_cell.values())
     disturbed = sum(cells.disturbed for cells in by_cell.values())
+    uncompiled = sum(cells.uncompiled for cells in by_cell.values())
     missing = target.rounds * len(target.plan) - count
     notes = []
     if disturbed:
         notes.append(f"{side}: {disturbed} of {count} rows are flagged disturbed or throttled")
+    if uncompiled:
+        notes.append(
+            f"{side}: {uncompiled} of {count} rows ran without the operators that a compiler builds"
+        )
     if missing > 0:
         notes.append(f"{side} is not complete: {missing} of its planned rows are missing")
     return notes

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from core.errors import PreconditionError
-from core.files import ROOT
+from core.files import ROOT, read_json, write_json
 from distill.config import STAGES, load_config
 from distill.evaluate import WORDINGS
 from distill.stages.tiny_autoencoder import TinyAutoencoderTrainer
@@ -275,6 +275,29 @@ def test_a_killed_run_resumes_with_the_same_losses(tmp_path: Path) -> None:
     assert killed.keys() == whole.keys()
     for step, losses in whole.items():
         assert killed[step] == pytest.approx(losses, rel=1e-5), step
+
+
+def test_what_is_refused_leaves_the_record_of_the_run(tmp_path: Path) -> None:
+    """Data that is not there, and a checkpoint that wants --shard the other way round."""
+    environment = {**ENVIRONMENT, "ADDBENCH_BUILD": str(tmp_path)}
+    run = tmp_path / "distill" / "kept"
+    state = run / "autoencoder" / "checkpoints" / "step-000002" / "state.json"
+    write_json(run / "config.json", {"of": "another command"})
+    settings = ["--set", 'data.kind="folder"', "--set", f'data.path="{tmp_path / "gone"}"']
+    config = load_config("smoke", SMALL[1::2])
+    write_json(state, {"step": 2, "seconds": 1.0, "config": config.stage_hash("autoencoder"),
+                       "sharded": True})  # fmt: skip
+    for arguments, words in (
+        (["--stage", "features", *settings], "gone"),
+        (["--stage", "autoencoder"], "was written with --shard"),
+    ):
+        refused = subprocess.run(
+            command(*arguments, "--run", "kept"),
+            cwd=ROOT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert refused.returncode == 2, refused.stderr
+        assert words in refused.stderr
+        assert read_json(run / "config.json") == {"of": "another command"}
 
 
 def launch(build: Path, *arguments: str) -> tuple[list[int], str]:

@@ -332,7 +332,8 @@ def parity(target: Run) -> Parity:
             raise AddbenchError(
                 "parity has not been run on this bundle",
                 f"it holds no {PARITY}",
-                f"addbench parity --model {wanted['name']}",
+                f"addbench parity --model {wanted['name']} --weights {wanted['weights']}"
+                f" --dtype {wanted['dtype']}",
             )
         record = read_json(bundle.path / PARITY)
         if not isinstance(record, dict) or record.get("schema") != 1 or RECORD - set(record):

@@ -390,6 +390,25 @@ def test_a_kept_workplace_is_used_again(ab: Any, scratch: Path, tmp_path: Path) 
     git(scratch, "worktree", "prune")
 
 
+def test_what_lies_about_is_no_change_and_new_code_is(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sides, "ROOT", scratch)
+    (scratch / "picture.png").write_bytes(b"of a run")
+    try:
+        assert not sides.changed()
+        head = sides.git("rev-parse", "HEAD^{tree}").strip()
+        assert sides.git("rev-parse", f"{sides.snapshot()}^{{tree}}").strip() == head
+        (scratch / "core" / "new.py").write_text("")
+        assert sides.changed()
+        files = sides.git("ls-tree", "-r", "--name-only", sides.snapshot()).split()
+        assert "core/new.py" in files
+        assert "picture.png" not in files
+    finally:
+        (scratch / "core" / "new.py").unlink(missing_ok=True)
+        (scratch / "picture.png").unlink()
+
+
 # ---- environments
 
 

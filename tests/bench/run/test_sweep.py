@@ -82,7 +82,7 @@ def test_every_fault_is_a_row_with_its_status(faults: Done) -> None:
 
 def test_a_sweep_with_faults_ends_with_4_and_a_list(faults: Done) -> None:
     assert faults.code == 4
-    assert "7 cells failed and 0 are missing" in faults.err
+    assert "7 cells failed, 0 missing" in faults.err
     assert "SIGSEGV" in faults.err
     for status in ("crashed", "oom", "non_finite", "mismatch", "unavailable", "failed"):
         assert f"  {status}: null" in faults.err
@@ -244,7 +244,7 @@ def test_dry_run_measures_nothing(
     flags = ["--backend", "null", "--steps", "1,2", "--decoder", "taesd", "--dry-run"]
     assert sweep(tmp_path / "runs", *flags) == 0
     text = capsys.readouterr().out
-    assert "2 cells in 1 processes" in text
+    assert "2 cells in 1 process," in text
     assert "at least 3 s (no figure yet)" in text
     assert not (tmp_path / "runs").exists()
     # With an earlier run on this machine there is a figure.
@@ -263,7 +263,7 @@ def test_a_spent_budget_leaves_cells_missing_and_resume_measures_them(
     run = open_run("latest", tmp_path)
     assert run.rows() == []
     assert sweep(tmp_path, "--resume") == 4
-    assert "2 cells failed and 0 are missing" in capsys.readouterr().err
+    assert "2 cells failed, 0 missing" in capsys.readouterr().err
     assert [row["status"] for row in run.rows()] == ["ok", "ok", "unavailable", "unavailable"]
     # Nothing is left: a second resume measures nothing; --retry-failed only what failed.
     before = run.all_rows()

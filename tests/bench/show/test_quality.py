@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +15,18 @@ from hypothesis import strategies as st
 from made import cell
 
 from bench.run.progress import Display
-from bench.run.quality import full_batches, measure_quality, require_judge
+from bench.run.quality import (
+    JUDGE_CAPTIONS,
+    JUDGE_TOLERANCE,
+    full_batches,
+    judge_accepts,
+    measure_quality,
+    require_judge,
+)
 from bench.show.quality import figure, series_of
 from core.errors import PreconditionError
+from core.files import ROOT, sha256_file, write_json
+from distill.fidelity import LEAST_PICTURES
 from distill.shapes import draw, parse_caption
 
 
@@ -47,6 +58,42 @@ def test_drawn_pictures_are_all_right_whatever_the_batch() -> None:
     assert found["captions"] == 30
     assert found["fid_shapes"] is None
     assert judged(DrawingPipeline(batch=7), 30) == found
+
+
+def test_a_fid_wants_a_least_number_of_pictures_and_names_its_network() -> None:
+    cell: Any = SimpleNamespace(batch=8, steps=1)
+    fid = ROOT / "models" / "shapes-turbo" / "fid"
+    few, enough = (
+        measure_quality(DrawingPipeline(batch=8), cell, count, fid)  # type: ignore[arg-type]
+        for count in (LEAST_PICTURES - 1, LEAST_PICTURES)
+    )
+    assert few["fid_shapes"] is None
+    assert "fid_network" not in few
+    assert 0 < enough["fid_shapes"] < 4  # drawings of the same scenes from other seeds
+    assert enough["fid_network"] == int(sha256_file(fid / "fid.safetensors")[:8], 16)
+
+
+@given(
+    share=st.floats(0.0, 1.0),
+    recorded=st.floats(0.0, 1.0),
+    captions=st.integers(1, 600),
+    decoder=st.sampled_from(["vae", "taesd"]),
+    steps=st.sampled_from([1, 2, 3]),
+)
+def test_the_judge_accepts_what_it_knows_and_nothing_else(
+    share: float, recorded: float, captions: int, decoder: str, steps: int
+) -> None:
+    judged: Any = {"all": share, "captions": captions}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        assert not judge_accepts(judged, root, cell(decoder=decoder, steps=steps))
+        rows = [{"steps": count, "all": recorded} for count in (1, 2)]
+        empty: list[Any] = []
+        record = {"student": rows, "tiny": empty} if decoder == "vae" else {"tiny": rows}
+        write_json(root / "quality.json", record)
+        accepted = judge_accepts(judged, root, cell(decoder=decoder, steps=steps))
+    good = captions >= JUDGE_CAPTIONS and share >= recorded - JUDGE_TOLERANCE
+    assert accepted == (good and steps in (1, 2))
 
 
 def test_how_far_the_judging_is_is_said(capsys: pytest.CaptureFixture[str]) -> None:
