@@ -315,8 +315,20 @@ class DryRunsModels(Protocol):
         dtype: str | None,
         decoders: Sequence[str],
         batches: Sequence[int],
+        folder: Path | None = None,
     ) -> list[str]:
-        """Write the folder, with or without a bundle; return the lines to print."""
+        """Write the folder (None: one below the build root), with or without a bundle; return the
+        lines to print."""
+
+
+@runtime_checkable
+class DryRunsInto(Protocol):
+    """A backend whose dry run can leave graphs and script in a folder for another machine."""
+
+    def dry_run_into(
+        self, bundle: Bundle, parts: Sequence[tuple[str, Shapes]], folder: Path
+    ) -> list[str]:
+        """Write the folder for parts and their shapes; return the lines to print."""
 
 
 @runtime_checkable

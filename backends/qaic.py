@@ -353,7 +353,8 @@ class QaicBackend(Backend):
         dtype: str | None,
         decoders: Sequence[str],
         batches: Sequence[int],
+        folder: Path | None = None,
     ) -> list[str]:
         from backends.cloud_ai.dryrun import write
 
-        return write(self, model, weights, dtype, decoders, batches)
+        return write(self, model, weights, dtype, decoders, batches, folder)

@@ -24,7 +24,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -241,6 +241,13 @@ class TrtBackend(Backend):
             trtexec(request, version, graph, folder / PLAN, timing),
             ["rm", "-rf", str(graph), f"{graph}.data", str(folder / PAIRS)],
         ]
+
+    def dry_run_into(
+        self, bundle: Bundle, parts: Sequence[tuple[str, Shapes]], folder: Path
+    ) -> list[str]:
+        from backends.tensorrt.dryrun import write
+
+        return write(self, bundle, parts, folder)
 
     def compile(self, bundle: Bundle, part: str, shapes: Shapes) -> Artifact:
         """As every backend; a comparison that a plan was built without is made once it can be."""

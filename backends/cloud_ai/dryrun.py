@@ -14,12 +14,12 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backends.artifacts.portable import lower_apart
 from backends.base import check_decoder, stage_parts
 from backends.cloud_ai import qpc
 from backends.cloud_ai.compiler import half_buffers, io_list
@@ -30,7 +30,6 @@ from core.amounts import bytes_text
 from core.errors import PreconditionError
 from core.files import build_root, require_disk, write_atomic, write_json
 from export.bundle import MANIFEST, Bundle, find_bundle
-from export.lower import lower
 from export.models import DECODERS, MODELS
 
 if TYPE_CHECKING:
@@ -86,6 +85,7 @@ def write(
     dtype: str | None,
     decoders: Sequence[str],
     batches: Sequence[int],
+    folder: Path | None = None,
 ) -> list[str]:
     """Write the folder; return what to print: where it is, and the commands.
 
@@ -95,7 +95,7 @@ def write(
     """
     bundle = bundle_or_none(model, weights, dtype)
     name = bundle.path.name if bundle else model
-    folder = build_root() / "cloud-ai-100" / f"{name}-{backend.card}"
+    folder = folder or build_root() / "cloud-ai-100" / f"{name}-{backend.card}"
     jobs = make_jobs(backend, model, bundle, decoders, batches)
     for stale in ("onnx", "buffers"):
         shutil.rmtree(folder / stale, ignore_errors=True)
@@ -195,17 +195,10 @@ def make_jobs(
 
 
 def write_graphs(backend: QaicBackend, bundle: Bundle, jobs: Sequence[Job], folder: Path) -> None:
-    """Lower every graph into the folder, with weights of its own.
-
-    Copies, not links: onnx takes a file with several links for an attack, here and in the bundle.
-    """
+    """Lower every graph into the folder, with weights of its own."""
     need = sum(bundle.parts[job.part].weight_bytes for job in jobs)
     require_disk(folder, need, f"the graphs of {bundle.path.name}")
     print(f"writing {bytes_text(need)} of graphs into {folder}", file=sys.stderr, flush=True)
     for job in jobs:
-        graph = folder / job.spec.model
-        lower(bundle.parts[job.part].graph, backend.form(job.part, job.batch), graph)
-        for data in graph.parent.glob(f"{graph.name}.data*"):
-            with tempfile.TemporaryDirectory(dir=data.parent) as scratch:
-                own = shutil.copyfile(data, Path(scratch) / data.name)
-                os.replace(own, data)
+        form = backend.form(job.part, job.batch)
+        lower_apart(bundle.parts[job.part].graph, form, folder / job.spec.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from core.cli import (
     Parser,
@@ -13,7 +14,7 @@ from core.cli import (
     int_list,
     word_list,
 )
-from core.errors import EXIT_OK
+from core.errors import EXIT_OK, PreconditionError
 from export.models import DEFAULT_MODEL
 
 
@@ -32,6 +33,10 @@ def parser() -> Parser:
         "--dry-run", action="store_true",
         help="print the vendor's own commands for it; needs no device",
     )  # fmt: skip
+    top.add_argument(
+        "--out", type=Path, metavar="FOLDER",
+        help="with --dry-run: graphs and a script, to be copied to a machine with the compiler",
+    )  # fmt: skip
     return top
 
 
@@ -39,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from backends.base import (
         DryRuns,
+        DryRunsInto,
         DryRunsModels,
         Remarks,
         Shapes,
@@ -50,6 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     from backends.registry import parse_backend, with_precision
 
+    if args.out and (not args.dry_run or len(args.backend or ()) != 1):
+        raise PreconditionError(
+            f"--out {args.out} is the folder of one backend's dry run",
+            "compiled artifacts go to the cache (`addbench cache`)",
+            "pass --dry-run and one --backend, or leave --out out",
+        )
     texts = [with_precision(text, args.precision) for text in args.backend or ["ort"]]
     chosen, done = [parse_backend(text) for text in texts], []
     for backend in chosen:
@@ -58,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         if isinstance(backend, DryRunsModels):
             asked = args.decoder or ["vae", "taesd"]
-            what = (args.model, args.weights, args.dtype, asked, args.batch)
+            what = (args.model, args.weights, args.dtype, asked, args.batch, args.out)
             print("\n".join(backend.dry_run_model(*what)))
             done.append(backend)
         elif not isinstance(backend, DryRuns):
@@ -82,20 +94,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     for backend in chosen:
         every = backend.parts(bundle)
         wanted = {part for decoder in names for part in stage_parts(every, decoder)}
-        for batch in args.batch:
-            for part in (part for part in every if part in wanted):
-                shapes = recipe.shapes(part, Shapes(batch, width, height))
-                if args.dry_run and isinstance(backend, DryRuns):
-                    print(f"# {backend.name} {bundle.path.name} {part} batch {batch}")
-                    for command in backend.dry_run(bundle, part, shapes):
-                        print(shlex.join(command))
-                    continue
-                artifact = backend.compile(bundle, part, shapes)
-                how = "cached" if artifact.cached else "compiled"
-                print(
-                    f"{backend.name} {bundle.path.name} {part} batch {batch}: {how} in"
-                    f" {artifact.compile_s:.1f} s, {artifact.path or 'nothing to keep'}"
-                )
-                if isinstance(backend, Remarks) and (remark := backend.remark(artifact)):
-                    print(f"  {remark}")
+        jobs = [
+            (part, batch, recipe.shapes(part, Shapes(batch, width, height)))
+            for batch in args.batch
+            for part in every
+            if part in wanted
+        ]
+        if args.out and isinstance(backend, DryRunsInto):
+            parts = [(part, shapes) for part, _, shapes in jobs]
+            print("\n".join(backend.dry_run_into(bundle, parts, args.out)))
+            return EXIT_OK
+        for part, batch, shapes in jobs:
+            if args.dry_run and isinstance(backend, DryRuns):
+                print(f"# {backend.name} {bundle.path.name} {part} batch {batch}")
+                for command in backend.dry_run(bundle, part, shapes):
+                    print(shlex.join(command))
+                continue
+            artifact = backend.compile(bundle, part, shapes)
+            how = "cached" if artifact.cached else "compiled"
+            print(
+                f"{backend.name} {bundle.path.name} {part} batch {batch}: {how} in"
+                f" {artifact.compile_s:.1f} s, {artifact.path or 'nothing to keep'}"
+            )
+            if isinstance(backend, Remarks) and (remark := backend.remark(artifact)):
+                print(f"  {remark}")
+        if args.dry_run and isinstance(backend, DryRunsInto):
+            print("# these run in this checkout; for another machine: --dry-run --out FOLDER")
     return EXIT_OK

@@ -7,6 +7,7 @@ import importlib.metadata
 import inspect
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from enum import IntEnum
@@ -22,6 +23,7 @@ from backends.nvidia import driver as gpu
 from backends.nvidia.driver import Gpu, NoGpu
 from backends.registry import parse_backend
 from backends.tensorrt import probe
+from core.errors import PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
 
@@ -167,6 +169,56 @@ def test_a_dry_run_needs_no_gpu_and_prints_commands_that_fit(
     }
     for name in clear[2:]:
         Path(name).unlink()
+
+
+def test_a_dry_run_leaves_a_folder_that_another_machine_builds_from(
+    tiny_bundle: Bundle, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "here" / "folder"
+    argv = ["compile", "--model", str(tiny_bundle.path), "--dry-run", "--out", str(folder)]
+    assert main([*argv, "--backend", "trt", "--decoder", "taesd", "--batch", "1,2"]) == 0
+    assert "copy it to a machine with TensorRT" in capsys.readouterr().out
+    moved = folder.rename(tmp_path / "there")
+    for graph in moved.glob("onnx/*/model.onnx"):
+        onnx.load(graph)  # with its weights
+        assert not any(
+            file.is_symlink() or file.stat().st_nlink > 1 for file in graph.parent.iterdir()
+        )
+    text = (moved / "trtexec.sh").read_text()
+    assert str(tmp_path) not in text
+    assert str(tiny_bundle.path) not in text
+    bash = shutil.which("bash") or "bash"
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    (bare / "dirname").symlink_to(shutil.which("dirname") or "")
+    (bare / "mkdir").symlink_to(shutil.which("mkdir") or "")
+    run = [bash, str(moved / "trtexec.sh")]
+    refused = subprocess.run(run, env={"PATH": str(bare)}, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "next: run this in" in refused.stderr
+    double = bare / "trtexec"  # takes each graph's size for the plan
+    double.write_text(
+        f"#!{bash}\n"
+        "for word; do\n"
+        "  case $word in --onnx=*) o=${word#*=};; --saveEngine=*) p=${word#*=};; esac\n"
+        "done\n"
+        '[ -f "$o" ] && echo "$o" > "$p"\n'
+    )
+    double.chmod(0o755)
+    subprocess.run(run, env={"PATH": str(bare)}, check=True)
+    plans = sorted(plan.name for plan in (moved / "plans").iterdir())
+    assert len(plans) == 2 * 5
+    assert "taesd_decoder-batch2.plan" in plans
+
+
+@pytest.mark.parametrize("words", [["--dry-run", "--backend", "trt:precision=fp8"], []])
+def test_what_has_no_folder_leaves_none(
+    words: list[str], tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    argv = ["compile", "--model", str(tiny_bundle.path), "--out", str(tmp_path / "folder"), *words]
+    with pytest.raises(PreconditionError, match="--out|no folder"):
+        main(argv)
+    assert not (tmp_path / "folder").exists()
 
 
 @pytest.mark.parametrize(
