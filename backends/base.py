@@ -154,6 +154,8 @@ class Backend(ABC):
     """False where a compile leaves nothing on disk (torch runs the checkpoint's own modules)."""
     interpreter: Path | None = None
     """Another environment's python, for packages that clash; the worker runs there."""
+    no_pictures: str = ""
+    """Why it starts from no picture; "" where it does."""
     resident: str = ""
     """Why a pipeline of it holds all parts as long as it lives; "" where it may load each when it
     is needed and release it after."""
@@ -316,6 +318,7 @@ class DryRunsModels(Protocol):
         decoders: Sequence[str],
         batches: Sequence[int],
         folder: Path | None = None,
+        encoders: Sequence[str] = (),
     ) -> list[str]:
         """Write the folder (None: one below the build root), with or without a bundle; return the
         lines to print."""

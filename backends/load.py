@@ -29,6 +29,7 @@ def load_pipeline(
     scheduler: str | None = None,
     guidance: float | None = None,
     guidance_mode: str | None = None,
+    encoder: str | None = None,
 ) -> Pipeline:
     """Load a pipeline for a model's name or a bundle's folder, ready to be called.
 
@@ -38,6 +39,8 @@ def load_pipeline(
         batch: prompts of a call, for backends whose graphs have a fixed batch.
         size: pixels of a side, or width and height; None for the model's own.
         low_memory: load each part when a call needs it, see `Pipeline.use_low_memory`.
+        encoder: of pictures, `vae` or `taesd`, loaded with the rest; None for none until a call
+            starts from a picture, which then takes that of the decoder.
         scheduler, guidance, guidance_mode: see `backends.pipeline.recipe.make_recipe`.
 
     Raises:
@@ -60,4 +63,6 @@ def load_pipeline(
         embedding_cache=embedding_cache,
         recipe=make_recipe(bundle, scheduler, guidance, guidance_mode),
     )
+    if encoder is not None:
+        made.use_encoder(encoder)
     return (made.use_low_memory() if low_memory else made).prepare()

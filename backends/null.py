@@ -24,10 +24,12 @@ from backends.base import (
     Session,
     Shapes,
 )
-from backends.pipeline.conditioning import Conditioning, Denoised
+from backends.pipeline.conditioning import Conditioning, Denoised, Start
 from backends.pipeline.output import Output
 from backends.pipeline.pipeline import DTYPES, Pipeline
+from backends.pipeline.prompts import ImageCall
 from export.lower import CANONICAL, Profile
+from export.models import PICTURE_PARTS
 
 if TYPE_CHECKING:
     from export.bundle import Bundle, Spec
@@ -61,18 +63,25 @@ class NullPipeline(Pipeline):
     calls = 0
     steps = 0
 
-    def _draw(self, prompts: list[str], steps: int, seeds: list[int]) -> Output:
-        self.steps = steps
+    def _draw(self, call: ImageCall) -> Output:
+        # A picture's image has no reference: the decoder's zeros stand for it.
+        self.steps = 0 if call.starts else call.steps
         try:
-            return super()._draw(prompts, steps, seeds)
+            return super()._draw(call)
         finally:
             self.calls += 1
 
-    def denoise(self, conditioning: Conditioning, steps: int, seeds: Sequence[int]) -> Denoised:
+    def denoise(
+        self,
+        conditioning: Conditioning,
+        steps: int,
+        seeds: Sequence[int],
+        start: Start | None = None,
+    ) -> Denoised:
         options = self.backend.options
         if options["only_steps"] in (0, steps) and self.calls == options["at"]:
             fail(options["fail"])
-        return super().denoise(conditioning, steps, seeds)
+        return super().denoise(conditioning, steps, seeds, start)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         sample = super().decode(latents)
@@ -107,6 +116,7 @@ class NullBackend(Backend):
         "text_ms": Option(1.0, "what each text encoder takes", float),
         "unet_ms": Option(2.0, "what a UNet step takes", float),
         "decode_ms": Option(1.0, "what the decoder takes", float),
+        "encode_ms": Option(1.0, "what the encoder of pictures takes", float),
         "load_ms": Option(0.0, "what loading a part takes", float),
         "fail": Option("none", "what goes wrong (nan and wrong: in every call)", choices=FAILURES),
         "at": Option(0, "the pipeline call, from 0, in which it goes wrong", int),
@@ -135,6 +145,7 @@ class NullBackend(Backend):
         time.sleep(self.options["load_ms"] / 1e3)
         stage = artifact.part.removesuffix("_2").removesuffix("_encoder")
         stage = "decode" if stage.endswith("_decoder") else stage
+        stage = "encode" if artifact.part in PICTURE_PARTS else stage
         info = bundle.parts[artifact.part]
         return NullSession(
             {spec.name: spec for spec in info.inputs},

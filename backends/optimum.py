@@ -33,11 +33,13 @@ from backends.base import (
     UnsupportedError,
     artifact_key,
     installed,
+    stage_parts,
     thread_count,
 )
 from backends.onnxrt.session import plain_options, translate
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.pipeline import Pipeline
+from backends.pipeline.prompts import ImageCall
 from core.amounts import bytes_text
 from core.errors import PreconditionError
 from core.files import ROOT, require_disk, sha256_json, write_json
@@ -111,7 +113,7 @@ class OptimumPipeline(Pipeline):
     def close(self) -> None:
         self.pipe = None
 
-    def _draw(self, prompts: list[str], steps: int, seeds: list[int]) -> Output:
+    def _draw(self, call: ImageCall) -> Output:
         import torch
 
         self.prepare()
@@ -120,13 +122,14 @@ class OptimumPipeline(Pipeline):
             with torch.inference_mode():
                 started = time.perf_counter_ns()
                 result = self.pipe(
-                    prompt=prompts,
+                    prompt=call.prompts,
+                    negative_prompt=call.negative,
                     width=self.shapes.width,
                     height=self.shapes.height,
-                    num_inference_steps=steps,
+                    num_inference_steps=call.steps,
                     guidance_scale=self.recipe.guidance,
                     # One per image, drawn from in our order: noise first, then ancestral steps.
-                    generator=[torch.Generator("cpu").manual_seed(one) for one in seeds],
+                    generator=[torch.Generator("cpu").manual_seed(one) for one in call.seeds],
                     output_type="pt",  # [batch, 3, height, width] in [0, 1]
                 )
                 images = self.to_uint8(result.images * 2 - 1)
@@ -139,7 +142,7 @@ class OptimumPipeline(Pipeline):
         text, decode = sum(spent["text"]), sum(spent["decode"])
         rest = total - text - decode - sum(spent["unet"])
         timings = Timings(text, spent["unet"], decode, rest, total)
-        return Output(images, timings, nfe=self.clock.evaluations // len(prompts))
+        return Output(images, timings, nfe=self.clock.evaluations // len(call.prompts))
 
 
 class Clock:
@@ -176,6 +179,7 @@ class OptimumBackend(Backend):
     name = "optimum"
     summary = "optimum's ORTStableDiffusionXLPipeline on the CPU, FP32, in its own environment"
     resident = "optimum's pipeline loads all parts at once"
+    no_pictures = "it runs optimum's pipeline of text to image"
     option_types: ClassVar[Mapping[str, Option]] = {
         "threads": Option(
             "auto", "intra-op threads of each part (auto: onnxruntime's default)", thread_count
@@ -311,7 +315,7 @@ def fp32_bytes(bundle: Bundle, part: str) -> int:
 
 def checkpoint_bytes(bundle: Bundle) -> int:
     """Weights in FP32 of all that optimum exports; the VAE's encoder is about as its decoder."""
-    parts = [part for part in bundle.parts if part != "taesd_decoder"]
+    parts = stage_parts(tuple(bundle.parts), "vae")
     return sum(fp32_bytes(bundle, part) for part in [*parts, "vae_decoder"])
 
 
@@ -334,9 +338,7 @@ def write_checkpoint(bundle: Bundle, folder: Path) -> None:
         "force_zeros_for_empty_prompt": bundle.force_zeros,
         "scheduler": ["diffusers", bundle.scheduler_name],
     }
-    for part in bundle.parts:
-        if part == "taesd_decoder":
-            continue
+    for part in stage_parts(tuple(bundle.parts), "vae"):
         component = COMPONENTS[part]
         index[component.folder] = [component.library, component.cls]
         module: Any = checkpoint.module(part, dtype)

@@ -202,15 +202,17 @@ class QaicBackend(Backend):
         from export.bundle import PARITY
 
         record = bundle.path / PARITY
-        if part != "vae_decoder" or self.options["vae"] == "scaled" or not record.is_file():
+        scaled = part == "vae_decoder" and self.options["vae"] == "scaled"
+        if part not in ("vae_decoder", "vae_encoder") or scaled or not record.is_file():
             return
         seen = read_json(record).get("parts", {}).get(part, {}).get("largest_values", [])
         largest = max((op["largest"] for op in seen), default=0.0)
         if not largest <= HALF_MAX:
             raise PreconditionError(
-                f"the VAE decoder of {bundle.path.name} does not fit FP16",
+                f"the {part.replace('vae_', 'VAE ')} of {bundle.path.name} does not fit FP16",
                 f"parity saw {largest:.0f} in it; FP16 ends at {HALF_MAX:.0f}",
-                "add vae=scaled to the backend's options, or export an FP16-safe one with --vae",
+                ("add vae=scaled to the backend's options, or " if part == "vae_decoder" else "")
+                + "export an FP16-safe one with --vae",
             )
 
     def _compile(self, bundle: Bundle, part: str, shapes: Shapes, folder: Path) -> None:
@@ -354,7 +356,8 @@ class QaicBackend(Backend):
         decoders: Sequence[str],
         batches: Sequence[int],
         folder: Path | None = None,
+        encoders: Sequence[str] = (),
     ) -> list[str]:
         from backends.cloud_ai.dryrun import write
 
-        return write(self, model, weights, dtype, decoders, batches, folder)
+        return write(self, model, weights, dtype, decoders, batches, folder, encoders)

@@ -233,8 +233,8 @@ class TorchBackend(Backend):
 
         part, dtype = artifact.part, getattr(torch, DTYPES[self.dtype])
         checkpoint = bundle.checkpoint()
-        if part == "vae_decoder" and self.dtype == "fp16":
-            require_safe_vae(checkpoint.config(part), bundle)
+        if part in ("vae_decoder", "vae_encoder") and self.dtype == "fp16":
+            require_safe_vae(checkpoint.config(part), bundle, part)
         if bundle.has_graphs or self.device == "cpu":  # loaded into the host's memory first
             factor = (4 if self.dtype == "fp32" else 2) / (4 if bundle.dtype == "fp32" else 2)
             need = int(bundle.parts[part].weight_bytes * factor)
@@ -272,12 +272,12 @@ def set_cuda_math(dtype: str) -> None:
     torch.backends.cudnn.benchmark = dtype == "fp16"
 
 
-def require_safe_vae(config: Mapping[str, Any], bundle: Bundle) -> None:
+def require_safe_vae(config: Mapping[str, Any], bundle: Bundle, part: str = "vae_decoder") -> None:
     """Refuse a VAE that overflows in FP16, by its own word (diffusers' `force_upcast`)."""
     if config.get("force_upcast", True):
         raise UnsupportedError(
             f"the VAE of {bundle.name} does not run in FP16",
             "its config says force_upcast: its activations go beyond 65504",
             "export with an FP16-safe one (--vae madebyollin/sdxl-vae-fp16-fix for SDXL), or use"
-            " the taesd decoder or torch:dtype=fp32",
+            f" the taesd {part.removeprefix('vae_')} or torch:dtype=fp32",
         )

@@ -321,6 +321,12 @@ def check_sizes(plan: ExportPlan, configs: dict[str, Any]) -> tuple[int, int]:
         wanted += [
             ("TAESD's latent channels", taesd.latent_channels, channels, other),
             ("TAESD's scale", tiny_scale, scale, other),
+            (
+                "the scale of TAESD's encoder",
+                int(2 ** (len(taesd.num_encoder_blocks) - 1)),
+                scale,
+                other,
+            ),
         ]
     if model.pooled and unet.addition_embed_type == "text_time":
         pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim

@@ -373,6 +373,37 @@ def _export_command(
     return words + (f" --lora {lora}.safetensors" if lora else "")
 
 
+def export_again(bundle: Bundle) -> str:
+    """The command that makes this bundle anew, in its place."""
+    from export.models import MODELS
+    from export.request import Place
+
+    asked = bundle.manifest["request"]
+    model, place = str(asked["model"]), Place.of(asked.get("weights") or {})
+    entry = MODELS.get(model)
+    own = entry and place in (Place("hub", entry.checkpoint), Place("folder", path=entry.folder))
+    weights = place.kind if own or place.kind == "random" else place.spec
+    flags = {"--weights": weights if entry else None, "--dtype": bundle.dtype}
+    if entry is None:
+        model = str(place.local)
+    for name in ("unet", "vae", "taesd"):
+        flags[f"--{name}"] = Place.of(asked[name]).spec if asked.get(name) else None
+    usual = entry and (entry.size, entry.size)
+    flags["--size"] = size_text(bundle.size) if bundle.size != usual else None
+    flags["--variant"] = asked.get("variant")
+    flags["--seed"] = str(asked["seed"]) if asked.get("seed") else None
+    words = ["addbench", "export", "--model", model]
+    words += [word for flag, value in flags.items() if value for word in (flag, value)]
+    for lora in asked.get("loras") or ():
+        words += ["--lora", f"{Place.of(lora['place']).spec}:{lora['weight']:g}"]
+    for embedding in asked.get("embeddings") or ():
+        token = f":{embedding['token']}" if embedding["token"] else ""
+        words += ["--embedding", f"{Place.of(embedding['place']).spec}{token}"]
+    if asked.get("allow_pickle"):
+        words.append("--allow-pickle")
+    return shlex.join([*words, "--out", str(bundle.path), "--force"])
+
+
 def bundle_path(model: str, weights: str, dtype: str, size: tuple[int, int] | None = None) -> Path:
     """Where a bundle lies; `size` None for the one of the model's own size."""
     suffix = f"-{size_text(size)}" if size else ""

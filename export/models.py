@@ -30,8 +30,11 @@ SOLVERS = ("euler", "euler-a", "dpm++2m", "unipc", "ddim", "pndm")
 
 Decoder = Literal["vae", "taesd"]
 DECODERS: tuple[Decoder, ...] = ("vae", "taesd")
-PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "taesd_decoder")
-"""Every part, in the order in which a pipeline runs them."""
+PICTURE_PARTS = ("vae_encoder", "taesd_encoder")
+"""What an image that starts from a picture takes besides: of the same autoencoder as a decoder."""
+PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "taesd_decoder", *PICTURE_PARTS)
+"""Every part, in the order in which a pipeline runs them; those for a picture, which most images do
+without, last."""
 CONTEXT_PART = "unet_context"
 """Not of a bundle: what a compile may split off the UNet, see export/lower/context.py. A pipeline
 runs it behind the text encoders."""
@@ -57,6 +60,7 @@ class Model:
         guidance_form: how guidance enters, and so whether it can be asked for.
         schedulers: names of SCHEDULERS that it may run with beside its own.
         step_counts: the only step counts that its weights were made for; empty: any.
+        grid: a step count, at whose timesteps its weights were trained and at no others; 0: any.
         prediction: what the UNet predicts, where that is not what the scheduler's config says.
         unet: hub id of a UNet that replaces the checkpoint's, or `org/name/file.safetensors`.
         folder: a checkpoint that ships with the checkout, relative to it, or None.
@@ -85,6 +89,7 @@ class Model:
     guidance_form: GuidanceForm = "none"
     schedulers: tuple[str, ...] = ()
     step_counts: tuple[int, ...] = ()
+    grid: int = 0
     prediction: str = ""
     unet: str | None = None
     folder: str | None = None
@@ -96,6 +101,7 @@ class Model:
 
     @property
     def parts(self) -> tuple[str, ...]:
+        """What draws from text alone. A checkpoint with an autoencoder has its encoder too."""
         encoders = ("text_encoder", "text_encoder_2")[: len(self.text_encoders)]
         return (*encoders, "unet", "vae_decoder", "taesd_decoder")
 
@@ -122,6 +128,7 @@ SDXL_TURBO = Model(
     spacing="trailing",
     steps=1,
     guidance=0.0,
+    grid=4,
 )
 SDXL_BASE = replace(
     SDXL_TURBO,
@@ -138,6 +145,7 @@ SDXL_BASE = replace(
     guidance=5.0,
     guidance_form="free",
     schedulers=SOLVERS,
+    grid=0,
 )
 LCM_SDXL = replace(
     SDXL_BASE,
@@ -183,6 +191,7 @@ SD_TURBO = replace(
     guidance=0.0,
     guidance_form="none",
     schedulers=(),
+    grid=4,
 )
 SHAPES_TURBO = replace(
     SDXL_TURBO,
@@ -209,6 +218,7 @@ SHAPES_TEACHER = replace(
     guidance=3.0,
     guidance_form="free",
     schedulers=SOLVERS,
+    grid=0,
 )
 TINY_SDXL = replace(
     SDXL_TURBO,
@@ -221,6 +231,7 @@ TINY_SDXL = replace(
     taesd=None,
     size=64,
     sizes=(32, 256),
+    grid=0,  # random numbers were trained nowhere
 )
 TINY_SD = replace(
     SD15,
@@ -256,6 +267,7 @@ def lightning(steps: int) -> Model:
         prediction="sample" if steps == 1 else "epsilon",
         steps=steps,
         step_counts=(steps,),
+        grid=steps,
         guidance=0.0,
         guidance_form="none",
         schedulers=(),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from export.models import Model, TextEncoderForm
+from export.models import PICTURE_PARTS, Model, TextEncoderForm
 
 TOKENS = 77
 """Length of a tokenised prompt in every CLIP text encoder."""
@@ -137,6 +137,19 @@ UNETS = {
 """(takes the pooled embedding, takes the guidance scale) -> form."""
 
 
+def register_statistics(wrapper: nn.Module, config: Any, half: nn.Module) -> bool:
+    """Give `wrapper` the mean and deviation of each channel of the latents, in SDXL's form; whether
+    the VAE has them."""
+    mean, deviation = config.latents_mean, config.latents_std
+    if mean is None or deviation is None:
+        return False
+    like = next(half.parameters())
+    for name, values in (("mean", mean), ("deviation", deviation)):
+        channels = torch.tensor(values, dtype=like.dtype, device=like.device)
+        wrapper.register_buffer(name, channels.reshape(1, -1, 1, 1))
+    return True
+
+
 class VaeDecoder(nn.Module):
     """latent_sample [batch, 4, h, w] -> sample [batch, 3, 8h, 8w] in about [-1, 1], not clamped."""
 
@@ -147,13 +160,7 @@ class VaeDecoder(nn.Module):
         super().__init__()
         vae: Any = module
         self.scale = float(vae.config.scaling_factor)
-        mean, deviation = vae.config.latents_mean, vae.config.latents_std
-        self.has_statistics = mean is not None and deviation is not None
-        if self.has_statistics:  # of each channel, in SDXL's form
-            like = next(vae.decoder.parameters())
-            for name, values in (("mean", mean), ("deviation", deviation)):
-                channels = torch.tensor(values, dtype=like.dtype, device=like.device)
-                self.register_buffer(name, channels.reshape(1, -1, 1, 1))
+        self.has_statistics = register_statistics(self, vae.config, vae.decoder)
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
 
@@ -165,6 +172,46 @@ class VaeDecoder(nn.Module):
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
+
+
+class VaeEncoder(nn.Module):
+    """image [batch, 3, height, width] in [-1, 1] -> latent_sample [batch, 4, h, w]: the mean of
+    the posterior, scaled as the UNet knows latents. A sample of it would flicker from one frame to
+    the next that is the same."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        vae: Any = module
+        self.scale = float(vae.config.scaling_factor)
+        self.has_statistics = register_statistics(self, vae.config, vae.encoder)
+        self.encoder = vae.encoder
+        self.quant_conv = vae.quant_conv
+
+    def forward(self, image: Tensor) -> Tensor:
+        moments = self.encoder(image)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean = moments.chunk(2, dim=1)[0]
+        if self.has_statistics:
+            return (mean - self.mean) * self.scale / self.deviation
+        return mean * self.scale
+
+
+class TaesdEncoder(nn.Module):
+    """image [batch, 3, height, width] in [-1, 1] -> latent_sample [batch, 4, h, w]."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        taesd: Any = module
+        self.scale = float(taesd.config.scaling_factor)
+        self.encoder = taesd.encoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        latents = self.encoder(image)
+        return latents if self.scale == 1.0 else latents * self.scale
 
 
 class TaesdDecoder(nn.Module):
@@ -180,6 +227,14 @@ class TaesdDecoder(nn.Module):
         return self.decoder(latent_sample if self.scale == 1.0 else latent_sample / self.scale)
 
 
+AUTOENCODERS: dict[str, type[nn.Module]] = {
+    "vae_decoder": VaeDecoder,
+    "taesd_decoder": TaesdDecoder,
+    "vae_encoder": VaeEncoder,
+    "taesd_encoder": TaesdEncoder,
+}
+
+
 def wrap(part: str, module: nn.Module, model: Model) -> nn.Module:
     """The module with the signature of the part's graph. It shares the weights of `module`."""
     if part.startswith("text_encoder"):
@@ -188,7 +243,7 @@ def wrap(part: str, module: nn.Module, model: Model) -> nn.Module:
         return TextEncoder(module, model.text_encoders[index], pooled).eval()
     if part == "unet":
         return UNETS[model.pooled, model.guidance_form == "embedding"](module).eval()
-    return {"vae_decoder": VaeDecoder, "taesd_decoder": TaesdDecoder}[part](module).eval()
+    return AUTOENCODERS[part](module).eval()
 
 
 def output_names(part: str, model: Model) -> tuple[str, ...]:
@@ -196,6 +251,8 @@ def output_names(part: str, model: Model) -> tuple[str, ...]:
     if part.startswith("text_encoder"):
         last = part == ("text_encoder", "text_encoder_2")[len(model.text_encoders) - 1]
         return ("hidden_states", "text_embeds") if model.pooled and last else ("hidden_states",)
+    if part in PICTURE_PARTS:
+        return ("latent_sample",)
     return ("out_sample",) if part == "unet" else ("sample",)
 
 
@@ -225,6 +282,8 @@ def example_inputs(
 
     if part.startswith("text_encoder"):
         return {"input_ids": _token_ids(config, batch, generator)}
+    if part in PICTURE_PARTS:
+        return {"image": normal(batch, 3, height, width).clamp(-1, 1)}
     latents = normal(batch, latent_channels(part, config), height // scale, width // scale)
     if part != "unet":
         return {"latent_sample": latents}

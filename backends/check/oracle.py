@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends.check.watch import Watch
 from backends.pipeline.recipe import Recipe
+from backends.pipeline.session import stage_parts
 from core.memory import give_memory_back
 from export.source.configs import IGNORED_COMPONENTS, SDXL, index_class
 from export.source.layout import COMPONENTS
@@ -135,7 +136,7 @@ class Oracle:
         """The pipeline with the modules of `parts` alone, loaded by diffusers wherever it can."""
         checkpoint = self.checkpoint
         named = {
-            COMPONENTS[part].folder: part for part in self.bundle.parts if part != "taesd_decoder"
+            COMPONENTS[part].folder: part for part in stage_parts(tuple(self.bundle.parts), "vae")
         }
         takes = inspect.signature(self.cls).parameters
         given: dict[str, Any] = {name: None for name in IGNORED_COMPONENTS if name in takes}

@@ -28,10 +28,12 @@ from core.files import ROOT, read_json, sha256_json, write_json
 from core.memory import give_memory_back
 from core.process import die_with_parent
 from core.table import Column, markdown_lines
+from export.models import PICTURE_PARTS
 
 if TYPE_CHECKING:
     import torch
 
+    from backends.pipeline.pictures import Picture
     from export.bundle import Bundle
 
 SEED = 0
@@ -100,12 +102,15 @@ def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dic
 
     width, height = bundle.size
     decoder = part.removesuffix("_decoder") if part.endswith("_decoder") else "taesd"
+    encoder = part.removesuffix("_encoder") if part in PICTURE_PARTS else None
     backend = parse_backend(runtime)
     out: dict[str, torch.Tensor] = {}
     with (
         torch.inference_mode(),
         backend.pipeline(bundle, decoder, Shapes(1, width, height)) as pipeline,
     ):
+        if encoder is not None:
+            pipeline.use_encoder(encoder)
         encodes_empty = pipeline.recipe.guided and not bundle.force_zeros
         watch = Watch()
         module = getattr(pipeline.session(part), "module", None)
@@ -117,7 +122,11 @@ def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dic
                 seeded |= pipeline.context(seeded["encoder_hidden_states"])
             for name, tensor in pipeline.run(part, **seeded).items():
                 out[f"part.{name}"] = tensor.float()
-            if runtime == REFERENCE:
+            if encoder is not None:  # what a person would pass: the drawn image
+                image = to_picture(list(oracle_images(folder).values())[-1])
+                latents = pipeline.encode_pictures([image], 1)
+                out["part.latents of the reference image"] = latents
+            elif runtime == REFERENCE:
                 pass  # its images are the oracle's
             elif part.startswith("text_encoder"):
                 ids = pipeline.tokenise(bundle.model.prompts[:1])[encoders(bundle).index(part)]
@@ -140,6 +149,13 @@ def run_stage(bundle: Bundle, part: str, runtime: str, folder: Path) -> list[dic
                     out[f"stage.{count}"] = torch.from_numpy(images)
         save_file({k: v.contiguous() for k, v in out.items()}, tensors(folder, part, runtime))
         return watch.report()
+
+
+def to_picture(image: Any) -> Picture:
+    """A drawn image, uint8 [height, width, 3], as what is started from."""
+    from backends.pipeline.pictures import Picture
+
+    return Picture(image, ())
 
 
 def tensors(folder: Path, part: str, runtime: str) -> Path:
@@ -288,7 +304,9 @@ def seeded_inputs(
     inputs = {}
     for spec in specs:
         shape = [size if isinstance(size, int) else batch for size in spec.shape]
-        if spec.name == "input_ids":
+        if spec.name == "image":
+            tensor = torch.rand(shape, generator=generator) * 2 - 1
+        elif spec.name == "input_ids":
             tensor = torch.randint(1, 400, shape, generator=generator)
         elif spec.name == "timestep":
             tensor = torch.full(shape, 499.0)
@@ -352,7 +370,7 @@ def compare(
                 key = f"{part.removesuffix('_decoder')}-{name.removeprefix('stage.')}"
                 distance = image_distance(image.numpy()[0], references[key])
                 images[key] = asdict(distance) | {"ok": distance.passes(gate)}
-        seen = [*read_json(folder / f"{part}.json")["overflow"], *largest[part]]
+        seen = [*read_json(folder / f"{part}.json")["overflow"], *largest.get(part, ())]
         parts[part] = {
             "relative_error": errors,
             "ok": all(error <= gate.relative_error for error in errors.values()),

@@ -23,14 +23,15 @@ from backends.artifacts.portable import lower_apart
 from backends.base import check_decoder, stage_parts
 from backends.cloud_ai import qpc
 from backends.cloud_ai.compiler import half_buffers, io_list
-from backends.cloud_ai.presets import DEVIATIONS, PARTS, Preset, preset_for
+from backends.cloud_ai.presets import DEVIATIONS, Preset, preset_for
 from backends.cloud_ai.script import script
 from backends.cloud_ai.spec import DIALECTS, CompileSpec
+from backends.pipeline.session import check_encoder
 from core.amounts import bytes_text
 from core.errors import PreconditionError
 from core.files import build_root, require_disk, write_atomic, write_json
 from export.bundle import MANIFEST, Bundle, find_bundle
-from export.models import DECODERS, MODELS
+from export.models import DECODERS, MODELS, PARTS
 
 if TYPE_CHECKING:
     from backends.qaic import QaicBackend
@@ -43,6 +44,8 @@ HALF = {
     "unet": ["sample", "encoder_hidden_states", "text_embeds", "out_sample"],
     "vae_decoder": ["latent_sample", "sample"],
     "taesd_decoder": ["latent_sample", "sample"],
+    "vae_encoder": ["image", "latent_sample"],
+    "taesd_encoder": ["image", "latent_sample"],
 }
 """FP16 buffers of an SDXL model's parts, for a dry run without a bundle."""
 
@@ -86,6 +89,7 @@ def write(
     decoders: Sequence[str],
     batches: Sequence[int],
     folder: Path | None = None,
+    encoders: Sequence[str] = (),
 ) -> list[str]:
     """Write the folder; return what to print: where it is, and the commands.
 
@@ -96,7 +100,7 @@ def write(
     bundle = bundle_or_none(model, weights, dtype)
     name = bundle.path.name if bundle else model
     folder = folder or build_root() / "cloud-ai-100" / f"{name}-{backend.card}"
-    jobs = make_jobs(backend, model, bundle, decoders, batches)
+    jobs = make_jobs(backend, model, bundle, decoders, batches, encoders)
     for stale in ("onnx", "buffers"):
         shutil.rmtree(folder / stale, ignore_errors=True)
     for job in jobs:
@@ -161,6 +165,7 @@ def make_jobs(
     bundle: Bundle | None,
     decoders: Sequence[str],
     batches: Sequence[int],
+    encoders: Sequence[str] = (),
 ) -> list[Job]:
     parts = tuple(bundle.parts) if bundle else PARTS
     entry = bundle.model if bundle else MODELS[model]
@@ -174,7 +179,11 @@ def make_jobs(
                 f"decoders: {', '.join(DECODERS)}",
                 f"use --decoder {DECODERS[0]}",
             )
+    for encoder in encoders:
+        if bundle is not None:
+            check_encoder(bundle, encoder)
     wanted = {part for decoder in decoders for part in stage_parts(parts, decoder)}
+    wanted |= {f"{encoder}_encoder" for encoder in encoders}
     jobs = []
     for batch in batches:
         for part in (part for part in parts if part in wanted):

@@ -26,6 +26,8 @@ import numpy as np
 from backends.base import Session, Shapes, UnsupportedError
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.pipeline import Pipeline
+from backends.pipeline.prompts import ImageCall
+from export.models import PICTURE_PARTS
 
 if TYPE_CHECKING:
     from backends.pipeline.recipe import Recipe
@@ -78,10 +80,15 @@ class LanesPipeline(Lane):
         for lane, device in zip(self.lanes, devices, strict=True):
             lane.artifacts = self.artifacts  # compiled once
             if split == "parts":
-                lane.devices, lane._sessions = place(self.parts, devices), self._sessions
+                lane.devices, lane._sessions = place(self.placed, devices), self._sessions
             else:
-                lane.devices = place(self.parts, [device])
+                lane.devices = place(self.placed, [device])
         self._pool = ThreadPoolExecutor(len(self.lanes), "qaic-lane")
+
+    @property
+    def placed(self) -> tuple[str, ...]:
+        """The parts that may come to run, those for a picture last."""
+        return (*self.parts, *PICTURE_PARTS)
 
     @property
     def lanes(self) -> list[Lane]:
@@ -104,29 +111,35 @@ class LanesPipeline(Lane):
             lane.close()
         super().close()
 
-    def _draw(self, prompts: list[str], steps: int, seeds: list[int]) -> Output:
+    def use_encoder(self, encoder: str | None = None) -> Self:
+        super().use_encoder(encoder)
+        for lane in self.others:
+            lane.encoder = self.encoder
+        return self
+
+    def _draw(self, call: ImageCall) -> Output:
         """As every pipeline; the lanes work at the same time."""
+        count = len(call.prompts)
         if self.split != "pipelines":
-            if len(prompts) != self.shapes.batch:
+            if count != self.shapes.batch:
                 raise UnsupportedError(
-                    f"{len(prompts)} prompts do not fit",
+                    f"{count} prompts do not fit",
                     f"the programs were compiled for a batch of {self.shapes.batch}",
-                    f"pass {self.shapes.batch} prompts, or compile with --batch {len(prompts)}",
+                    f"pass {self.shapes.batch} prompts, or compile with --batch {count}",
                 )
-            return super()._draw(prompts, steps, seeds)
-        for lane in self.lanes[: len(prompts)]:
+            return super()._draw(call)
+        for lane in self.lanes[:count]:
             for part in lane.parts:
                 lane.session(part)
         started = time.perf_counter_ns()
         # Image i on lane i modulo their number; a lane makes its images one after the other.
         futures = [
-            self._pool.submit(run_each, lane, prompts[at :: len(self.lanes)],
-                              seeds[at :: len(self.lanes)], steps)
-            for at, lane in enumerate(self.lanes[: len(prompts)])
-        ]  # fmt: skip
+            self._pool.submit(run_each, lane, call.part(slice(at, None, len(self.lanes))))
+            for at, lane in enumerate(self.lanes[:count])
+        ]
         made = [future.result() for future in futures]
         total = (time.perf_counter_ns() - started) / 1e9
-        images = np.empty((len(prompts), *made[0][0].images.shape[1:]), np.uint8)
+        images = np.empty((count, *made[0][0].images.shape[1:]), np.uint8)
         for at, outputs in enumerate(made):
             for index, output in enumerate(outputs):
                 images[at + index * len(self.lanes)] = output.images[0]
@@ -158,7 +171,7 @@ class LanesPipeline(Lane):
                 first = next(numbers) * size
                 prompts, seeds = inputs(first // self.images)
                 span = slice(first % self.images, first % self.images + size)
-                Pipeline._draw(lane, prompts[span], steps, seeds[span])
+                Pipeline._draw(lane, ImageCall(prompts, steps, seeds).part(span))
                 ended.append(time.perf_counter())
             return (len(ended) - 1) * size / (ended[-1] - ended[0])
 
@@ -171,12 +184,9 @@ def place(parts: Sequence[str], devices: Sequence[int]) -> dict[str, int]:
     return {part: devices[at % len(devices)] for at, part in enumerate(parts)}
 
 
-def run_each(lane: Lane, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[Output]:
+def run_each(lane: Lane, call: ImageCall) -> list[Output]:
     """One image after the other on one lane."""
-    return [
-        Pipeline._draw(lane, [prompt], steps, [seed])
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
+    return [Pipeline._draw(lane, call.part(slice(at, at + 1))) for at in range(len(call.prompts))]
 
 
 def slowest(made: Sequence[Sequence[Output]], total: float) -> Timings:
@@ -185,4 +195,7 @@ def slowest(made: Sequence[Sequence[Output]], total: float) -> Timings:
     text = sum(output.timings.text or 0.0 for output in lane)
     decode = sum(output.timings.decode or 0.0 for output in lane)
     unet = [sum(steps) for steps in zip(*(output.timings.unet for output in lane), strict=True)]
-    return Timings(text, unet, decode, total - text - decode - sum(unet), total)
+    encode = sum(output.timings.encode or 0.0 for output in lane)
+    rest = total - text - encode - decode - sum(unet)
+    has_picture = any(output.timings.encode is not None for output in lane)
+    return Timings(text, unet, decode, rest, total, encode=encode if has_picture else None)

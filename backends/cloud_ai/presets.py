@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from backends.base import UnsupportedError
+from export.models import PICTURE_PARTS
 
-PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "taesd_decoder")
 BATCHES = (1, 2, 4)
 CORES = {"ultra": 16, "pro": 16, "standard": 14}
 """AI cores of one SoC, by card."""
@@ -75,6 +75,9 @@ def preset(card: str, part: str, batch: int) -> Preset:
             2: "settings of SDXL base at batch 2 and 1024 px, with blocks of 128 queries",
             4: "as batch 2, with the block halved again so that as much is in memory",
         }[batch]
+    elif part in PICTURE_PARTS:
+        mos, ols, memory, public = 2, 1, 32, False
+        note = "an encoder of pictures: the recipe has none; settings of its VAE decoder"
     elif part.endswith("_decoder"):
         mos, ols, memory = 2, 1, 32
         note = "depth-first scheduling"

@@ -30,6 +30,9 @@ def parser() -> Parser:
         "--decoder", type=word_list, metavar="vae,taesd", help="(those that the bundle has)"
     )  # fmt: skip
     top.add_argument(
+        "--encoder", type=word_list, default=[], metavar="vae,taesd", help="of pictures (none)"
+    )
+    top.add_argument(
         "--dry-run", action="store_true",
         help="print the vendor's own commands for it; needs no device",
     )  # fmt: skip
@@ -54,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         probe_compiler,
         stage_parts,
     )
+    from backends.pipeline.session import check_encoder
     from backends.registry import parse_backend, with_precision
 
     if args.out and (not args.dry_run or len(args.backend or ()) != 1):
@@ -70,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         if isinstance(backend, DryRunsModels):
             asked = args.decoder or ["vae", "taesd"]
-            what = (args.model, args.weights, args.dtype, asked, args.batch, args.out)
+            what = (args.model, args.weights, args.dtype, asked, args.batch, args.out, args.encoder)
             print("\n".join(backend.dry_run_model(*what)))
             done.append(backend)
         elif not isinstance(backend, DryRuns):
@@ -89,11 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = args.decoder or decoders(bundle)
     for decoder in names:
         check_decoder(bundle, decoder)
+    for encoder in args.encoder:
+        check_encoder(bundle, encoder)
     width, height = bundle.size
     recipe = make_recipe(bundle)
     for backend in chosen:
         every = backend.parts(bundle)
         wanted = {part for decoder in names for part in stage_parts(every, decoder)}
+        wanted |= {f"{encoder}_encoder" for encoder in args.encoder}
         jobs = [
             (part, batch, recipe.shapes(part, Shapes(batch, width, height)))
             for batch in args.batch

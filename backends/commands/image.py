@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import sys
@@ -30,6 +31,14 @@ def parser() -> Parser:
     made.add_argument(
         "--decoder", help="vae or taesd, the tiny one (the best that the bundle has: vae)"
     )
+    made.add_argument(
+        "--image", type=Path, metavar="FILE", help="a PNG, JPEG or WebP to start from"
+    )
+    made.add_argument(
+        "--strength", type=float, help="share of the steps that run on --image, above 0 to 1"
+    )
+    made.add_argument("--encoder", help="of --image: vae or taesd (that of --decoder)")
+    made.add_argument("--negative", metavar="PROMPT", help="what guidance leads away from")
     made.add_argument("--steps", type=int, default=None, help="default: the model's own")
     made.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="of the bundle")
     made.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (the model's)")
@@ -41,6 +50,17 @@ def parser() -> Parser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=png_file, default=Path("image.png"), metavar="FILE.png")
     return made
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse what belongs to a picture where there is none, before anything is loaded."""
+    for flag in ("strength", "encoder"):
+        if args.image is None and getattr(args, flag) is not None:
+            raise PreconditionError(
+                f"--{flag} belongs to a picture, and there is none",
+                "it says how the picture of --image is read or changed",
+                f"add --image FILE, or drop --{flag}",
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from backends.load import load_pipeline
     from backends.pipeline.prompts import check_prompts, check_seeds
-    from core.files import write_atomic
+    from core.files import sha256_file, write_atomic
 
+    check_flags(args)
     check_prompts(args.prompt)
     check_seeds(args.seed, 1)
     with load_pipeline(
@@ -76,16 +97,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         scheduler=args.scheduler,
         guidance=args.guidance,
         guidance_mode=args.guidance_mode,
+        encoder=args.encoder,
     ) as pipeline:
         bundle = pipeline.bundle
         steps = args.steps or bundle.steps
-        out = pipeline([args.prompt], steps=steps, seed=args.seed)
+        out = pipeline(
+            [args.prompt],
+            steps=steps,
+            seed=args.seed,
+            images=args.image,
+            strength=args.strength,
+            negative=args.negative,
+        )
+        picture = (
+            {}
+            if args.image is None
+            else {
+                "image": args.image.name,
+                "image_sha256": sha256_file(args.image.expanduser()),
+                "image_done": list(out.pictures[0]),
+                "strength": args.strength,
+                "encoder": pipeline.encoder if out.timings.encode is not None else None,
+            }
+        )
         versions = {p: version(p) for p in ("torch", "diffusers", "transformers")}
         facts = {
             "prompt": args.prompt,
             "seed": args.seed,
             "steps": steps,
             **asdict(pipeline.recipe),
+            **picture,
+            **({} if args.negative is None else {"negative": args.negative}),
             "nfe": out.nfe,
             "model": bundle.name,
             "weights": bundle.weights,
@@ -115,13 +157,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{args.out}: {bundle.name} ({bundle.weights} weights), {steps} steps, NFE {out.nfe}, "
         f"seed {args.seed}, {args.backend}, {facts['decoder']}"
     )
+    if args.image is not None:
+        print(
+            f"  from {args.image}, strength {args.strength:g}:"
+            f" {'; '.join(out.pictures[0]) or 'as it is'}"
+        )
     times = out.timings
     stages = ""
     if times.text is not None and times.decode is not None and times.rest is not None:
         unet = " + ".join(f"{1e3 * step:.1f}" for step in times.unet)
+        encode = "" if times.encode is None else f"encode {1e3 * times.encode:.1f} ms, "
         stages = (
-            f"text {1e3 * times.text:.1f} ms, UNet {unet} ms, decode {1e3 * times.decode:.1f} ms,"
-            f" rest {1e3 * times.rest:.1f} ms, "
+            f"text {1e3 * times.text:.1f} ms, {encode}UNet {unet} ms,"
+            f" decode {1e3 * times.decode:.1f} ms, rest {1e3 * times.rest:.1f} ms, "
         )
     if args.low_memory:
         stages += f"loading {1e3 * times.load:.1f} ms, "

@@ -33,6 +33,7 @@ class ModelledBackend(Backend):
     summary = "a Cloud AI 100 by name: images from this CPU, times and energy from a model of it"
     provenance = "modelled"
     keeps_artifacts = False
+    no_pictures = "the model of its card was fitted to text to image, and prices no encoder"
     resident = "its card is modelled with all parts loaded"
     option_types: ClassVar[Mapping[str, Option]] = {
         "device": Option("ai100-ultra", "the card whose model it is"),

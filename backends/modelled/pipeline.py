@@ -22,6 +22,7 @@ from backends.onnxrt import operators
 from backends.ort import OrtBackend
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.pipeline import Pipeline
+from backends.pipeline.prompts import ImageCall
 from backends.pipeline.recipe import Recipe
 from core.files import ROOT, read_json, sha256_file, sha256_json, write_json
 
@@ -68,15 +69,15 @@ class ModelledPipeline(Pipeline):
     def close(self) -> None:
         self.painter.close()
 
-    def _draw(self, prompts: list[str], steps: int, seeds: list[int]) -> Output:
+    def _draw(self, call: ImageCall) -> Output:
         made = [
-            self.painter.image(prompt, one, steps)
-            for prompt, one in zip(prompts, seeds, strict=True)
+            self.painter.image(prompt, one, call.steps, call.negative and call.negative[at])
+            for at, (prompt, one) in enumerate(zip(call.prompts, call.seeds, strict=True))
         ]
         facts = made[0][1]
-        call = self.backend.call(self.decoder, len(prompts), facts["timesteps"], self.recipe)
-        found = estimate(self.backend.card, bundle_costs(self.bundle), call)
-        unet = [found.stages["unet_step"].mid] * call.steps
+        asked = self.backend.call(self.decoder, len(made), facts["timesteps"], self.recipe)
+        found = estimate(self.backend.card, bundle_costs(self.bundle), asked)
+        unet = [found.stages["unet_step"].mid] * asked.steps
         text, decode, rest = (found.stages[name].mid for name in ("text", "decode", "rest"))
         timings = Timings(text, unet, decode, rest, text + sum(unet) + decode + rest)
         images = np.stack([image for image, _ in made])
@@ -100,7 +101,9 @@ class Painter:
             self._pipeline = made.prepare()
         return self._pipeline
 
-    def image(self, prompt: str, seed: int, steps: int) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+    def image(
+        self, prompt: str, seed: int, steps: int, negative: str | list[str] | None = None
+    ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
         """uint8 [height, width, 3], and what was counted: `nfe`, `timesteps`."""
         key = {
             "what": "an image with FP16 between the parts",
@@ -111,11 +114,12 @@ class Painter:
             "seed": seed,
             "steps": steps,
             "runtime": OrtBackend().fingerprint(),
+            **({} if negative is None else {"negative": negative}),
             "code": [sha256_file(ROOT / file) for file in CODE],
         }
 
         def make(folder: Path) -> None:
-            output = self.pipeline()([prompt], steps=steps, seed=[seed])
+            output = self.pipeline()([prompt], steps=steps, seed=[seed], negative=negative)
             np.save(folder / IMAGE, output.images[0])
             facts = {"nfe": output.nfe, "timesteps": len(output.timings.unet)}
             write_json(folder / FACTS, facts)

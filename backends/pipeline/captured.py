@@ -1,7 +1,8 @@
 """A whole image on the device, without waiting in between; on a GPU as one CUDA graph.
 
-Text encoders, all steps with the scheduler's arithmetic, decoder and conversion to uint8 run in
-one go. What goes in is token ids and the FP32 noise of every step, drawn on the CPU from the same
+Text encoders, the encoder of a picture where there is one to start from, all steps with the
+scheduler's arithmetic, decoder and conversion to uint8 run in one go. What goes in is token ids,
+the picture and the FP32 noise of every step, drawn on the CPU from the same
 generators as in `Pipeline`, so an image is the same whichever way it is made. A batch of
 one at 512 pixels is some two thousand small kernels: launched one by one they cost more than they
 compute, replayed as one graph they do not.
@@ -15,9 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from backends.pipeline.conditioning import Conditioning
 from backends.pipeline.linear import Schedule, read_schedule
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.pipeline import Pipeline, non_finite
+from backends.pipeline.prompts import TOKENS, ImageCall
 from backends.pipeline.slot import Slot
 
 WARM_UP = 2
@@ -61,25 +61,25 @@ class DevicePipeline(Pipeline):
         self._stream: Any = stream
         self._side: Any = None
         self._pool: Any = None
-        self._slots: dict[tuple[int, int], Slot] = {}
-        self._schedules: dict[int, Schedule] = {}
-        self._readable: dict[int, bool] = {}
+        self._slots: dict[tuple[int, int, int, bool], Slot] = {}
+        self._schedules: dict[tuple[int, int], Schedule] = {}
+        self._readable: dict[tuple[int, int], bool] = {}
         self._constants: dict[tuple[Any, ...], Tensor] = {}
 
     # ---- the call
 
-    def _draw(self, prompts: list[str], steps: int, seeds: list[int]) -> Output:
-        if self.staged or self._embedding_cache:
-            return super()._draw(prompts, steps, seeds)
+    def _draw(self, call: ImageCall) -> Output:
+        if self.staged or self._embedding_cache or call.conditioning:
+            return super()._draw(call)
         for part in self.parts:
             self.session(part)
-        with torch.inference_mode(), memory_errors(f"on {len(prompts)} prompts"):
-            if not self.capture and not self._in_one_go(steps):
-                return super()._draw(prompts, steps, seeds)
+        with torch.inference_mode(), memory_errors(f"on {len(call.prompts)} prompts"):
+            if not self.capture and not self._in_one_go(call.steps, call.first):
+                return super()._draw(call)
             started = time.perf_counter_ns()
             with self._on_stream():
-                slot = self._slot(len(prompts), steps)
-                self._fill(slot, prompts, seeds)
+                slot = self._slot(call)
+                self._fill(slot, call)
                 slot.upload()
                 if self.capture and self.is_cuda and slot.graph is None:
                     self._record(slot)
@@ -96,27 +96,27 @@ class DevicePipeline(Pipeline):
             total = (time.perf_counter_ns() - started) / 1e9
         return Output(images, Timings(None, [], None, None, total), nfe=slot.nfe)
 
-    def schedule(self, steps: int) -> Schedule:
-        """The scheduler's arithmetic at `steps`, read once.
+    def schedule(self, steps: int, first: int = 0) -> Schedule:
+        """The scheduler's arithmetic at `steps` from the `first` that runs, read once.
 
         Raises:
             UnsupportedError: it is not a sum of samples, model outputs and noises.
         """
-        if steps not in self._schedules:
+        if (steps, first) not in self._schedules:
             scheduler = self.bundle.scheduler(self.recipe.scheduler)
-            self._schedules[steps] = read_schedule(scheduler, steps)
-        return self._schedules[steps]
+            self._schedules[steps, first] = read_schedule(scheduler, steps, first)
+        return self._schedules[steps, first]
 
-    def _in_one_go(self, steps: int) -> bool:
+    def _in_one_go(self, steps: int, first: int) -> bool:
         """Whether the scheduler can be read; where it cannot, step by step is as right."""
-        if steps not in self._readable:
+        if (steps, first) not in self._readable:
             try:
-                self.schedule(steps)
+                self.schedule(steps, first)
             except UnsupportedError:
-                self._readable[steps] = False
+                self._readable[steps, first] = False
             else:
-                self._readable[steps] = True
-        return self._readable[steps]
+                self._readable[steps, first] = True
+        return self._readable[steps, first]
 
     def close(self) -> None:
         self._slots.clear()
@@ -136,25 +136,42 @@ class DevicePipeline(Pipeline):
         return self.device.type == "cuda"
 
     @property
-    def encoders(self) -> list[str]:
+    def text_encoders(self) -> list[str]:
         return [part for part in self.parts if part.startswith("text_encoder")]
 
-    def _slot(self, batch: int, steps: int) -> Slot:
-        if (batch, steps) not in self._slots:
+    def _slot(self, call: ImageCall) -> Slot:
+        batch = len(call.prompts)
+        key = (batch, call.steps, call.first, self._encodes_refused(call))
+        if key not in self._slots:
             width, height, scale = self.shapes.width, self.shapes.height, self.bundle.vae_scale
-            self._slots[batch, steps] = Slot.make(
-                self.schedule(steps),
-                empty=torch.stack(self.tokenise([""] * batch)).to(self.device),
+            self._slots[key] = Slot.make(
+                self.schedule(call.steps, call.first),
+                ids=(len(self.text_encoders), batch, TOKENS),
                 latents=(batch, self.bundle.latent_channels, height // scale, width // scale),
                 image=(batch, height, width, 3),
+                device=self.device,
+                refuses=self._encodes_refused(call),
             )
-        return self._slots[batch, steps]
+        return self._slots[key]
 
-    def _fill(self, slot: Slot, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-        """Token ids, and each image's noise in the order in which `Pipeline.denoise` draws it."""
-        torch.stack(self.tokenise(prompts), out=slot.host_ids)
+    def _encodes_refused(self, call: ImageCall) -> bool:
+        """Whether the negative prompt is encoded: zeros may stand for one that is not given."""
+        if call.negative is not None:
+            return True
+        return self.recipe.guided and not self.bundle.force_zeros
+
+    def _fill(self, slot: Slot, call: ImageCall) -> None:
+        """Token ids, pictures, and each image's noise in the order in which `Pipeline.denoise`
+        draws it."""
+        torch.stack(self.tokenise(call.prompts), out=slot.host_ids)
+        if slot.refuses:
+            refused = call.negative or [""] * len(call.prompts)
+            torch.stack(self.tokenise(refused), out=slot.host_refused)
+        for row in range(len(slot.host_picture)):
+            picture = call.starts[row % len(call.starts)]
+            slot.host_picture[row] = torch.tensor(picture.pixels)
         one = (1, *slot.host_noise.shape[2:])
-        for image, seed in enumerate(seeds):
+        for image, seed in enumerate(call.seeds):
             generator = torch.Generator("cpu").manual_seed(seed)
             for draw in slot.host_noise:
                 draw[image : image + 1] = torch.randn(one, generator=generator)
@@ -162,13 +179,11 @@ class DevicePipeline(Pipeline):
     # ---- the image
 
     def draw(self, slot: Slot) -> None:
-        """Launch every op of the images, from `slot.ids` and `slot.noise` to `slot.image`."""
+        """Launch every op of the images, from `slot.ids`, `slot.picture` and `slot.noise` to
+        `slot.image`."""
         conditioning = self.join(self._encode(slot.ids))
-        if self.recipe.guided and not self.bundle.force_zeros:
-            empty = self.join(self._encode(slot.empty))
-            conditioning = replace(conditioning, negative=empty)
-        else:
-            conditioning = self.with_negative(conditioning)
+        refused = self.join(self._encode(slot.refused)) if slot.refuses else None
+        conditioning = self.with_negative(conditioning, refused)
         latents = self._denoise(conditioning, slot)
         sample = self.run(f"{self.decoder}_decoder", latent_sample=latents)["sample"].float()
         # A sum is finite only if every element is; the cast rounds, as in Pipeline.to_uint8.
@@ -178,11 +193,11 @@ class DevicePipeline(Pipeline):
 
     def _encode(self, ids: Tensor) -> list[dict[str, Tensor]]:
         """Every text encoder on its rows of `ids`; the first beside the others where it may be."""
-        first, *others = self.encoders
+        first, *others = self.text_encoders
         if not (self.is_cuda and self.parallel_text and others):
             return [
                 self.run(part, input_ids=rows)
-                for part, rows in zip(self.encoders, ids, strict=True)
+                for part, rows in zip(self.text_encoders, ids, strict=True)
             ]
         main = torch.cuda.current_stream()
         self._side = self._side or torch.cuda.Stream()
@@ -203,6 +218,10 @@ class DevicePipeline(Pipeline):
         batch = slot.noise.shape[1]
         copies = len(calls[0]["encoder_hidden_states"]) // batch
         samples, outputs = [slot.noise[0] * schedule.first], list[Tensor]()
+        if schedule.picture:
+            given = slot.picture.permute(0, 3, 1, 2).float() / 127.5 - 1
+            encoded = self.run(f"{self.encoder}_encoder", image=given.contiguous())
+            samples[0] = samples[0] + encoded["latent_sample"].float() * schedule.picture
         drawn = iter(slot.noise[1:])
         noises: list[Tensor | None] = []
         predictions = 0

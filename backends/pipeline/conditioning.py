@@ -17,8 +17,8 @@ class Conditioning:
     """Prompt embeddings: hidden states [batch, 77, dim]; pooled [batch, dim] or None.
 
     `context`: what the UNet takes in place of the hidden states where it is split, by input: all
-    that it makes of them alone. `negative`: those of the empty prompt, for classifier-free
-    guidance.
+    that it makes of them alone. `negative`: those of the negative prompt, or of the empty one, for
+    classifier-free guidance.
     """
 
     hidden_states: torch.Tensor
@@ -63,6 +63,14 @@ class EmbeddingCache:
         while len(self._kept) > self.size:
             self._kept.popitem(last=False)
         return [stack([known[prompt] for prompt in prompts]) for prompts in texts]
+
+
+class Start(NamedTuple):
+    """Where denoising begins that starts from a picture: its latents, float32 [batch or 1,
+    channels, height/8, width/8] on the host, and the first step that runs."""
+
+    latents: torch.Tensor
+    first: int
 
 
 class Denoised(NamedTuple):

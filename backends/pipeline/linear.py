@@ -58,10 +58,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """All steps of one image; `first`: the first sample is standard noise times this."""
+    """All steps of one image; the first sample is standard noise times `first`, and the latents of
+    the picture that it starts from times `picture`."""
 
     first: float
     steps: tuple[Step, ...]
+    picture: float = 0.0
 
     @property
     def draws(self) -> int:
@@ -92,8 +94,11 @@ class Schedule:
         return torch.zeros_like(samples[index]) if total is None else total
 
 
-def read_schedule(scheduler: Any, steps: int) -> Schedule:
+def read_schedule(scheduler: Any, steps: int, begin: int = 0) -> Schedule:
     """The numbers of `scheduler`, a diffusers scheduler of its own (its state is used), at `steps`.
+
+    Args:
+        begin: the first step that runs, of an image that starts from a picture; 0: from noise.
 
     Raises:
         UnsupportedError: its next sample is no such sum, or it draws noise in another way than one
@@ -102,8 +107,9 @@ def read_schedule(scheduler: Any, steps: int) -> Schedule:
     import torch
 
     with torch.inference_mode():
-        quiet = Probe(scheduler, steps, scale=1.0, seed=0)
-        loud = Probe(scheduler, steps, scale=LOUD, seed=1)
+        start = read_start(scheduler, steps, begin) if begin else None
+        quiet = Probe(scheduler, steps, begin, scale=1.0, seed=0)
+        loud = Probe(scheduler, steps, begin, scale=LOUD, seed=1)
         read = []
         for index, timestep in enumerate(quiet.timesteps):
             columns = quiet.columns(index)
@@ -124,24 +130,53 @@ def read_schedule(scheduler: Any, steps: int) -> Schedule:
                     raise refusal(scheduler, index, "scale_model_input", wrong)
             draws = quiet.noises[index] is not None
             read.append(Step(float(timestep), scale, terms, draws))
-        return Schedule(float(scheduler.init_noise_sigma), tuple(read))
+        # Of the timesteps that are set now.
+        first, picture = start or (float(scheduler.init_noise_sigma), 0.0)
+        return Schedule(first, tuple(read), picture)
+
+
+def read_start(scheduler: Any, steps: int, begin: int) -> tuple[float, float]:
+    """What noise and the latents of a picture are multiplied with at step `begin`.
+
+    Raises:
+        UnsupportedError: `add_noise` is no such sum.
+    """
+    import torch
+
+    timesteps = begun(scheduler, steps, begin)
+    source = torch.Generator().manual_seed(2)
+    noise, latents = (torch.randn((1, 4, NUMBERS // 256, 64), generator=source) for _ in range(2))
+    result = scheduler.add_noise(latents, noise, timesteps[:1])
+    first, picture = solve([noise, latents], result)
+    wrong = relative(noise * first + latents * picture, result)
+    if not wrong < TOLERANCE:
+        raise refusal(scheduler, begin, "add_noise", wrong)
+    return first, picture
+
+
+def begun(scheduler: Any, steps: int, begin: int) -> Any:
+    """The timesteps that run, of a scheduler that is set to begin with the first of them."""
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    return scheduler.timesteps[begin:]
 
 
 class Probe:
     """All steps of a scheduler once, on random samples and outputs that have nothing to do with
     each other: what depends on an earlier step shows as such."""
 
-    def __init__(self, scheduler: Any, steps: int, *, scale: float, seed: int) -> None:
+    def __init__(
+        self, scheduler: Any, steps: int, begin: int = 0, *, scale: float, seed: int
+    ) -> None:
         import torch
 
         from export.source.scheduler import step_arguments
 
-        scheduler.set_timesteps(steps)
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)
+        timesteps = begun(scheduler, steps, begin)
         source = torch.Generator().manual_seed(seed)
         given = torch.Generator().manual_seed(seed + 1000)
-        self.timesteps = scheduler.timesteps
+        self.timesteps = timesteps
         self.samples: list[torch.Tensor] = []
         self.inputs: list[torch.Tensor] = []
         self.outputs: list[torch.Tensor] = []

@@ -16,7 +16,8 @@ class Timings:
 
     A call that did not wait between its stages has a total only: None, and no entries. `text` holds
     the context of a split UNet, which depends on the prompt alone; `unet` has an entry for each
-    timestep, guidance included; `load` is what loading and releasing parts took where that is done
+    timestep, guidance included; `encode` is that of the picture it starts from, None where there is
+    none to encode; `load` is what loading and releasing parts took where that is done
     within the call, in low memory, and none of the others hold it.
     """
 
@@ -26,6 +27,7 @@ class Timings:
     rest: float | None
     total: float
     load: float = 0.0
+    encode: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,11 @@ class Output:
         nfe: UNet evaluations of one image, counted as they happened.
         provenance: `measured` when a clock gave the timings; `emulated` when it timed an
             emulation, which says nothing of the device's speed.
+        pictures: what was done to each picture that was passed, in words.
     """
 
     images: NDArray[np.uint8]
     timings: Timings
     nfe: int
     provenance: str = "measured"
+    pictures: tuple[tuple[str, ...], ...] = ()

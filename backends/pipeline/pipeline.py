@@ -22,10 +22,19 @@ from backends.pipeline.conditioning import (
     Conditioning,
     Denoised,
     EmbeddingCache,
+    Start,
     guidance_embedding,
 )
 from backends.pipeline.output import Output, Timings
-from backends.pipeline.prompts import check_prompts, check_seeds, token_ids, warn_of_unknown
+from backends.pipeline.pictures import Picture, read_pictures
+from backends.pipeline.prompts import (
+    ImageCall,
+    check_negative,
+    check_prompts,
+    check_seeds,
+    token_ids,
+    warn_of_unknown,
+)
 from backends.pipeline.recipe import Recipe, check_steps, make_recipe
 from backends.pipeline.session import (
     Artifact,
@@ -33,9 +42,13 @@ from backends.pipeline.session import (
     Session,
     Shapes,
     UnsupportedError,
+    check_encoder,
+    encoders,
     stage_parts,
 )
+from backends.pipeline.start import check_strength
 from core import values
+from core.errors import PreconditionError
 from core.memory import give_memory_back
 from export.bundle import Bundle
 from export.models import CONTEXT_PART
@@ -83,6 +96,8 @@ class Pipeline:
         self._scheduler: Any = None
         self._embedding_cache = EmbeddingCache(embedding_cache) if embedding_cache else None
         self.low_memory = False
+        self.encoder: str | None = None
+        """Of pictures: `vae` or `taesd`; None until one is asked for."""
         self._turn = threading.Lock()
         self._loading_ns = 0
 
@@ -90,7 +105,7 @@ class Pipeline:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        return stage_parts(self.backend.parts(self.bundle), self.decoder)
+        return stage_parts(self.backend.parts(self.bundle), self.decoder, self.encoder)
 
     @property
     def compile_s(self) -> float:
@@ -116,6 +131,34 @@ class Pipeline:
         self.backend.require_low_memory()
         self.low_memory = True
         return self
+
+    def use_encoder(self, encoder: str | None = None) -> Self:
+        """From now on the pipeline holds an encoder of pictures: `prepare` loads it, else the first
+        call that starts from one.
+
+        Args:
+            encoder: `vae` or `taesd`; None for the one that is there, else the decoder's.
+
+        Raises:
+            PreconditionError: the bundle has no such encoder.
+            UnsupportedError: the backend does not start from a picture.
+        """
+        self.encoder = self.find_encoder(encoder)
+        return self
+
+    def find_encoder(self, encoder: str | None = None) -> str:
+        """The name of the encoder that `use_encoder` would hold; raises as that does."""
+        if self.backend.no_pictures:
+            raise UnsupportedError(
+                f"backend {self.backend.name} does not start from a picture",
+                self.backend.no_pictures,
+                "use ort, openvino or torch",
+            )
+        names = encoders(self.bundle)
+        usual = self.decoder if self.decoder in names else "vae"
+        chosen = encoder or self.encoder or usual
+        check_encoder(self.bundle, chosen)
+        return chosen
 
     def prepare(self) -> Self:
         """Compile every part, then load every part: a compile's memory is free before loading.
@@ -220,23 +263,27 @@ class Pipeline:
             self._release()
         return [self.join(outputs) for outputs in encoded]
 
-    def condition(self, prompts: Sequence[str]) -> Conditioning:
-        """What the UNet is told of `prompts`, and of the empty prompt where guidance needs it."""
-        encodes_empty = self.recipe.guided and not self.bundle.force_zeros
-        empty = [[""] * len(prompts)] if encodes_empty else []
-        return self.with_negative(*self.encode(prompts, *empty))
+    def condition(
+        self, prompts: Sequence[str], negative: Sequence[str] | None = None
+    ) -> Conditioning:
+        """What the UNet is told of `prompts`, and of the negative ones where guidance needs it;
+        None: of the empty prompt, or zeros."""
+        if self.recipe.guided and negative is None and not self.bundle.force_zeros:
+            negative = [""] * len(prompts)
+        return self.with_negative(*self.encode(prompts, *([] if negative is None else [negative])))
 
     def with_negative(
         self, conditioning: Conditioning, empty: Conditioning | None = None
     ) -> Conditioning:
-        """`conditioning` with the embeddings of the empty prompt where guidance needs them.
+        """`conditioning` with the embeddings of the negative prompts where guidance needs them.
 
-        As diffusers' pipelines have it: zeros where the checkpoint's model index says so (SDXL),
-        else the empty prompt encoded, once for each prompt: `empty`.
+        As diffusers' pipelines have it: what was asked for, or the empty prompt, encoded once for
+        each prompt: `empty`. Where nothing was asked for and the checkpoint's model index says so
+        (SDXL), zeros: `empty` is None.
         """
         if not self.recipe.guided:
             return conditioning
-        if self.bundle.force_zeros:
+        if empty is None:
             batch, pooled = len(conditioning.hidden_states), conditioning.text_embeds
             kept = self._embedding_cache.zeros if self._embedding_cache else {}
             if batch not in kept:
@@ -270,15 +317,39 @@ class Pipeline:
             inputs["timestep_cond"] = embedding.expand(batch, -1)
         return inputs
 
-    def denoise(self, conditioning: Conditioning, steps: int, seeds: Sequence[int]) -> Denoised:
-        """Seeds -> final latents. The negative embeddings are those of `conditioning`."""
+    def encode_pictures(self, pictures: Sequence[Picture], batch: int) -> torch.Tensor:
+        """Pictures -> latents, float32 [batch or 1, channels, height/8, width/8] on the host."""
+        part = f"{self.encoder}_encoder"
+        session = self.session(part)
+        pixels = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
+        image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        if isinstance(session.inputs["image"].shape[0], int):  # compiled for a batch
+            image = image.expand(batch, -1, -1, -1)
+        latents = self.run(part, image=image.contiguous())["latent_sample"]
+        session.synchronize()
+        return latents.to("cpu", torch.float32)
+
+    def denoise(
+        self,
+        conditioning: Conditioning,
+        steps: int,
+        seeds: Sequence[int],
+        start: Start | None = None,
+    ) -> Denoised:
+        """Seeds -> final latents. The negative embeddings are those of `conditioning`.
+
+        From a picture as diffusers' pipelines have it: the first noise of each generator is added
+        to its latents as the scheduler adds it at the first step that runs.
+        """
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         if self._scheduler is None:
             self._scheduler = self.bundle.scheduler(self.recipe.scheduler)
         scheduler = self._scheduler
         scheduler.set_timesteps(steps)  # also forgets the previous call: steps, index, history
+        first = start.first if start else 0
         if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(0)
+            scheduler.set_begin_index(first)
+        timesteps = scheduler.timesteps[first:]
         extra = step_arguments(scheduler, generators)
         scale = self.bundle.vae_scale
         shape = (
@@ -288,12 +359,17 @@ class Pipeline:
             self.shapes.width // scale,
         )
         noise = [torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]
-        latents = torch.cat(noise) * scheduler.init_noise_sigma
+        if start is None:
+            latents = torch.cat(noise) * scheduler.init_noise_sigma
+        else:
+            given = start.latents.expand(len(seeds), -1, -1, -1)
+            at = timesteps[:1].repeat(len(seeds))
+            latents = scheduler.add_noise(given, torch.cat(noise), at)
         calls = self._unet_calls(conditioning)
         copies = len(calls[0]["encoder_hidden_states"]) // len(seeds)
         session = self.session("unet")
         seconds, predictions = [], 0
-        for timestep in scheduler.timesteps:
+        for timestep in timesteps:
             scaled = scheduler.scale_model_input(latents, timestep)
             started = time.perf_counter_ns()
             outputs = [
@@ -356,40 +432,93 @@ class Pipeline:
         return None
 
     def __call__(
-        self, prompts: str | Sequence[str], *, steps: int, seed: int | Sequence[int] = 0
+        self,
+        prompts: str | Sequence[str],
+        *,
+        steps: int,
+        seed: int | Sequence[int] = 0,
+        images: Any = None,
+        strength: float | None = None,
+        negative: str | Sequence[str] | None = None,
     ) -> Output:
-        """Generate an image for each prompt.
+        """Generate an image for each prompt, from noise or from a picture.
 
         Args:
             prompts: 1 to N prompts; empty ones are allowed.
             steps: denoising steps, at least 1; some models take few counts only.
-            seed: one seed per prompt; an integer n means n, n+1, ...
+            seed: one seed per image; an integer n means n, n+1, ...
+            images: pictures to start from (`backends.pipeline.pictures` says what is read): one for
+                all prompts, one for each prompt, or several for one prompt.
+            strength: the share of the steps that run, 0 to 1: floor(steps x strength), at least
+                one. 1 is text to image, bit for bit.
+            negative: what guidance leads away from, one for all prompts or one for each; for models
+                with guidance.
 
         Threads may share a pipeline: their calls take turns, and each gets its own images. Draw
         on several pipelines to work at the same time.
         """
+        call = self._check(prompts, steps, seed, images, strength, negative)
+        with self._turn:
+            if call.starts:
+                self.use_encoder()
+            output = self._draw(call)
+        return replace(output, pictures=tuple(picture.done for picture in call.pictures))
+
+    def _check(
+        self,
+        prompts: str | Sequence[str],
+        steps: int,
+        seed: int | Sequence[int],
+        images: Any,
+        strength: float | None,
+        negative: str | Sequence[str] | None,
+    ) -> ImageCall:
+        """What `__call__` is asked for, or PreconditionError: before any work."""
         values.count("steps", steps)
         prompts = check_prompts(prompts)
+        pictures: list[Picture] = []
+        if images is None and strength not in (None, 1):
+            raise PreconditionError(
+                f"strength={strength} changes no picture: there is none",
+                "it says how much of a picture is changed",
+                "pass images=... (--image FILE), or leave strength out",
+            )
+        if images is not None:
+            self.find_encoder()  # it is not loaded before it must
+            pictures = read_pictures(images, self.shapes.width, self.shapes.height)
+        if len(prompts) == 1:
+            prompts = prompts * max(1, len(pictures))
+        if pictures and len(pictures) not in (1, len(prompts)):
+            raise PreconditionError(
+                f"{len(pictures)} pictures do not fit {len(prompts)} prompts",
+                "one picture is for all prompts, one prompt for all pictures, or each has its own",
+                f"pass 1 or {len(prompts)} pictures",
+            )
         seeds = check_seeds(seed, len(prompts))
         check_steps(self.bundle, self.recipe, steps)
+        share = check_strength(self.bundle, self.recipe, steps, strength) if pictures else 1.0
+        refused = check_negative(self.bundle, self.recipe, negative, len(prompts))
         warn_of_unknown(self.bundle.model, prompts)
-        with self._turn:
-            return self._draw(prompts, steps, seeds)
+        return ImageCall(prompts, steps, seeds, refused, tuple(pictures), share)
 
-    def _draw(self, prompts: list[str], steps: int, seeds: list[int]) -> Output:
+    def _draw(self, call: ImageCall) -> Output:
         """The images of one call, whose arguments are checked; no other call is under way."""
         self._get_ready()
         loaded = self._loading_ns
         with torch.inference_mode(), contextlib.ExitStack() as stack:
             stack.callback(self._release)  # a call that fails releases too
             started = self._clock_ns()
-            conditioning = self.condition(prompts)
+            conditioning = call.conditioning or self.condition(call.prompts, call.negative)
             for part in self.parts[: self.parts.index("unet")]:
                 if part in self._sessions:
                     self._sessions[part].synchronize()
             self._release()
+            told, start = self._clock_ns(), None
+            if call.starts:
+                start = Start(self.encode_pictures(call.starts, len(call.prompts)), call.first)
+                self._release()
             encoded = self._clock_ns()
-            latents, unet, nfe = self.denoise(conditioning, steps, seeds)
+            latents, unet, nfe = self.denoise(conditioning, call.steps, call.seeds, start)
             self._release()
             denoised = self._clock_ns()
             sample = self.decode(latents)
@@ -398,10 +527,10 @@ class Pipeline:
             images = self.to_uint8(sample)
             ended = self._clock_ns()
         load = (self._loading_ns - loaded) / 1e9
-        text, decode = (encoded - started) / 1e9, (decoded - denoised) / 1e9
-        total = (ended - started) / 1e9
-        rest = total - text - decode - sum(unet)
-        timings = Timings(text, unet, decode, rest, total + load, load)
+        text, decode = (told - started) / 1e9, (decoded - denoised) / 1e9
+        encode, total = (encoded - told) / 1e9, (ended - started) / 1e9
+        rest = total - text - encode * bool(start) - decode - sum(unet)
+        timings = Timings(text, unet, decode, rest, total + load, load, encode if start else None)
         return Output(images, timings, nfe=nfe, provenance=self.backend.provenance)
 
 

@@ -6,15 +6,65 @@ import operator
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from backends.pipeline.session import UnsupportedError
+from backends.pipeline.start import kept_steps
 from core.errors import PreconditionError, no_text
 from distill.shapes import unknown_words
 
 if TYPE_CHECKING:
     import torch
 
+    from backends.pipeline.conditioning import Conditioning
+    from backends.pipeline.pictures import Picture
+    from backends.pipeline.recipe import Recipe
+    from export.bundle import Bundle
     from export.models import Model
+
+
+@dataclass(frozen=True)
+class ImageCall:
+    """What one call of a pipeline is asked for, checked.
+
+    Attributes:
+        negative: a prompt for each prompt, of what guidance leads away from; None: the model's own
+            emptiness, which may be zeros.
+        pictures: what the images start from: one for all of them or one for each; none where they
+            start from noise alone.
+        strength: the share of the steps that run.
+        conditioning: what the prompts were encoded to, where that was done before.
+    """
+
+    prompts: list[str]
+    steps: int
+    seeds: list[int]
+    negative: list[str] | None = None
+    pictures: tuple[Picture, ...] = ()
+    strength: float = 1.0
+    conditioning: Conditioning | None = None
+
+    @property
+    def first(self) -> int:
+        """The first step that runs, from 0: those before it would undo the picture."""
+        return self.steps - kept_steps(self.steps, self.strength)
+
+    @property
+    def starts(self) -> tuple[Picture, ...]:
+        """The pictures that are encoded: none at strength 1."""
+        return self.pictures if self.first else ()
+
+    def part(self, images: slice) -> ImageCall:
+        """The same call for some of its images."""
+        return replace(
+            self,
+            prompts=self.prompts[images],
+            seeds=self.seeds[images],
+            negative=self.negative and self.negative[images],
+            pictures=self.pictures if len(self.pictures) == 1 else self.pictures[images],
+        )
+
 
 TOKENS = 77
 """Length of a CLIP prompt in tokens, start and end included."""
@@ -42,6 +92,44 @@ def check_prompts(prompts: str | Sequence[str]) -> list[str]:
                 f"the prompt {prompt!a} is not valid text", why, "pass valid Unicode"
             )
     warn_of_weights(listed)
+    return listed
+
+
+def check_negative(
+    bundle: Bundle, recipe: Recipe, negative: str | Sequence[str] | None, count: int
+) -> list[str] | None:
+    """Negative prompts, one for each of `count` prompts; None where there is none.
+
+    Raises:
+        UnsupportedError: nothing of this recipe reads a negative prompt.
+    """
+    if negative is None:
+        return None
+    if not recipe.guided:
+        form = bundle.model.guidance_form
+        raise UnsupportedError(
+            f"{bundle.name} reads no negative prompt"
+            + (" without guidance" if form == "free" else ""),
+            {
+                "none": "it was distilled without guidance: nothing is evaluated for one",
+                "embedding": "its guidance scale is an input of the UNet: nothing is evaluated for"
+                " a negative prompt",
+                "free": f"guidance {recipe.guidance:g} is none: one evaluation a step, for the"
+                " prompt",
+            }[form],
+            "pass --guidance 7.5 or another scale above 1"
+            if form == "free"
+            else "drop the negative prompt",
+        )
+    listed = check_prompts(negative)
+    if len(listed) == 1:
+        return listed * count
+    if len(listed) != count:
+        raise PreconditionError(
+            f"{len(listed)} negative prompts do not fit {count} prompts",
+            "a negative prompt is for all of them, or there is one for each",
+            f"pass 1 or {count}",
+        )
     return listed
 
 

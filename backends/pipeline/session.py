@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from core.errors import AddbenchError, PreconditionError
+from export.bundle import export_again
+from export.models import PICTURE_PARTS
 
 if TYPE_CHECKING:
     import torch
@@ -106,10 +108,39 @@ class Session(ABC):
         self.close()
 
 
-def stage_parts(parts: Sequence[str], decoder: str) -> tuple[str, ...]:
-    """The parts one pipeline needs: every text encoder, the UNet and one decoder."""
+def stage_parts(parts: Sequence[str], decoder: str, encoder: str | None = None) -> tuple[str, ...]:
+    """The parts one pipeline needs: every text encoder, the UNet and one decoder; with a picture
+    to start from, the `encoder` of pictures too."""
     other = {"vae": "taesd_decoder", "taesd": "vae_decoder"}[decoder]
-    return tuple(part for part in parts if part != other)
+    unused = {other, *PICTURE_PARTS} - {f"{encoder}_encoder"}
+    return tuple(part for part in parts if part not in unused)
+
+
+def encoders(bundle: Bundle) -> tuple[str, ...]:
+    """The encoders of pictures of a bundle, the VAE's first; none in one of before they were."""
+    return tuple(part.removesuffix("_encoder") for part in PICTURE_PARTS if part in bundle.parts)
+
+
+def check_encoder(bundle: Bundle, encoder: str) -> None:
+    """Refuse an encoder of pictures that the bundle does not have.
+
+    Raises:
+        PreconditionError: the message names the command that exports one.
+    """
+    names = encoders(bundle)
+    if encoder in names:
+        return
+    if not names:
+        raise PreconditionError(
+            f"the bundle {bundle.path.name} cannot start from a picture",
+            "it was exported before encoders of pictures were, and holds none",
+            f"export it again: {export_again(bundle)}",
+        )
+    raise PreconditionError(
+        f"there is no encoder called {encoder!r} in {bundle.name}",
+        f"its encoders of pictures: {', '.join(names)}",
+        f"use --encoder {names[0]}",
+    )
 
 
 def decoders(bundle: Bundle) -> tuple[str, ...]:

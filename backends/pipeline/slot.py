@@ -13,12 +13,15 @@ from backends.pipeline.linear import Schedule
 
 @dataclass
 class Slot:
-    """Fixed addresses of one (batch, steps), on the host and on the device.
+    """Fixed addresses of one (batch, steps, first step), on the host and on the device.
 
     Attributes:
-        ids: int64 [encoders, batch, 77]; `empty`: those of the empty prompt.
+        ids: int64 [encoders, batch, 77]; `refused`: those of the negative prompt.
+        picture: uint8 [batch, height, width, 3], what the images start from; not read where they
+            start from noise.
         noise: float32 [draws, batch, channels, height/8, width/8].
         image: uint8 [batch, height, width, 3]; `finite`: bool, whether it was before the cast.
+        refuses: whether the negative prompt is encoded.
         graph: what replays the whole image; None before it is captured, or where it never is.
         nfe: UNet evaluations of one image, counted when it was last launched op by op.
     """
@@ -26,22 +29,32 @@ class Slot:
     schedule: Schedule
     host_ids: Tensor
     ids: Tensor
-    empty: Tensor
+    host_refused: Tensor
+    refused: Tensor
+    host_picture: Tensor
+    picture: Tensor
     host_noise: Tensor
     noise: Tensor
     host_image: Tensor
     image: Tensor
     host_finite: Tensor
     finite: Tensor
+    refuses: bool
     graph: Any = None
     nfe: int = 0
 
     @classmethod
     def make(
-        cls, schedule: Schedule, empty: Tensor, latents: tuple[int, ...], image: tuple[int, ...]
+        cls,
+        schedule: Schedule,
+        *,
+        ids: tuple[int, ...],
+        latents: tuple[int, ...],
+        image: tuple[int, ...],
+        device: torch.device,
+        refuses: bool,
     ) -> Self:
-        """Memory for latents and images of these shapes, on the device of `empty`."""
-        device = empty.device
+        """Memory for token ids, latents and images of these shapes, on `device`."""
 
         def pair(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             if device.type == "cpu":
@@ -51,17 +64,25 @@ class Slot:
             host = torch.zeros(shape, dtype=dtype, pin_memory=True)
             return host, torch.empty_like(host, device=device)
 
+        starts = image if schedule.picture else (0,)
         return cls(
             schedule,
-            *pair(tuple(empty.shape), torch.int64),
-            empty,
+            *pair(ids, torch.int64),
+            *pair(ids if refuses else (0,), torch.int64),
+            *pair(starts, torch.uint8),
             *pair((schedule.draws, *latents), torch.float32),
             *pair(image, torch.uint8),
             *pair((), torch.bool),
+            refuses=refuses,
         )
 
     def upload(self) -> None:
-        for host, device in ((self.host_ids, self.ids), (self.host_noise, self.noise)):
+        for host, device in (
+            (self.host_ids, self.ids),
+            (self.host_refused, self.refused),
+            (self.host_picture, self.picture),
+            (self.host_noise, self.noise),
+        ):
             if device is not host:
                 device.copy_(host, non_blocking=True)
 

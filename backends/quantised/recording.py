@@ -16,8 +16,10 @@ from backends.base import Artifact, Session, Shapes
 from backends.check.parity import SEED
 from backends.onnxrt.session import MODEL, session_options, translate
 from backends.ort import OrtBackend
+from backends.pipeline.pictures import Picture
 from core.memory import give_memory_back
 from export.lower import CPU, lower, storage
+from export.models import PICTURE_PARTS
 from export.quantize import Scheme
 from export.quantize.layers import Layer, find_layers
 from export.quantize.measure import Sample, add_probes, relative_errors, samples
@@ -49,7 +51,8 @@ def measure(
     scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".record-") as folder:
         recorder = RecordingBackend(part, scheme, Path(folder), threads)
-        decoder = part.removesuffix("_decoder") if part.endswith("_decoder") else "taesd"
+        own = part.endswith("_decoder") or part in PICTURE_PARTS
+        decoder = part.rpartition("_")[0] if own else "taesd"
         with recorder.pipeline(opened, decoder, Shapes(1, *opened.size)) as pipeline:
             draw(pipeline, part)
         give_memory_back()
@@ -76,7 +79,10 @@ def draw(pipeline: Pipeline, part: str) -> None:
         steps = max(pipeline.bundle.model.step_counts, default=STEPS)
         latents = pipeline.denoise(conditioning, steps, [SEED]).latents
         if part != "unet":
-            pipeline.decode(latents)
+            image = pipeline.to_uint8(pipeline.decode(latents))[0]
+        if part in PICTURE_PARTS:
+            pipeline.use_encoder(part.removesuffix("_encoder"))
+            pipeline.encode_pictures([Picture(image, ())], 1)
 
 
 class RecordingBackend(OrtBackend):

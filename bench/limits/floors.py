@@ -334,7 +334,7 @@ def roofline(
     entries = [
         entry(part_cost_at(checkpoint, part, batch, *size, dtype), ceilings, dtype, precision)
         for part in PARTS
-        if part in checkpoint.model.parts
+        if part in checkpoint.parts
     ]
     return {
         "size": "{}x{}".format(*size),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.files import read_json
-from export.models import Model
+from export.models import PICTURE_PARTS, Model
 from export.request import (
     EmbeddingPlace,
     LoraPlace,
@@ -93,8 +93,8 @@ class Checkpoint:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of the model that there are: TAESD may be out of reach."""
-        return tuple(part for part in self.model.parts if part in self.origins)
+        """The parts of the model that there are, encoders included: TAESD may be out of reach."""
+        return tuple(part for part in (*self.model.parts, *PICTURE_PARTS) if part in self.origins)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -536,6 +536,9 @@ def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
     # 512 is transformers' default.
     widths = [int(origins[part].config().get("hidden_size", 512)) for part in model.parts[:-3]]
     embeddings = [reader.embedding(embedding, widths) for embedding in request.embeddings]
+    for part in PICTURE_PARTS:  # of the decoder's own module
+        if (decoder := part.replace("encoder", "decoder")) in origins:
+            origins[part] = origins[decoder]
     if embeddings:
         source["embeddings"] = [
             used.as_dict() | {"name": embedding.name}

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from export.models import Model
+from export.models import PICTURE_PARTS, Model
 from export.source.layout import COMPONENTS, CheckpointError
 
 SD, SDXL, LCM = (
@@ -40,10 +40,12 @@ REFUSED: dict[str, dict[str, tuple[tuple[Any, ...], str]]] = {
             "diffusers' pipelines of this form do not read it: which image is meant is not clear",
         ),
         "out_channels": ((3,), "an image has three channels"),
+        "in_channels": ((3,), "a picture has three channels"),
     },
     "taesd_decoder": {
         "upsampling_scaling_factor": ((2,), "it decodes to another size than the VAE"),
         "out_channels": ((3,), "an image has three channels"),
+        "in_channels": ((3,), "a picture has three channels"),
     },
     "text_encoder": {"use_attention_mask": ((None, False), "padding is not masked here")},
 }
@@ -68,6 +70,8 @@ def require_readable(part: str, config: Mapping[str, Any], pipeline: str) -> Non
     """
     component = COMPONENTS[part]
     where = f"{component.folder}/config.json"
+    if part in PICTURE_PARTS:  # in the same file as the decoder
+        part = part.replace("encoder", "decoder")
     refused = dict(REFUSED.get("text_encoder" if part.startswith("text") else part, {}))
     if part == "vae_decoder" and pipeline != SDXL:
         for key in ("latents_mean", "latents_std"):

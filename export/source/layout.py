@@ -41,10 +41,15 @@ COMPONENTS = {
     "unet": Component("unet", "diffusers", "UNet2DConditionModel"),
     "vae_decoder": Component("vae", "diffusers", "AutoencoderKL"),
     "taesd_decoder": Component("taesd", "diffusers", "AutoencoderTiny"),
+    "vae_encoder": Component("vae", "diffusers", "AutoencoderKL"),
+    "taesd_encoder": Component("taesd", "diffusers", "AutoencoderTiny"),
 }
 """part -> the module that it is cut from."""
 
-FOLDERS = (*(part.folder for part in COMPONENTS.values()), "scheduler", "tokenizer", "tokenizer_2")
+FOLDERS = (
+    *dict.fromkeys(part.folder for part in COMPONENTS.values()),
+    *("scheduler", "tokenizer", "tokenizer_2"),
+)
 """Of a whole checkpoint."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from backends.artifacts.split_unet import HALVES
-from backends.base import BackendError, Shapes, UnavailableError
+from backends.base import BackendError, Shapes, UnavailableError, UnsupportedError
 from backends.check.gate import gate_for, image_distance
 from backends.load import load_pipeline
 from backends.pipeline.pipeline import Pipeline
@@ -98,6 +99,51 @@ def test_images_match_the_references(name: str, decoder: str, tiny_bundle: Bundl
             image = pipeline([references.prompt], steps=steps, seed=references.seed).images[0]
             distance = image_distance(image, references.images[decoder, steps])
             assert distance.passes(gate), (name, decoder, steps, distance)
+
+
+@pytest.fixture(scope="module")
+def from_picture(tiny_bundle: Bundle) -> dict[str, Any]:
+    """What torch draws in FP32 from a picture, by encoder; the picture is the first."""
+    references = tiny_bundle.references()
+    assert references is not None
+    drawn: dict[str, Any] = {"picture": references.images["vae", 4]}
+    with load_pipeline(str(tiny_bundle.path), "torch", "taesd") as pipeline:
+        for encoder in ("vae", "taesd"):
+            pipeline.use_encoder(encoder)
+            drawn[encoder] = pipeline(
+                PROMPTS[:1], steps=4, seed=9, images=drawn["picture"], strength=0.5
+            ).images[0]
+    assert not np.array_equal(drawn["vae"], drawn["taesd"])
+    return drawn
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("encoder", ["vae", "taesd"])
+def test_images_from_a_picture_match_torch(
+    name: str, encoder: str, tiny_bundle: Bundle, from_picture: dict[str, Any]
+) -> None:
+    """Every backend runs the encoders, or says why it does not before it loads anything."""
+    words = asked(name)
+    backend = parse_backend(words)
+    if backend.no_pictures:
+        with pytest.raises(UnsupportedError, match=re.escape(backend.no_pictures)):
+            load_pipeline(str(tiny_bundle.path), words, "taesd", encoder=encoder)
+        return
+    gate = gate_for(
+        backend.storage(tiny_bundle), backend.precision(tiny_bundle), tiny_bundle.weights
+    )
+    with load_pipeline(str(tiny_bundle.path), words, "taesd", encoder=encoder) as pipeline:
+        out = pipeline(PROMPTS[:1], steps=4, seed=9, images=from_picture["picture"], strength=0.5)
+        assert out.nfe == 2
+        if name != "null":
+            distance = image_distance(out.images[0], from_picture[encoder])
+            assert distance.passes(gate), (name, encoder, distance)
+        session, info = pipeline.session(f"{encoder}_encoder"), tiny_bundle.parts
+        assert set(session.inputs) == {"image"}
+        assert set(session.outputs) == {spec.name for spec in info[f"{encoder}_encoder"].outputs}
+        plain = pipeline(PROMPTS[:1], steps=2, seed=9).images
+        whole = pipeline(PROMPTS[:1], steps=2, seed=9, images=from_picture["picture"], strength=1)
+        assert np.array_equal(plain, whole.images), "strength 1 is text to image"
 
 
 def test_seeds_decide(tiny_bundle: Bundle) -> None:

@@ -30,11 +30,11 @@ from bench.verdict.compare import gather, judge
 from core.errors import EXIT_OK, AddbenchError, PreconditionError
 from export.bundle import Bundle
 from export.lower import CANONICAL
+from export.models import PARTS
 
 emulation = pytest.mark.skipif(
     not parse_backend("qnn").probe().usable, reason=parse_backend("qnn").probe().what
 )
-PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "taesd_decoder")
 BOUND = 2.5e-3
 """Relative L2 error of a part against torch FP32. Found: 0.0005 for the text encoders, 0.0008 for
 the UNet, 0.0012 for TAESDXL, 0.0013 for the VAE; FP16 rounds by 0.0005 (2**-11)."""

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.base import Shapes, UnsupportedError
+from backends.base import Shapes, UnsupportedError, stage_parts
 from backends.check.gate import image_distance
 from backends.pipeline.conditioning import guidance_embedding
 from backends.pipeline.pipeline import Pipeline
@@ -67,8 +67,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 def in_small(tiny: Model, name: str) -> Model:
     """The networks of `tiny`, run as the model `name` is."""
     like = MODELS[name]
-    fields = ("scheduler", "spacing", "prediction", "steps", "step_counts", "guidance",
-              "guidance_form", "schedulers")  # fmt: skip
+    fields = ("scheduler", "spacing", "prediction", "steps", "step_counts", "grid",
+              "guidance", "guidance_form", "schedulers")  # fmt: skip
     return replace(tiny, name=f"tiny-{name}", **{field: getattr(like, field) for field in fields})
 
 
@@ -83,11 +83,10 @@ def theirs(bundle: Bundle, cls: Any, recipe: Recipe) -> Any:
     names = {"vae_decoder": "vae"}
     modules = {
         names.get(part, part): checkpoint.module(part, torch.float32)
-        for part in bundle.parts
-        if part != "taesd_decoder"
+        for part in stage_parts(tuple(bundle.parts), "vae")
     }
     tokenizers = dict(zip(("tokenizer", "tokenizer_2"), bundle.tokenizers(), strict=False))
-    if cls is diffusers.StableDiffusionXLPipeline:
+    if bundle.pooled:
         rest = {"force_zeros_for_empty_prompt": bundle.force_zeros, "add_watermarker": False}
     else:
         rest = {"safety_checker": None, "feature_extractor": None,

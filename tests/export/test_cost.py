@@ -20,10 +20,9 @@ from core.files import ROOT
 from export.bundle import Bundle
 from export.cost import Cost, budget_cost, part_cost, part_cost_at
 from export.lower import CPU, LEGACY, lower
-from export.models import find_model
+from export.models import PARTS, find_model
 from export.source.checkpoint import Checkpoint, open_checkpoint
 
-PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "taesd_decoder")
 with (ROOT / "export" / "budget.csv").open() as file:
     BUDGET = {
         row["part"]: row
@@ -101,7 +100,9 @@ def test_a_graph_costs_what_its_module_does(tiny_bundle: Bundle, part: str, batc
     assert counted.part == part
     assert dict(counted.by_kind) == dict(traced.by_kind)
     assert counted.flops == traced.flops > 0
-    assert counted.activation_bytes == traced.activation_bytes
+    # diffusers pads before it makes smaller; in the graph the padding is the convolution's own.
+    padded = 0.01 if part == "vae_encoder" else 0
+    assert counted.activation_bytes == pytest.approx(traced.activation_bytes, rel=padded)
     assert counted.scores == traced.scores
     # The exporter merges equal weights and adds a few constants.
     assert counted.weight_bytes == pytest.approx(traced.weight_bytes, rel=0.1)

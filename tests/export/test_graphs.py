@@ -12,12 +12,11 @@ import torch
 from core.files import ROOT, sha256_file
 from export.bundle import Bundle, Spec
 from export.graphs import OPSET, describe_graph, exported_graph, save_graph
-from export.models import MODELS
+from export.models import MODELS, PARTS
 from export.parts import example_inputs, output_names, wrap
 from export.source.checkpoint import open_checkpoint
 
 TINY = open_checkpoint(MODELS["tiny-sdxl"], "random")
-PARTS = TINY.model.parts
 
 SIGNATURES = {
     "text_encoder": (
@@ -49,6 +48,14 @@ SIGNATURES = {
         [Spec("latent_sample", "float16", ("batch", 4, 8, 8))],
         [Spec("sample", "float16", ("batch", 3, 64, 64))],
     ),
+    "vae_encoder": (
+        [Spec("image", "float16", ("batch", 3, 64, 64))],
+        [Spec("latent_sample", "float16", ("batch", 4, 8, 8))],
+    ),
+    "taesd_encoder": (
+        [Spec("image", "float16", ("batch", 3, 64, 64))],
+        [Spec("latent_sample", "float16", ("batch", 4, 8, 8))],
+    ),
 }
 
 
@@ -70,11 +77,13 @@ def test_attention_stays_one_op(tiny_bundle: Bundle) -> None:
         "unet": 2 * blocks,  # self- and cross-attention
         "vae_decoder": 1,
         "taesd_decoder": 0,
+        "vae_encoder": 1,
+        "taesd_encoder": 0,
     }
     for info in tiny_bundle.parts.values():
         assert "Softmax" not in info.ops
         assert info.ops.get("LayerNormalization", 0) + info.ops.get("GroupNormalization", 0) or (
-            info.name == "taesd_decoder"
+            info.name.startswith("taesd")
         )
 
 
@@ -116,7 +125,7 @@ def test_a_graph_computes_what_the_wrapper_does(tiny_bundle: Bundle, part: str, 
 
 
 def test_an_export_is_the_same_bytes_each_time(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    for part in ("text_encoder_2", "taesd_decoder"):
+    for part in ("text_encoder_2", "taesd_decoder", "taesd_encoder"):
         module = TINY.module(part, torch.float16)
         inputs = example_inputs(part, module, 2, 64, 64, torch.float16)
         names = output_names(part, TINY.model)

@@ -22,9 +22,7 @@ from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT
 from export.bundle import Bundle
 from export.lower import CANONICAL, CPU, LEGACY, Profile, lower
-
-PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "taesd_decoder")
-
+from export.models import PARTS
 
 # --- dtype
 

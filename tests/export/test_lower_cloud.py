@@ -27,6 +27,7 @@ from core.errors import PreconditionError
 from export.__main__ import main as export_main
 from export.bundle import Bundle, find_bundle
 from export.lower import CPU, Profile, lower
+from export.models import PARTS
 
 RECIPE = Profile(
     "recipe",
@@ -257,8 +258,7 @@ def test_a_part_without_that_block_is_refused(
 # --- whole parts
 
 
-@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "unet", "vae_decoder",
-                                  "taesd_decoder"])  # fmt: skip
+@pytest.mark.parametrize("part", PARTS)
 def test_the_recipes_form_of_a_part_computes_the_same(
     part: str, tiny_bundle: Bundle, scratch: Path
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.files import ROOT, sha256_file
-from export.models import MODELS
+from export.models import MODELS, PARTS, PICTURE_PARTS
 from export.parts import TextEncoder, example_inputs, wrap
 from export.source.checkpoint import open_checkpoint
 from export.source.tokenizer import END, START, save_tokenizer, train_tokenizer
@@ -21,20 +21,24 @@ TURBO = MODELS["sdxl-turbo"]
 TINY = open_checkpoint(MODELS["tiny-sdxl"], "random")
 
 # Millions of parameters of stabilityai/sdxl-turbo and madebyollin/taesdxl, counted on the published
-# weights. Of the autoencoders: the decoder with what stands before it.
+# weights. Of the autoencoders: the decoder with what stands before it, the encoder with what stands
+# behind it.
 PUBLISHED = {
     "text_encoder": 123.06,
     "text_encoder_2": 694.66,
     "unet": 2567.46,
     "vae_decoder": 49.49,
     "taesd_decoder": 1.22,
+    "vae_encoder": 34.16,
+    "taesd_encoder": 1.22,
 }
 
 
-@pytest.mark.parametrize("part", TURBO.parts)
+@pytest.mark.parametrize("part", PARTS)
 def test_the_architecture_has_the_published_number_of_parameters(part: str) -> None:
     module = open_checkpoint(TURBO, "random").skeleton(part)
-    counted = wrap(part, module, TURBO) if part.endswith("decoder") else module
+    halved = part.endswith("decoder") or part in PICTURE_PARTS
+    counted = wrap(part, module, TURBO) if halved else module
     millions = sum(p.numel() for p in counted.parameters()) / 1e6
     assert round(millions, 2) == PUBLISHED[part]
     assert all(p.is_meta for p in module.parameters())
