@@ -262,20 +262,21 @@ def test_shares_count_by_what_they_predict() -> None:
     assert mixed.mean() == pytest.approx(1 - of_share[0.0] - of_share[1.0], abs=0.02)
 
 
-@pytest.mark.parametrize("ddr", fit.DDR)
-@pytest.mark.parametrize("share", SHARES)
-def test_a_card_that_was_not_seen_is_predicted(share: float, ddr: float) -> None:
-    """SDXL on the Ultra from its times on the Pro, and the other way round: within 15%, but for
-    shares of next to no weight."""
-    rows, found = fit.rows(), fit.fits()[share, ddr]
+def test_a_card_that_was_not_seen_is_predicted() -> None:
+    """SDXL on the Ultra from its times on the Pro, and the other way round, within 15%: by every
+    fit that has any weight."""
+    rows, counts = fit.rows(), fit.weights()
     assert {rows.families[n] for n in np.flatnonzero(rows.is_sdxl)} == {
         "SDXL on ai100-pro", "SDXL on ai100-ultra",
     }  # fmt: skip
-    missed = np.abs(np.log(found.held_out[rows.is_sdxl])).max()
-    assert missed < np.log(1.15) or fit.weights()[share, ddr] < 0.01
+    of_weight = [each for each in fit.fits().values() if counts[each.share, each.ddr] > 0.01]
+    assert sum(counts[each.share, each.ddr] for each in of_weight) > 0.95
     ultra = np.array([family == "SDXL on ai100-ultra" for family in rows.families])
-    unseen = Parameters.of(rows.solve(~ultra, ddr, share), share)
-    assert rows.predict(unseen, ddr)[ultra] == pytest.approx(found.modelled[ultra], rel=0.02)
+    for found in of_weight:
+        assert np.abs(np.log(found.held_out[rows.is_sdxl])).max() < np.log(1.15)
+        unseen = Parameters.of(rows.solve(~ultra, found.ddr, found.share), found.share)
+        again = rows.predict(unseen, found.ddr)[ultra]
+        assert again == pytest.approx(found.modelled[ultra], rel=0.02), (found.share, found.ddr)
 
 
 def test_the_likeliest_share_predicts_both_cards_well() -> None:
