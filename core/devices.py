@@ -33,23 +33,35 @@ class Device:
 
     Attributes:
         socs: chips on the card, each with its own share of peak, bandwidth and memory.
-        fp16_tflops_dense, int8_tops_dense: of the whole card, without sparsity.
+        fp16_tflops_dense, int8_tops_dense: of the whole card, without sparsity; of FP16 the fastest
+            way, which on GeForce cards adds up in FP16.
+        fp16_tflops_fp32_accumulate: where adding up in FP32 is slower; None where it is not.
         memory_gb, memory_gb_per_s: of the whole card.
         tdp_w: the power that the card is limited to.
         kind_of_figure: `datasheet`, or `measured` for what one card was seen to reach.
-        source: where the figures come from.
+        source, url: the document that the figures come from, and where it, or a copy of its table,
+            was read.
+        not_checked: which of the figures could not be read there; "" for none.
     """
 
     name: str
     vendor: str
     socs: int
     fp16_tflops_dense: float
+    fp16_tflops_fp32_accumulate: float | None
     int8_tops_dense: float | None
     memory_gb: float
     memory_gb_per_s: float
     tdp_w: float
     kind_of_figure: str
     source: str
+    url: str
+    not_checked: str
+
+    @property
+    def slower_fp16_tflops(self) -> float:
+        """The FP16 rate of programs that add up in FP32."""
+        return self.fp16_tflops_fp32_accumulate or self.fp16_tflops_dense
 
 
 @cache
@@ -62,12 +74,17 @@ def devices() -> dict[str, Device]:
                 vendor=row["vendor"],
                 socs=int(row["socs"]),
                 fp16_tflops_dense=float(row["fp16_tflops_dense"]),
+                fp16_tflops_fp32_accumulate=float(row["fp16_tflops_fp32_accumulate"])
+                if row["fp16_tflops_fp32_accumulate"]
+                else None,
                 int8_tops_dense=float(row["int8_tops_dense"]) if row["int8_tops_dense"] else None,
                 memory_gb=float(row["memory_gb"]),
                 memory_gb_per_s=float(row["memory_gb_per_s"]),
                 tdp_w=float(row["tdp_w"]),
                 kind_of_figure=row["kind_of_figure"],
                 source=row["source"],
+                url=row["url"],
+                not_checked=row["not_checked"],
             )
             for row in csv.DictReader(file)
         }

@@ -54,13 +54,12 @@ class Efficiency:
 
 EFFICIENCY = {
     "NVIDIA": Efficiency(
-        compute=(0.06, 0.80),
+        compute=(0.10, 0.80),
         bandwidth=(0.60, 0.90),
-        source="80% is what a large matmul reached on one H200, 90% what a copy did; of 103"
-        " published figures (`addbench claims --coverage`) the slowest are 7% of the peak (one"
-        " image on a T4, the announcement of SDXL-Turbo), the fastest 70% (50 evaluations on an"
-        " RTX 3090): the lower end was set by them, 8 lie below the 10% that was assumed before;"
-        " that of the bandwidth is an assumption",
+        source="80% is what a large matmul reached on one H200, 90% what a copy did; 10% and 60%"
+        " are assumptions that are older than any published figure here, which are held against"
+        " them: `addbench claims --coverage`. On GeForce cards the fast end adds up in FP16, the"
+        " slow end in FP32 at half the rate",
     ),
 }
 
@@ -169,11 +168,13 @@ def call_ms(
         return fitted_ms(device, batch, parts)
     images = -(-batch // device.socs)
     bandwidth = device.memory_gb_per_s / device.socs  # GB/s = MB/ms
-    half = device.fp16_tflops_dense / device.socs  # TFLOP/s = GFLOP/ms
+    halves = [rate / device.socs for rate in (device.fp16_tflops_dense, device.slower_fp16_tflops)]
     eight = (device.int8_tops_dense or math.nan) / device.socs
     in_eight = precision in EIGHT_BIT
 
-    def total(compute: float, memory: float, is_eight: Callable[[str], bool]) -> float:
+    def total(
+        half: float, compute: float, memory: float, is_eight: Callable[[str], bool]
+    ) -> float:  # half: TFLOP/s = GFLOP/ms
         return sum(
             times
             * max(
@@ -185,10 +186,12 @@ def call_ms(
 
     reached = EFFICIENCY[device.vendor]
     fast, slow = (
-        total(compute, memory, lambda part: in_eight and part == "unet")
-        for compute, memory in zip(reached.compute[::-1], reached.bandwidth[::-1], strict=True)
+        total(half, compute, memory, lambda part: in_eight and part == "unet")
+        for half, compute, memory in zip(
+            halves, reached.compute[::-1], reached.bandwidth[::-1], strict=True
+        )
     )
-    return Range(total(1.0, 1.0, lambda part: in_eight), fast, slow)
+    return Range(total(halves[0], 1.0, 1.0, lambda part: in_eight), fast, slow)
 
 
 def fitted_ms(device: Device, batch: int, parts: Sequence[tuple[Cost, int]]) -> Range:

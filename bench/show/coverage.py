@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.limits.coverage import BELOW, INSIDE, Held, groups
-from bench.show.canvas import COLOURS, STYLE
+from bench.limits.coverage import BELOW, INSIDE, Group, Held, groups, held, published
+from bench.show.canvas import COLOURS, STYLE, image_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+PICTURE = "published-against-modelled.svg"
+"""What pages call it that show it; it lies beside them."""
+NUMBER = re.compile(rb"-?\d+(?:\.\d+)?")
+NEAR = 0.7
+"""Points of the drawing by which a number may differ: the last digits of a fit depend on the
+machine that makes it. A digit that is written is one more or less, and does not."""
+
+
+def fresh_pictures(pages: Sequence[Path]) -> dict[Path, bytes]:
+    """The picture beside each page that shows it, where it is not as it should be."""
+    files = {page.with_name(PICTURE) for page in pages if PICTURE in page.read_text()}
+    if not files:
+        return {}
+    drawn = image_bytes(figure(held(published())), "svg")
+    return {
+        file: drawn for file in files if not file.exists() or not is_same(file.read_bytes(), drawn)
+    }
+
+
+def is_same(one: bytes, other: bytes) -> bool:
+    """Whether two drawings are the same but for the last digits of their numbers."""
+    if NUMBER.sub(b"#", one) != NUMBER.sub(b"#", other):
+        return False
+    pairs = zip(NUMBER.findall(one), NUMBER.findall(other), strict=True)
+    return all(abs(float(a) - float(b)) <= NEAR for a, b in pairs)
 
 
 def figure(lines: Sequence[Held]) -> Figure:
@@ -27,7 +55,8 @@ def figure(lines: Sequence[Held]) -> Figure:
                    fontweight="bold")  # fmt: skip
         drawn.text(
             0.012, 0.94,
-            f"{len(lines)} published figures with a range, {inside} inside (bar); hollow: outside."
+            f"{len(lines)} figures of {len(Group('all', lines).sources)} sources with a range,"
+            f" {inside} inside (bar); hollow: outside."
             "\nMilliseconds of a call, or between two; modelled: the middle of the range, on a log"
             " scale.",
             va="top", color="#555555",

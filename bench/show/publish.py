@@ -1,7 +1,8 @@
 """Copy runs into results/published and redraw from there; hold what is committed to it.
 
 What is committed - tables, plots, the blocks of README and docs - is derived from
-`results/published` alone. All is written, or nothing.
+`results/published` alone; the picture of `addbench claims --coverage` is derived from the published
+figures and the models. All is written, or nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from bench.rows.store import (
 from bench.show import frontier as frontier_plot
 from bench.show import latency, schema, stages, sums, table
 from bench.show.blocks import Drawn, Published, disagreements, fill, since_then
+from bench.show.coverage import fresh_pictures
 from bench.show.sums import PUBLISHED
 from bench.verdict import speedup
 from core.errors import PreconditionError
@@ -126,6 +128,7 @@ def publish(
         contents[results / "README.md"] = described.encode()
     fresh = fresh_pages(pages, results, drawn)
     contents |= {page: text.encode() for page, text in fresh.items()}
+    contents |= fresh_pictures(pages)
     write_together(contents)
     return derived
 
@@ -236,6 +239,7 @@ def stale(results: Path, pages: Sequence[Path]) -> list[str]:
         problems.append("README.md: its tables of columns differ")
     differ = fresh_pages(pages, results, drawn)
     problems += [f"{page.name}: its results block differs" for page in differ]
+    problems += [f"{file.name}: differs" for file in fresh_pictures(pages)]
     contradicted = (disagreements(page.read_text(), drawn) for page in pages)
     return [*problems, *(problem for found in contradicted for problem in found)]
 

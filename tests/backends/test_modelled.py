@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import secrets
 from itertools import pairwise
 from pathlib import Path
@@ -195,6 +196,20 @@ def test_efficiencies_and_errors_are_stated_and_plausible() -> None:
             assert np.abs(np.log(wider)).max() > np.abs(np.log(errors)).max()
     assert "held-out error" in reach()
     assert "assumption" in reach()
+
+
+def test_exchange_is_slower_than_the_network_among_the_cores() -> None:
+    """The maker states 186 GB/s of it; the page of the card has the span of the fits."""
+    found = [each.parameters for each in fit.fits().values()]
+    rates = [1e3 / float(ps) for each in found for ps in (each.byte_ps, each.conv_byte_ps) if ps]
+    assert max(rates) < 186
+    products = [float(each.byte_ps) for each in found if each.byte_ps]
+    text = (ROOT / "docs" / "cloud-ai-100.md").read_text()
+    said = re.search(r"takes (\d+) to (\d+) ps, which is (\d+) to (\d+) GB/s", text)
+    assert said is not None
+    low, high, slow, fast = (float(each) for each in said.groups())
+    assert (low, high) == pytest.approx((min(products), max(products)), rel=0.05)
+    assert (slow, fast) == pytest.approx((1e3 / max(products), 1e3 / min(products)), rel=0.05)
 
 
 def test_what_rests_on_a_bound_is_named() -> None:
