@@ -18,7 +18,6 @@ stderr, which the parent sends to a log file.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 import traceback
@@ -35,7 +34,7 @@ from bench.rows.store import now_utc
 from bench.run.measure import Measurement, PeakMemory, StopRule, inputs_of_call, measure
 from bench.run.quality import judge_accepts, measure_quality
 from core.errors import AddbenchError, PreconditionError
-from core.process import die_with_parent
+from core.process import die_with_parent, take_stdout
 
 if TYPE_CHECKING:
     from backends.base import Backend
@@ -49,13 +48,6 @@ LAST_STATUSES = ("oom", "failed", "skipped")
 """After one of these the worker ends."""
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory",
              "failed to allocate memory")  # fmt: skip
-
-
-def take_stdout() -> TextIO:
-    """The protocol's stream; from here on anything printed to stdout goes to stderr."""
-    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return stream
 
 
 class Reporter:

@@ -20,7 +20,7 @@ from typing import Any
 from backends.base import BackendError, OutOfMemoryError
 from core.amounts import bytes_text
 from core.files import ROOT, read_json, write_json
-from core.process import die_with_parent
+from core.process import die_with_parent, take_stdout
 
 PEAK = "peak.json"
 HOME_PYTHON = "ADDBENCH_PYTHON"
@@ -101,8 +101,7 @@ def compile_peak_mb(artifact: Path) -> float | None:
 def serve(work: Callable[[dict[str, Any]], None]) -> None:
     """Child process: do the job on stdin, then say on stdout what memory that took."""
     die_with_parent()
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    answer = take_stdout()  # what libraries print is no answer
     job = json.loads(sys.stdin.read())
     die_with_parent(job.pop("parent"))
     try:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +20,7 @@ from bench.rows.cell import Cell
 from bench.run.measure import StopRule
 from bench.worker import LAST_STATUSES, PROTOCOL
 from core.files import ROOT
+from core.process import end_group, obituary, oom_kills
 
 Result = dict[str, Any]
 """Status and figures of one row, as the worker gave them."""
@@ -138,17 +137,10 @@ class Child:
 
         Calling it again does nothing.
         """
-        if self.process.returncode is not None:
-            return self.process.returncode
-        until = time.monotonic() + grace_s
-        # Looked at, not reaped: the group's number cannot pass to another process meanwhile.
-        look = os.WEXITED | os.WNOWAIT | os.WNOHANG
-        while os.waitid(os.P_PID, self.process.pid, look) is None and time.monotonic() < until:
-            time.sleep(0.005)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        os.close(self.pipe)
-        return self.process.wait()
+        if self.process.returncode is None:
+            end_group(self.process, grace_s)
+            os.close(self.pipe)
+        return self.process.returncode
 
 
 def with_build(build: Path) -> dict[str, str]:
@@ -161,39 +153,6 @@ def environment_of(job: Job) -> dict[str, str]:
     nothing that would give it our packages."""
     found = environment_for(job.interpreter, job.home) | {HOME_PYTHON: str(job.home)}
     return found if job.build is None else found | {"ADDBENCH_BUILD": str(job.build)}
-
-
-def oom_kills() -> int:
-    """How often this kernel's OOM killer struck since boot; 0 where it does not say."""
-    with contextlib.suppress(OSError):  # a kernel in user space (gVisor) has no such file
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
-
-
-def obituary(child: Child, status: int, log: str) -> Result:
-    """The result of a cell whose worker ended without giving one."""
-    if status == -signal.SIGKILL and oom_kills() > child.oom_kills:
-        return {
-            "status": "oom",
-            "error": {
-                "type": "OutOfMemory",
-                "what": "the kernel killed the worker: memory ran out",
-                "why": "the OOM killer's count went up while it ran",
-                "next": "a smaller batch, or a machine with more memory",
-            },
-        }
-    how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with {status}"
-    return {
-        "status": "crashed",
-        "error": {
-            "type": "Crash",
-            "what": f"the worker {how}",
-            "why": "a library crashed, or something outside of the sweep ended the process",
-            "next": f"its last words are in {log}",
-        },
-    }
 
 
 def not_started(job: Job, error: OSError) -> Result:
@@ -261,7 +220,7 @@ def one_process(
             result = timed_out(limits.timeout_s, loading=shared is None)
             break
         if message is None:
-            result = obituary(child, child.end(GRACE_S), f"logs/{job.log.name}")
+            result = obituary(child.end(GRACE_S), child.oom_kills, f"logs/{job.log.name}")
             break
         if message["event"] == "loaded":
             shared = message["shared"]

@@ -46,7 +46,7 @@ def test_its_peak_is_kept_in_the_artifact(tmp_path: Path) -> None:
 
 def test_a_kernel_in_user_space_tells_less(monkeypatch: pytest.MonkeyPatch) -> None:
     """gVisor: no VmHWM in a process's status, no vmstat at all."""
-    from bench.run.spawn import oom_kills
+    from core.process import oom_kills
 
     monkeypatch.setattr(Path, "read_text", lambda _: "Name:\tpython\nVmRSS:\t1000 kB\n")
     assert peak_bytes() > 1 << 20
