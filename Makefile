@@ -19,7 +19,7 @@ TYPES = $(VENV)/.ready-types
 # By way of the environment: a prompt may hold quotes.
 export PROMPT
 
-.PHONY: install env-optimum export sweep image test test-slow lint compare publish publish-check
+.PHONY: install env-optimum export sweep image serve test test-slow lint compare publish publish-check
 
 # Empty unless someone named a Python: the default does not undo an earlier choice.
 ASKED = $(if $(filter file,$(origin PYTHON)),,$(or $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null),none))
@@ -54,6 +54,9 @@ sweep: export
 
 image: export
 	$(PY) -m addbench image "$$PROMPT" --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --out '$(OUT)'
+
+serve: export
+	$(PY) -m addbench serve --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) $(if $(DECODER),--decoder $(DECODER)) $(SERVE_FLAGS)
 
 test: $(READY)
 	$(PY) -m pytest -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadfile

@@ -20,6 +20,7 @@ ENVIRONMENT = {
     "ADDBENCH_CACHE_GB": "the cap of the artifact cache; the least recently used go beyond it (30)",
     "ADDBENCH_OPTIMUM": "the environment of backend optimum (.venv-optimum of the checkout)",
     "ADDBENCH_PYTHON": "set by the program for its own workers; not to be set by hand",
+    "ADDBENCH_TOKEN": "the token of `addbench serve`, which a list of processes does not show",
     "ADDBENCH_TEST_BUNDLES": "where tests keep the bundles that they share",
 }
 

@@ -54,6 +54,12 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
         ),
         Verb("verify", "export.verify", "hash a bundle's files against its manifest"),
         Verb("image", "backends.commands.image", "one image of a prompt, as a PNG", TORCH),
+        Verb(
+            "serve",
+            "serve.__main__",
+            "a page that draws as one types, and an image API",
+            (*TORCH, "starlette", "uvicorn", "websockets", "prometheus_client"),
+        ),
         Verb("train", "distill.train", "train a small few-step model from nothing", TORCH),
     ),
     "measure": (

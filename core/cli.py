@@ -30,7 +30,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
 RUNS = ROOT / "results" / "runs"
 PUBLISHED = ROOT / "results" / "published"
-ROOMS = ("core", "distill", "export", "backends", "bench", "addbench", "tests")
+ROOMS = ("core", "distill", "export", "backends", "serve", "bench", "addbench", "tests")
 """Packages of the checkout: one that is missing is a bug, not a package to install."""
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 Main = Callable[[Sequence[str] | None], int]

@@ -21,7 +21,7 @@ import pytest
 
 from core.files import ROOT
 
-ROOMS = ["core", "distill", "export", "backends", "bench", "addbench"]
+ROOMS = ["core", "distill", "export", "backends", "serve", "bench", "addbench"]
 """Left to right; a room imports none to its right."""
 BENCH = ["rows", "machine", "limits", "verdict", "show", "run", "commands"]
 """The same inside bench; harness/ and gpu/ stand beside them, and nothing below run/ uses them."""
@@ -140,7 +140,7 @@ def test_files_stay_small() -> None:
     assert not long, f"these ask to be split: {long}"
 
 
-@pytest.mark.parametrize("room", ["core", "export", "backends", "bench", "addbench"])
+@pytest.mark.parametrize("room", ["core", "export", "backends", "serve", "bench", "addbench"])
 def test_importing_a_room_imports_nothing_heavy(room: str) -> None:
     code = f"import sys, {room}; sys.exit(bool({{'torch', 'onnx', 'pandas'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
@@ -167,7 +167,7 @@ def test_a_class_name_stands_for_one_thing() -> None:
     assert not SHARED - set(twice), f"mended; take them off the list: {SHARED - set(twice)}"
 
 
-WORDED = ("addbench", "core", "backends/commands", "bench/harness",
+WORDED = ("addbench", "core", "backends/commands", "serve", "bench/harness",
           "bench/verdict")  # fmt: skip
 """Folders whose docstrings all stand alone; the others follow."""
 GENITIVE = re.compile(r"(Of|As|From|For|By|In|At|With|Whose|Per) ")

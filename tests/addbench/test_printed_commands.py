@@ -16,7 +16,7 @@ from core.cli import Parser
 from core.errors import PreconditionError
 from core.files import ROOT
 
-ROOMS = ("addbench", "core", "distill", "export", "backends", "bench")
+ROOMS = ("addbench", "core", "distill", "export", "backends", "serve", "bench")
 PAGES = ("README.md", "docs/*.md", "results/README.md", "bench/**/*.html",
          ".github/workflows/*.yml", ".ci/run")  # fmt: skip
 OPEN = "OPEN"

@@ -1,0 +1,86 @@
+"""The served model, as far as the server must know it: read from its bundle, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from backends.pipeline.recipe import check_steps, make_recipe
+from backends.pipeline.session import check_decoder, decoders
+from core.errors import PreconditionError
+from export.bundle import Bundle
+
+MOST_STEPS = 50
+"""Steps that one request may ask for."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What requests are held against.
+
+    Attributes:
+        decoders: those that may be asked for; the first where nothing is said.
+        steps: where nothing is said; `step_counts` are those that may be asked for.
+        guidance: of the server's recipe; 0 for none.
+        judge: "shapes" where the captions of a grammar are what it knows.
+        pictures: whether it can start from a picture.
+        bundle: what the worker opens.
+    """
+
+    name: str
+    width: int
+    height: int
+    steps: int
+    step_counts: tuple[int, ...]
+    decoders: tuple[str, ...]
+    guidance: float = 0.0
+    judge: str | None = None
+    pictures: bool = False
+    licence: str = ""
+    weights: str = ""
+    hash: str = ""
+    bundle: Path = Path()
+
+    @property
+    def size(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+def served_model(
+    bundle: Bundle,
+    chosen: tuple[str, ...] = (),
+    scheduler: str | None = None,
+    guidance: float | None = None,
+) -> ServedModel:
+    """What `bundle` can be asked for.
+
+    Args:
+        chosen: decoders; none for all that the bundle has.
+
+    Raises:
+        PreconditionError: it has no such decoder, scheduler or guidance.
+    """
+    recipe = make_recipe(bundle, scheduler, guidance)
+    for name in chosen:
+        check_decoder(bundle, name)
+    counts = []
+    for steps in range(1, MOST_STEPS + 1):
+        try:
+            check_steps(bundle, recipe, steps)
+        except PreconditionError:
+            continue
+        counts.append(steps)
+    return ServedModel(
+        name=bundle.name,
+        width=bundle.size[0],
+        height=bundle.size[1],
+        steps=bundle.steps,
+        step_counts=tuple(counts),
+        decoders=chosen or decoders(bundle),
+        guidance=recipe.guidance,
+        judge=bundle.model.judge,
+        licence=bundle.licence,
+        weights=bundle.weights,
+        hash=bundle.hash,
+        bundle=bundle.path,
+    )
