@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING
 
+from backends.locked import LockedRecipe, refuse_beside
 from backends.pipeline.recipe import make_recipe
 from backends.pipeline.session import Shapes, check_decoder, decoders
 from backends.registry import parse_backend
@@ -16,11 +18,12 @@ if TYPE_CHECKING:
 
 
 def load_pipeline(
-    model: str | os.PathLike[str],
-    backend: str = "ort",
+    model: str | os.PathLike[str] | None = None,
+    backend: str | None = None,
     decoder: str | None = None,
     *,
-    batch: int = 1,
+    recipe: str | os.PathLike[str] | None = None,
+    batch: int | None = None,
     weights: str | None = None,
     dtype: str | None = None,
     size: int | tuple[int, int] | None = None,
@@ -34,9 +37,14 @@ def load_pipeline(
     """Load a pipeline for a model's name or a bundle's folder, ready to be called.
 
     Args:
+        model: needed without a recipe.
+        backend: as `--backend` takes it; None for `ort`.
+        recipe: a file of `addbench choose --save FILE`, which says all the rest; where it was
+            measured on something else a warning says so. Its steps are
+            `LockedRecipe.read(recipe).steps`.
         decoder: `vae` or `taesd`, the tiny one; None for the best that the bundle has: the VAE
             that the model was trained with.
-        batch: prompts of a call, for backends whose graphs have a fixed batch.
+        batch: prompts of a call, for backends whose graphs have a fixed batch; None for 1.
         size: pixels of a side, or width and height; None for the model's own.
         low_memory: load each part when a call needs it, see `Pipeline.use_low_memory`.
         encoder: of pictures, `vae` or `taesd`, loaded with the rest; None for none until a call
@@ -47,9 +55,21 @@ def load_pipeline(
         PreconditionError: the backend cannot be used (checked first), or there is no such bundle;
             the message names the command that makes it.
     """
+    if recipe is not None:
+        own = {
+            "model": model, "backend": backend, "decoder": decoder, "batch": batch,
+            "weights": weights, "dtype": dtype, "size": size, "low_memory": low_memory or None,
+            "scheduler": scheduler, "guidance": guidance, "guidance_mode": guidance_mode,
+        }  # fmt: skip
+        refuse_beside(f"{name}=" for name, value in own.items() if value is not None)
+        locked = LockedRecipe.read(recipe)
+        pipe = load_pipeline(**locked.arguments(), embedding_cache=embedding_cache, encoder=encoder)
+        if text := locked.elsewhere(pipe.bundle.hash):
+            warnings.warn(text, stacklevel=2)
+        return pipe
     name = values.path_text("model", model)
-    values.count("batch", batch)
-    chosen = parse_backend(values.path_text("backend", backend))
+    batch = 1 if batch is None else values.count("batch", batch)
+    chosen = parse_backend(values.path_text("backend", "ort" if backend is None else backend))
     chosen.probe().require(chosen.name)
     if low_memory:
         chosen.require_low_memory()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.commands.arguments import (
+    AXES,
     CAPTIONS,
     add_axis_arguments,
     add_limit_arguments,
@@ -44,6 +45,10 @@ def parser() -> Parser:
         description="Measure a model over backends, steps, batches and decoders.",
     )
     add_axis_arguments(top)
+    top.add_argument(
+        "--recipe", type=Path, metavar="FILE",
+        help="of addbench choose --save: the model and its one cell",
+    )  # fmt: skip
     how = top.add_argument_group("how to measure")
     add_method_arguments(how, SWEEP, "5 where one takes less than a minute, else 1")
     how.add_argument(
@@ -80,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(arguments)
     check_arguments(args)
+    if args.recipe:
+        follow(args)
 
     from bench.run.estimate import describe, past, survey
     from bench.run.patience import usual_patience_s
@@ -120,6 +127,21 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise PreconditionError(
             "--quick with --resume", "a run keeps the settings it began with", "drop --quick"
         )
+
+
+def follow(args: argparse.Namespace) -> None:
+    """Set the axes that --recipe says; no flag may say one of them too."""
+    from backends.locked import LockedRecipe, refuse_beside
+
+    locked = LockedRecipe.read(args.recipe)
+    refuse_beside(f"--{FLAGS.get(name, name.replace('_', '-'))}" for name in axes_of(args))
+    for name, value in locked.axes().items():
+        setattr(args, name, value)
+    if text := locked.elsewhere():
+        print(f"note: {text}", file=sys.stderr)
+
+
+FLAGS = {axis.field: flag for flag, axis in AXES.items()}
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from bench.rows.store import now_utc
 from bench.run.measure import Measurement, PeakMemory, StopRule, inputs_of_call, measure
 from bench.run.quality import judge_accepts, measure_quality
 from core.errors import AddbenchError, PreconditionError
+from core.machine import package
 from core.process import die_with_parent, take_stdout
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class Worker:
         self, bundle: Bundle, backend: Backend, cells: Sequence[Cell], rule: StopRule
     ) -> None:
         # Its import costs 75 MB: before the first cell, so that every cell's peak holds it.
-        environment.package("skimage.metrics")
+        package("skimage.metrics")
 
         from backends.base import Shapes
         from backends.pipeline.recipe import Recipe

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.cli import (
     Parser,
@@ -21,12 +22,16 @@ from core.cli import (
 from core.errors import EXIT_OK, PreconditionError
 from export.models import DEFAULT_MODEL, SCHEDULERS
 
+if TYPE_CHECKING:
+    from backends.locked import LockedRecipe
+
 
 def parser() -> Parser:
     made = Parser(prog="addbench image", description=__doc__)
     made.add_argument("prompt", metavar="PROMPT")
     add_model_arguments(made, DEFAULT_MODEL)
-    made.add_argument("--backend", default="ort", metavar="NAME[:KEY=VALUE,...]")
+    made.set_defaults(model=None)
+    made.add_argument("--backend", metavar="NAME[:KEY=VALUE,...]", help="(ort)")
     add_precision_argument(made)
     made.add_argument(
         "--decoder", help="vae or taesd, the tiny one (the best that the bundle has: vae)"
@@ -47,6 +52,9 @@ def parser() -> Parser:
     made.add_argument(
         "--low-memory", action="store_true", help="load each part when it is needed, then drop it"
     )
+    made.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="of addbench choose --save: it says all of that"
+    )
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=png_file, default=Path("image.png"), metavar="FILE.png")
     return made
@@ -63,6 +71,19 @@ def check_flags(args: argparse.Namespace) -> None:
             )
 
 
+def recipe_of(args: argparse.Namespace) -> LockedRecipe:
+    """Read --recipe and set what it says."""
+    from backends.locked import LockedRecipe, refuse_beside
+
+    locked = LockedRecipe.read(args.recipe)
+    says = locked.arguments() | {"steps": locked.steps, "precision": None}
+    del says["batch"]  # one prompt
+    refuse_beside(f"--{name.replace('_', '-')}" for name in says if getattr(args, name))
+    for name, value in says.items():
+        setattr(args, name, value)
+    return locked
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.steps is not None and args.steps < 1:
@@ -70,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from backends.registry import parse_backend, with_precision
 
-    args.backend = with_precision(args.backend, args.precision)
+    locked = recipe_of(args) if args.recipe else None
+    args.model = args.model or DEFAULT_MODEL
+    args.backend = with_precision(args.backend or "ort", args.precision)
     backend = parse_backend(args.backend)
     backend.probe().require(backend.name)
     if args.low_memory:
@@ -100,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         encoder=args.encoder,
     ) as pipeline:
         bundle = pipeline.bundle
+        if locked and (text := locked.elsewhere(bundle.hash)):
+            print(f"note: {text}", file=sys.stderr)
         steps = args.steps or bundle.steps
         out = pipeline(
             [args.prompt],

@@ -2,7 +2,8 @@
 
 A seeded simulation of measurement noise, through the very functions that judge: false alarms of a
 whole job of 24 cells, and the power to see a cell that became slower. `--levels RUN...` estimates
-how noisy this machine is from runs of an unchanged program instead.
+how noisy this machine is from runs of an unchanged program instead, and `--choices` how often
+`addbench choose` takes a wrong one.
 
 Exit code 4 if a goal is missed; 5 if the runs are noisier than the simulation covers.
 """
@@ -18,6 +19,7 @@ from core.cli import Parser, add_format_argument, add_runs_argument, count, natu
 from core.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK, PreconditionError
 
 ROUNDS = 10
+CHOICE_JOBS = 1000
 
 
 def parser() -> Parser:
@@ -26,13 +28,19 @@ def parser() -> Parser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--jobs", type=count, default=100_000, help="for false alarms (100000)")
+    top.add_argument(
+        "--jobs", type=count, help=f"for false alarms (100000), or choices ({CHOICE_JOBS})"
+    )
     top.add_argument("--power-jobs", type=count, default=20_000, help="for power (20000)")
     top.add_argument("--rounds", type=count, default=ROUNDS, help=f"of addbench ab ({ROUNDS})")
     top.add_argument("--seed", type=natural, default=0, help="(0)")
     add_format_argument(top)
-    top.add_argument(
+    other = top.add_mutually_exclusive_group()
+    other.add_argument(
         "--levels", nargs="+", metavar="RUN", help="estimate the levels from runs instead"
+    )
+    other.add_argument(
+        "--choices", action="store_true", help="how often addbench choose is wrong instead"
     )
     add_runs_argument(top)
     return top
@@ -40,7 +48,27 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.choices:
+        return choices(args)
+    args.jobs = args.jobs or 100_000
     return from_runs(args) if args.levels else simulated(args)
+
+
+def choices(args: argparse.Namespace) -> int:
+    """4 if wrong choices are more than the goal allows."""
+    from dataclasses import asdict
+
+    from bench.verdict.choosing.simulated import COLUMNS, table
+    from core.table import draw, markdown_lines
+
+    lines = table(args.jobs or CHOICE_JOBS, args.seed)
+    if args.format == "json":
+        print(json.dumps([{**asdict(line), "met": line.met} for line in lines], indent=2))
+    elif args.format == "markdown":
+        print("\n".join(markdown_lines(COLUMNS, lines)))
+    else:
+        draw(COLUMNS, lines, "wrong choices for a difference of 10%")
+    return EXIT_OK if all(line.met for line in lines) else EXIT_FAILED
 
 
 def from_runs(args: argparse.Namespace) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 import os
 import platform
 from collections.abc import Iterable
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from backends.base import NamesHardware
 from bench.machine.power import accelerators
 from core.git import git
+from core.machine import cpu_info, cpu_name, machine_hash, package
 
 if TYPE_CHECKING:
     from backends.base import Backend
@@ -61,7 +60,6 @@ ISA_FLAGS = (
     "sve",
 )
 """What decides how fast a CPU multiplies; the rest of /proc/cpuinfo's flags does not."""
-MACHINE_ID = Path("/etc/machine-id")
 
 
 def subject(bundle: Bundle, backend: Backend) -> dict[str, Any]:
@@ -86,8 +84,8 @@ def collect() -> dict[str, Any]:
     frequency = psutil.cpu_freq() if psutil else None
     flags = set(cpu.get("flags", ()))
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    hardware = {
-        "cpu": cpu.get("brand_raw", platform.processor() or "unknown"),
+    hardware: dict[str, Any] = {
+        "cpu": cpu_name(cpu),
         "isa": [flag for flag in ISA_FLAGS if flag in flags],
         "cores_physical": psutil.cpu_count(logical=False) if psutil else None,
         "cores_logical": os.cpu_count(),
@@ -128,39 +126,11 @@ def with_hardware(environment: dict[str, Any], backends: Iterable[Backend]) -> d
     return {**environment, "accelerators": {**environment["accelerators"], **named}}
 
 
-def package(name: str) -> Any:
-    """The module, or None: on a GPU's machine there may be torch, diffusers and transformers only
-    (bench/commands/gpu_check.py), and then what others would tell is null."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
-def cpu_info() -> dict[str, Any]:
-    """`brand_raw` and `flags` of the CPU; by py-cpuinfo, or as the kernel lists them."""
-    cpuinfo = package("cpuinfo")
-    if cpuinfo is not None:
-        found: dict[str, Any] = cpuinfo.get_cpu_info()
-        return found
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    known = {name.strip(): value.strip() for name, _, value in (x.partition(":") for x in lines)}
-    brand = {"brand_raw": known["model name"]} if "model name" in known else {}
-    return {**brand, "flags": known.get("flags", "").split()}
-
-
-def machine_hash(cpu: str, cores: int) -> str:
-    """Tells machines apart without naming one: a hash of the CPU and the installation's id."""
-    identity = MACHINE_ID.read_text().strip() if MACHINE_ID.exists() else ""
-    return hashlib.sha256(f"addbench {identity} {cpu} {cores}".encode()).hexdigest()[:12]
-
-
 def versions() -> dict[str, str]:
     found = {}
-    for package in PACKAGES:
+    for name in PACKAGES:
         try:
-            found[package] = version(package)
+            found[name] = version(name)
         except PackageNotFoundError:
             continue
     return found

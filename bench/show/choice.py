@@ -16,6 +16,7 @@ from bench.show.canvas import NEUTRAL, SHAPES, STYLE, Look, look_of, plain_log, 
 from bench.verdict.choosing.choice import Decision, Standing, change_text, span_text
 from bench.verdict.choosing.contenders import SIMPLER, Contender
 from bench.verdict.choosing.wants import QUANTITIES, Quantity
+from core.amounts import count_text
 from core.files import write_atomic
 from core.table import Column, csv_text, draw, markdown_lines
 from export.models import MODELS, scheduler_name
@@ -26,7 +27,7 @@ from export.models import MODELS, scheduler_name
 def cell_text(contender: Contender) -> str:
     """`ort:precision=int8, taesd, 1 step, batch 1`."""
     cell = contender.cell
-    steps = f"{cell.steps} step{'s' * (cell.steps != 1)}"
+    steps = count_text(cell.steps, "step")
     recipe = f", {cell.recipe_text}" if cell.recipe_text else ""
     return f"{cell.backend_text}, {cell.decoder}, {steps}, batch {cell.batch}{recipe}"
 
@@ -100,13 +101,8 @@ def confidence_text(choice: Decision) -> str:
         return f"Nothing that it was held against is more than {most} (95%)."
     return (
         f"Not settled: another may be up to {most} (95%), by"
-        f" {rounds_text(choice.taken.contender.rounds)}; more of them tell (--rounds 10)."
+        f" {count_text(choice.taken.contender.rounds, 'round')}; more of them tell."
     )
-
-
-def rounds_text(rounds: int) -> str:
-    """`1 round`, `5 rounds`."""
-    return f"{rounds} round{'s' * (rounds != 1)}"
 
 
 def second_text(choice: Decision) -> str:
@@ -249,7 +245,9 @@ def advice(choice: Decision) -> str:
         return ""
     open_, unknown = choice.having("open"), choice.having("unknown")
     if open_:
-        return "next: more rounds narrow the intervals (addbench sweep --rounds 10)"
+        return (
+            "next: more rounds narrow the intervals (addbench sweep --rounds 10, or choose --model)"
+        )
     for name, text in NEXT.items() if unknown else ():
         if name in unknown[0].why:
             return f"next: {text}; or drop the limit"

@@ -43,7 +43,7 @@ def test_out_is_what_is_written() -> None:
 
 def test_a_budget_has_a_unit() -> None:
     verbs = having("--budget")
-    assert {"sweep", "ab", "versus", "gpu-check"} == {name for name, _ in verbs}
+    assert {"sweep", "ab", "versus", "gpu-check", "choose"} == {name for name, _ in verbs}
     for _, action in verbs:
         assert callable(action.type)
         read = [action.type(text) for text in ("90s", "30m", "1h", "1h30m")]

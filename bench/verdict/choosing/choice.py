@@ -18,8 +18,11 @@ from core.errors import EXIT_FAILED, EXIT_INCONCLUSIVE, EXIT_OK
 
 Met = Literal["meets", "open", "misses", "unknown"]
 State = Literal["taken", "tied", "behind", "open", "unknown", "misses", "failed"]
-SETTLED = 0.10
-"""A choice is settled once nothing that it was held against can be better by as much."""
+SETTLED = 0.05
+"""A choice is settled once nothing that it was held against can be better by as much. Half of the
+difference that is to be told: looking after every round would be wrong too often with all of it."""
+MOST_ROUNDS = 20
+"""Rounds of a search at most: what is not told apart by then is close enough."""
 SETTLED_POINTS = 1.0
 """The same for figures that are compared in points or dB."""
 ACROSS = ("captions", "memory", "psnr")
@@ -129,6 +132,17 @@ def decide(contenders: Sequence[Contender], wants: Wants, across: str = "") -> D
         nearest(usable, met, wants) if taken is None else None,
         max((advantage(each, taken, objective.name).high for each in rivals if taken), default=0.0),
     )
+
+
+def still_open(choice: Decision) -> list[Contender]:
+    """The contenders that another round may make the choice: those that tie, and those that may
+    come to meet the limits and are not surely worse than what is taken."""
+    return [
+        each.contender
+        for each in choice.standings
+        if each.state in ("taken", "tied")
+        or (each.state == "open" and (each.advantage is None or each.advantage.high >= 0))
+    ]
 
 
 def cost(contender: Contender, objective: Quantity) -> float:
