@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from core.errors import AddbenchError
-from serve.brief import FORMATS, Picture, Ticket
+from serve.brief import FORMATS, Drawing, Ticket
 from serve.envelope import EnvelopeError, read_object
 from serve.errors import ApiError, api_error
 from serve.fields import Generation, read_generation
@@ -96,7 +96,7 @@ class ImagesApi:
         text = json.dumps(answer, separators=(",", ":"))
         return Response(text, media_type="application/json", headers=headers)
 
-    async def _all(self, request: Request, tickets: Sequence[Ticket]) -> list[Picture]:
+    async def _all(self, request: Request, tickets: Sequence[Ticket]) -> list[Drawing]:
         """The pictures of all tickets.
 
         Raises:
@@ -171,7 +171,7 @@ def too_large(most: int, what: str) -> ApiError:
     )  # fmt: skip
 
 
-def server_timing(pictures: Sequence[Picture]) -> str:
+def server_timing(pictures: Sequence[Drawing]) -> str:
     """The header for the stages of the picture that took longest."""
     slowest: Mapping[str, Any] = max((picture.ms for picture in pictures), key=sum_of)
     return ", ".join(f"{name};dur={ms:g}" for name, ms in slowest.items())

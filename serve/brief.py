@@ -38,7 +38,7 @@ class Brief:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Drawing:
     """A drawn picture, as a file.
 
     Attributes:
@@ -71,7 +71,7 @@ class Ticket:
     """
 
     brief: Brief
-    result: asyncio.Future[Picture]
+    result: asyncio.Future[Drawing]
     arrived: float
     tries: int = 0
     started: float = field(default=0.0)

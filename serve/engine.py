@@ -22,7 +22,7 @@ from typing import Any
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT
 from core.process import end_group, obituary, oom_kills
-from serve.brief import GoneError, Picture, Ticket
+from serve.brief import Drawing, GoneError, Ticket
 from serve.envelope import UINT32, frame, unpack
 from serve.errors import ApiError
 from serve.metrics import STAGES, Metrics
@@ -273,7 +273,7 @@ class Attendant:
                 if stage in ms:
                     metrics.stages.labels(stage).observe(ms[stage] / 1e3)
             if ticket.open:
-                picture = Picture(
+                picture = Drawing(
                     data, ticket.brief.format, ms, answer["notes"], len(batch.entries)
                 )
                 ticket.result.set_result(picture)

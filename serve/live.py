@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from core.errors import AddbenchError
-from serve.brief import FORMATS, Format, GoneError, Picture, Ticket
+from serve.brief import FORMATS, Drawing, Format, GoneError, Ticket
 from serve.envelope import EnvelopeError, pack, read_object, unpack
 from serve.errors import ApiError, api_error, draining
 from serve.fields import choice, read_live
@@ -81,7 +81,7 @@ class Connection:
         ticket.result.add_done_callback(partial(self.done, number, ticket))
         self.app.engine.waiting.put(self, ticket)
 
-    def done(self, number: int | None, ticket: Ticket, result: asyncio.Future[Picture]) -> None:
+    def done(self, number: int | None, ticket: Ticket, result: asyncio.Future[Drawing]) -> None:
         error = result.exception()
         if isinstance(error, GoneError):
             self.skipped += 1
