@@ -25,6 +25,7 @@ from bench.rows.stats import OFF_THE_LINE
 from bench.rows.store import Row, Run, is_timed
 from bench.rows.summary import CellRounds, by_cell
 from bench.show.canvas import STYLE, digits, save, scale_of
+from bench.show.notes import one_process
 from bench.show.series import (
     AXES,
     Series,
@@ -55,8 +56,9 @@ def figure(shown: Sequence[Shown], axis: str = "steps") -> Figure | None:
         legend_width = 0.9 + 0.08 * longest  # a column is as wide as its legend wants
         width = 9.6 if single else max(9.6, max(4.8, legend_width) * len(columns))
         legend_in = 0.205 * (entries + 1) + 0.25
-        doubted = any(series.doubted for found in columns.values() for series in found)
-        head_in, panel_in = 0.95 if doubted else 0.75, 3.3
+        cautious = any(series.doubted for found in columns.values() for series in found)
+        cautious |= one_process([line for found in lines.values() for line in found])
+        head_in, panel_in = 0.95 if cautious else 0.75, 3.3
         height = head_in + (panel_in if single else 2 * panel_in) + legend_in
         drawn = Figure(figsize=(width, height))
         heading(drawn, shown, height)
@@ -111,15 +113,21 @@ def heading(drawn: Figure, shown: Sequence[Shown], height: float) -> None:
     )
     lines = [line for _, some in shown for line in by_cell(some) if line.good]
     doubted = sum(bool(doubts(line)) for line in lines)
+    cautions = []
     if doubted:
-        drawn.text(
-            0.12 / drawn.get_figwidth(),
-            1 - 0.62 / height,
+        cautions.append(
             f"{doubted} of {len(lines)} cells: other processes ran, or the clock was low; a calm"
-            " machine is faster",
-            va="top",
-            color="#B00020",
+            " machine is faster"
         )
+    if one_process(lines):
+        cautions.append("one process a cell: close cells have no order")
+    drawn.text(
+        0.12 / drawn.get_figwidth(),
+        1 - 0.62 / height,
+        "; ".join(cautions),
+        va="top",
+        color="#B00020" if doubted else "#555555",
+    )
 
 
 def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
@@ -265,6 +273,7 @@ def legend(drawn: Figure, found: Sequence[Series], left: float, top: float) -> N
             for words, there in (
                 ("bars: all samples", any(len(r["samples_ms"]) > 1 for r in rows)),
                 ("crosses: disturbed", any(series.doubted for series in found)),
+                ("one step count: no fit", all(series.line is None for series in found)),
                 ("lines: fit through the medians", any(series.fit for series in found)),
                 ("dotted: not to be relied on", any(unsound(series) for series in found)),
                 ("dashes: single rounds", rounds > 1),
@@ -286,7 +295,7 @@ def fit_text(series: Series) -> str:
     largest = max(value for _, value in series.points("median_ms"))
     unit_ms, unit = scale_of(largest)
     if line is None:
-        return f"{digits(largest / unit_ms)} {unit}, no fit through one step count"
+        return f"{digits(largest / unit_ms)} {unit}"
     if fit is None:
         return f"no line: {line.refused}"
     per_step, fixed = fit.per_step_ms / unit_ms, fit.fixed_ms / unit_ms

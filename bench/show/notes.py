@@ -24,9 +24,15 @@ def notes(lines: Sequence[CellRounds]) -> list[str]:
             f"unstable: of {unstable} of {len(rows)} times the samples leave the median open by"
             " more than 2.5%; more samples (--min-samples, --min-time) settle it."
         )
-    if len(timed) > 1 and all(len(line.good) == 1 for line in timed):
+    if one_process(lines):
         texts.append(
             "one process a cell: which of two close cells is the faster is not established;"
             " --rounds 5 tells."
         )
     return texts
+
+
+def one_process(lines: Sequence[CellRounds]) -> bool:
+    """Whether cells were timed once each, so that close ones have no order."""
+    timed = [line for line in lines if line.provenance == "measured" and line.median("median_ms")]
+    return len(timed) > 1 and all(len(line.good) == 1 for line in timed)

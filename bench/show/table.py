@@ -96,6 +96,8 @@ def markdown(target: Run, rows: Sequence[Row], *, brief: bool = False) -> str:
         return "No rows.\n"
     printed = brief_columns(lines) if brief else columns_for(lines)[0]
     text = [*conditions(target, lines), "", *markdown_lines(printed, lines)]
+    if not brief and (said := notes(lines)):
+        text += ["", *(f"- {note}" for note in said)]
     if not brief and (by_stage := stages.markdown(target, rows)):
         text += ["", "## By stage", "", by_stage.rstrip()]
     failed = [row for row in rows if row["status"] != OK]

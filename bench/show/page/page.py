@@ -21,6 +21,7 @@ from bench.show import columns, table
 from bench.show.canvas import digits, hue
 from bench.show.export import by_provenance, some_rows
 from bench.show.latency import legend_text
+from bench.show.notes import notes
 from bench.show.page import figures
 from bench.show.series import series_of
 from bench.verdict import outcome
@@ -104,6 +105,7 @@ def render(target: Run, base: Run | None = None) -> str:
         conditions=[text for text in table.conditions(target, lines) if text],
         cards={kind: headlines(found) for kind, found in groups.items()},
         counts=counts(target, rows, lines),
+        notes=notes(lines),
         flags={name: FLAGS[name] for name in FLAGS if any(name in r["flags"] for r in rows)},
         brief=brief(lines),
         full=ordered(column for column in columns.COLUMNS if column_says(column, lines)),

@@ -265,10 +265,10 @@ def test_a_plot_of_one_step_count_has_points_and_no_fit(tmp_path: Path) -> None:
     drawn = plot.figure([(run, rows)])
     assert drawn is not None
     (key,) = drawn.legends
-    assert key.get_title().get_text() == "bars: all samples"  # of lines that are not there
+    assert key.get_title().get_text() == "bars: all samples; one step count: no fit"
     assert [line.get_linestyle() for line in key.get_lines()] == ["None"]
     (series,) = series_of({"": by_cell(rows)})[1]
-    assert plot.fit_text(series) == "1 ms, no fit through one step count"
+    assert plot.fit_text(series) == "1 ms"
     assert [file.suffix for file in plot.write(run, rows)] == [".svg", ".png"]
 
 
