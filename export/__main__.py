@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.cli import Parser, image_size, run
+from core.cli import Parser, image_size, natural, run
 from core.errors import EXIT_FAILED, EXIT_OK, AddbenchError, PreconditionError
 from core.files import ROOT, read_json
 from export.models import DEFAULT_MODEL, MODELS, Model, default_weights, find_model
@@ -80,6 +80,14 @@ def parser() -> Parser:
         help="learned vectors of a token (textual inversion), repeatable",
     )
     top.add_argument(
+        "--clip-skip",
+        type=natural,
+        default=0,
+        metavar="LAYERS",
+        help="layers of the text encoders to leave out, as diffusers counts them (others count the"
+        " last layer too: their 2 is 1 here)",
+    )
+    top.add_argument(
         "--size",
         type=image_size,
         metavar="PIXELS|WxH",
@@ -116,13 +124,14 @@ def _export(args: argparse.Namespace) -> int:
     model, weights = _model_and_weights(args.model, args.weights)
     request = make_request(
         model, weights, args.vae, args.taesd, args.seed, args.allow_pickle, args.unet, args.lora,
-        args.embedding, args.variant,
+        args.embedding, args.variant, args.clip_skip,
     )  # fmt: skip
     width, height = args.size or (model.size, model.size)
     size = width if width == height else f"{width}x{height}"
     asked = {"dtype": args.dtype, "size": size} | request.as_dict()
     named = "+".join([model.name, *(lora.name for lora in request.loras)])
     named = "+".join([named, *(embedding.name for embedding in request.embeddings)])
+    named += f"+clip-skip-{request.clip_skip}" if request.clip_skip else ""
     other = None if size == model.size else (width, height)
     kind = request.weights.kind.replace("file", "folder")
     target: Path = args.out or bundle_path(named, kind, args.dtype, other)

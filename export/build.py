@@ -52,7 +52,9 @@ class ExportPlan:
         """Of the model, and of what is fused into it."""
         source = self.checkpoint.source
         added = (*source.get("loras", ()), *source.get("embeddings", ()))
-        return "+".join([self.checkpoint.model.name, *(entry["name"] for entry in added)])
+        names = [self.checkpoint.model.name, *(entry["name"] for entry in added)]
+        skip = self.checkpoint.model.clip_skip
+        return "+".join([*names, f"clip-skip-{skip}"] if skip else names)
 
 
 def build_bundle(plan: ExportPlan, target: Path, console: Console) -> None:

@@ -70,6 +70,7 @@ class Model:
             buckets of many aspects.
         judge: what reads back from pixels whether a picture shows its caption (`distill/judge.py`).
         prompts: what it is asked to draw when it is timed and compared.
+        clip_skip: layers left out before the hidden state that is taken, as diffusers counts them.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Model:
     pixels: int = 1024 * 1024
     judge: Literal["shapes"] | None = None
     prompts: tuple[str, ...] = prompts.GENERAL
+    clip_skip: int = 0
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -16,15 +16,17 @@ TOKENS = 77
 class TextEncoder(nn.Module):
     """input_ids int64 [batch, 77] -> hidden_states [batch, 77, width] (, text_embeds [batch, n]).
 
-    Runs only the layers it needs: without the pooled embedding, a `penultimate` encoder stops one
-    layer early.
+    Runs only the layers it needs: without the pooled embedding it stops at the one that is taken,
+    the last (`final`, normalised) or the one before (`penultimate`), less `clip_skip`.
     """
 
-    def __init__(self, module: nn.Module, form: TextEncoderForm, pooled: bool) -> None:
+    def __init__(
+        self, module: nn.Module, form: TextEncoderForm, pooled: bool, clip_skip: int = 0
+    ) -> None:
         super().__init__()
         text_model: Any = getattr(module, "text_model", module)
         layers = list(text_model.encoder.layers)
-        self.taken = len(layers) - 1 if form == "penultimate" else len(layers)
+        self.taken = len(layers) - (form == "penultimate") - clip_skip
         self.form, self.pooled = form, pooled
         self.embeddings = text_model.embeddings
         self.layers = nn.ModuleList(layers if pooled else layers[: self.taken])
@@ -41,16 +43,18 @@ class TextEncoder(nn.Module):
             hidden = layer(hidden, None, is_causal=True)
             if index == self.taken:
                 taken = hidden
-        if self.pooled or self.form == "final":
-            hidden = self.final_layer_norm(hidden)
-        states = hidden if self.form == "final" else taken
+        normed = self.form == "final"
         if not self.pooled:
-            return states
+            return self.final_layer_norm(taken) if normed else taken
+        whole = taken is hidden
+        hidden = self.final_layer_norm(hidden)
+        if normed:
+            taken = hidden if whole else self.final_layer_norm(taken)
         ids = input_ids.to(torch.int32)
         # Configs from before transformers 4.31 say 2, and mean the highest id.
         is_end = ids if self.end_of_text == 2 else (ids == self.end_of_text).to(torch.int32)
         at = is_end.argmax(-1)[:, None, None].expand(-1, 1, hidden.shape[-1])
-        return states, self.text_projection(hidden.gather(1, at)[:, 0])
+        return taken, self.text_projection(hidden.gather(1, at)[:, 0])
 
 
 class UNet(nn.Module):
@@ -240,7 +244,8 @@ def wrap(part: str, module: nn.Module, model: Model) -> nn.Module:
     if part.startswith("text_encoder"):
         index = 0 if part == "text_encoder" else 1
         pooled = model.pooled and index == len(model.text_encoders) - 1
-        return TextEncoder(module, model.text_encoders[index], pooled).eval()
+        form = model.text_encoders[index]
+        return TextEncoder(module, form, pooled, model.clip_skip).eval()
     if part == "unet":
         return UNETS[model.pooled, model.guidance_form == "embedding"](module).eval()
     return AUTOENCODERS[part](module).eval()

@@ -112,12 +112,15 @@ class Request:
     loras: tuple[LoraPlace, ...] = ()
     embeddings: tuple[EmbeddingPlace, ...] = ()
     variant: str | None = None
+    clip_skip: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest, with a fingerprint of the local files (names, sizes, times)."""
         fields = asdict(self)
         for key in ("loras", "embeddings"):
             fields[key] = list(fields[key]) or None
+        if not self.clip_skip:  # bundles from before it existed say nothing of it
+            del fields["clip_skip"]
         return fields | {"fingerprint": fingerprint(local_paths(fields))}
 
 
@@ -132,6 +135,7 @@ def make_request(
     loras: Sequence[str] = (),
     embeddings: Sequence[str] = (),
     variant: str | None = None,
+    clip_skip: int = 0,
 ) -> Request:
     """Read `--weights` and the flags beside it. CheckpointError for what they cannot mean."""
     if weights == "random":
@@ -158,6 +162,7 @@ def make_request(
         tuple(map(find_lora, loras)),
         tuple(map(find_embedding, embeddings)),
         variant,
+        clip_skip,
     )
 
 

@@ -85,12 +85,17 @@ class Oracle:
                     text_encoder=getattr(pipe, part),
                     tokenizer=getattr(pipe, part.replace("text_encoder", "tokenizer")),
                 )
+        for encoder in (getattr(pipe, part) for part in encoders):
+            if not hasattr(encoder, "text_model"):
+                # Where diffusers 0.42 looks for the last norm; transformers 5 has one level less.
+                object.__setattr__(encoder, "text_model", encoder)
         with self._watching({part: getattr(pipe, part) for part in encoders}):
             results = pipe.encode_prompt(
                 prompt=prompt,
                 device="cpu",
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=self.recipe.guided,
+                clip_skip=self.checkpoint.model.clip_skip or None,
             )
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
                  "negative_pooled_prompt_embeds")  # fmt: skip

@@ -448,6 +448,7 @@ def open_checkpoint(
 def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
     """`open_checkpoint` of what was asked for in its own form."""
     place, asked_unet = request.weights, request.unet
+    model = replace(model, clip_skip=request.clip_skip)
     reader, notes = Reader(dtype, request.allow_pickle, request.variant), list[str]()
     if asked_unet is None and model.unet and (place.kind, place.id) == ("hub", model.checkpoint):
         asked_unet = find_place(model.unet, "--unet", files=True)
@@ -497,6 +498,8 @@ def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
         "allow_pickle": request.allow_pickle,
         "variant": request.variant,
     }
+    if request.clip_skip:
+        source["clip_skip"] = request.clip_skip
     if asked_unet is not None:
         config = origins["unet"].folder if "unet" in origins else root / "unet"
         origins["unet"], used = reader.unet(config, asked_unet)
@@ -533,6 +536,8 @@ def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
             source[name] = None
         else:
             source[name] = asdict(used)
+    if request.clip_skip:
+        require_layers(model, origins)
     # 512 is transformers' default.
     widths = [int(origins[part].config().get("hidden_size", 512)) for part in model.parts[:-3]]
     embeddings = [reader.embedding(embedding, widths) for embedding in request.embeddings]
@@ -557,6 +562,24 @@ def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
     )
 
 
+def require_layers(model: Model, origins: dict[str, Origin]) -> None:
+    """Refuse a `clip_skip` that leaves a text encoder no layer to take.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    for part, form in zip(model.parts, model.text_encoders, strict=False):
+        layers = int(origins[part].config().get("num_hidden_layers", 12))  # transformers' default
+        most = layers - 1 - (form == "penultimate")
+        if model.clip_skip > most:
+            raise CheckpointError(
+                f"--clip-skip {model.clip_skip} leaves no layer of {part}",
+                f"it has {layers}, and the pipeline reads the"
+                f" {'last but one' if form == 'penultimate' else 'last'} without it",
+                f"pass --clip-skip {most} or less" if most else "leave --clip-skip out",
+            )
+
+
 def reopen(model: Model, source: dict[str, Any], dtype: str) -> Checkpoint:
     """Open again what a manifest's `source` names: the same files, or the same random numbers."""
 
@@ -572,6 +595,7 @@ def reopen(model: Model, source: dict[str, Any], dtype: str) -> Checkpoint:
         seed=source["seed"],
         allow_pickle=source["allow_pickle"],
         variant=source.get("variant"),
+        clip_skip=source.get("clip_skip", 0),
         unet=other("unet"),
         loras=tuple(loras),
         embeddings=tuple(

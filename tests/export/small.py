@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import io
 import shutil
@@ -34,6 +35,7 @@ SEED = 3
 def saved(model: str) -> Path:
     """A tiny model of seed 5 as a folder in diffusers format, FP32; not to be changed."""
     folder = Path(tempfile.mkdtemp(prefix="addbench-small-")) / model
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     checkpoint = open_checkpoint(MODELS[model], "random", seed=5)
     for part in checkpoint.model.parts:
         module: Any = checkpoint.module(part, torch.float32)

@@ -8,22 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from folders import edit_json
 from original import original_unet, original_vae, write_single_file
 from safetensors.torch import load_file, save_file
-from small import copied, distance, opened, redraw, saved
+from small import PROMPT, SEED, copied, distance, opened, redraw, saved
 
+from backends.check.oracle import Oracle
 from backends.load import load_pipeline
 from backends.pipeline.prompts import token_ids
+from backends.pipeline.recipe import make_recipe
 from core.errors import PreconditionError
 from core.files import ROOT, read_json, write_json
 from export.build import ExportPlan, open_all
 from export.bundle import bundle_path, find_bundle
 from export.models import MODELS
-from export.request import infer_file, infer_model
-from export.source.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from export.request import infer_file, infer_model, make_request
+from export.source.checkpoint import Checkpoint, CheckpointError, open_checkpoint, open_request
 
 SD, SDXL = "tiny-sd", "tiny-sdxl"
 
@@ -279,6 +282,23 @@ def test_an_embedding_is_put_in(sd: Path, tmp_path: Path) -> None:
     save_file({"emb_params": torch.zeros(1, 7)}, file)
     with pytest.raises(CheckpointError, match="7 wide"):
         open_checkpoint(infer_model(sd), str(sd), embeddings=[str(file)])
+
+
+@pytest.mark.parametrize("model", [SD, SDXL])
+def test_a_skipped_layer_is_diffusers_own(model: str, tmp_path: Path) -> None:
+    bundle, plain = (opened(saved(model), tmp_path / str(skip), clip_skip=skip) for skip in (1, 0))
+    assert bundle.name == f"{plain.name}+clip-skip-1"
+    assert bundle.checkpoint().model.clip_skip == 1
+    assert min(distance(bundle).values()) >= 60
+    drawn = [Oracle(each, make_recipe(each)).draw(PROMPT, [2], SEED) for each in (bundle, plain)]
+    assert not np.array_equal(drawn[0]["vae", 2], drawn[1]["vae", 2])
+
+
+def test_more_layers_than_there_are_cannot_be_skipped() -> None:
+    asked = make_request(MODELS[SDXL], "random", clip_skip=2)
+    with pytest.raises(CheckpointError, match="leaves no layer of text_encoder") as caught:
+        open_request(MODELS[SDXL], asked, "fp32")
+    assert caught.value.next == "pass --clip-skip 1 or less"
 
 
 def test_a_tokenizer_without_merges(sd: Path) -> None:
