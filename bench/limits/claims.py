@@ -19,7 +19,7 @@ from bench.limits.ledger import (
     mismatches,
     nearest,
 )
-from bench.limits.ranges import DECODERS, STEPS, Modelled, modelled, models_of
+from bench.limits.ranges import DECODERS, STEPS, Modelled, floor_of, modelled, models_of
 from core.table import Column, console, markdown_lines, terminal_table
 
 REPRODUCED, CONSISTENT, CONTRADICTED = "reproduced", "consistent", "contradicted"
@@ -189,8 +189,16 @@ def named(model: Modelled) -> str:
     return f"{model.steps} step{plural}{', ' + model.decoder if model.decoder else ''}"
 
 
+def impossible(ours: Sequence[Ours]) -> list[Ours]:
+    """Cells of ours that are faster than the floor of what they ran on: no verdict counts them."""
+    floors = [(one, floor_of(one)) for one in ours]
+    return [one for one, floor in floors if floor is not None and one.median_ms < floor]
+
+
 def findings(claims: Sequence[Claim], ours: Sequence[Ours]) -> list[Finding]:
     """Every claim judged, the headline claims first."""
+    not_counted = {id(one) for one in impossible(ours)}
+    ours = [one for one in ours if id(one) not in not_counted]
     ranked = sorted(claims, key=lambda claim: HEADLINES.index(claim.id)
                     if claim.id in HEADLINES else len(HEADLINES))  # fmt: skip
     return [judge(claim, claims, ours) for claim in ranked]

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.machine.ceilings import Ceilings
+from bench.rows.cell import Cell
 from core.process import run_apart
 from core.table import Column, draw
 from export.models import CONTEXT_PART, PARTS
 
 if TYPE_CHECKING:
-    from bench.rows.cell import Cell
     from export.cost import Cost
     from export.source.checkpoint import Checkpoint
 
@@ -243,14 +243,16 @@ def share_of_floor(fraction: float | None) -> float | None:
     return min(fraction, 1.0)
 
 
+FIRST = "first_ceilings"
+"""In a survey whose ceilings were measured again: those of the first look."""
+
+
 def beaten(rows: Sequence[Mapping[str, Any]], surveyed: Mapping[str, Any]) -> dict[str, float]:
     """Ceilings that rows of the run show to be too low: `cpu bf16` -> by which factor, at least.
 
     A stage that was faster than every algorithm that is known here was held against a ceiling
     that something had disturbed while it was measured.
     """
-    from bench.rows.cell import Cell
-
     factors: dict[str, float] = {}
     if not surveyed.get("costs"):
         return factors  # ceilings alone say nothing of what a stage does
@@ -288,7 +290,23 @@ def measured_again(surveyed: Mapping[str, Any], names: Sequence[str]) -> dict[st
         }
         most = max(ceilings.gb_per_s, again.gb_per_s)
         better.append(replace(ceilings, tflops=tflops, gb_per_s=most).columns())
-    return {**surveyed, "ceilings": better}
+    first = surveyed.get(FIRST, surveyed["ceilings"])
+    return {**surveyed, "ceilings": better, FIRST: first}
+
+
+def under(
+    rows: Sequence[dict[str, Any]], surveyed: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """The rows held against the ceilings of their run's header.
+
+    They are already, but for those that were written before a ceiling was measured again.
+    """
+    if not surveyed or FIRST not in surveyed:
+        return list(rows)
+    return [
+        {**row, "roofline": of_row(row, Cell.of(row), surveyed)} if row["roofline"] else row
+        for row in rows
+    ]
 
 
 def look_again(device: str, dtypes: Sequence[str]) -> Ceilings:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.rows.cell import Cell
-from bench.rows.fields import OK
 from bench.rows.stats import median_or_none
-from bench.rows.store import Row, Run
+from bench.rows.store import Row, Run, is_timed
 from core.devices import devices, identify
 
 DATA = Path(__file__).with_name("data")
@@ -197,7 +197,7 @@ def measured(runs: Iterable[Run]) -> list[Ours]:
     for run in runs:
         by_cell: dict[Cell, list[Row]] = {}
         for row in run.rows():
-            if row["status"] == OK and row["provenance"] == "measured":
+            if is_timed(row) and row["provenance"] == "measured":
                 by_cell.setdefault(Cell.of(row), []).append(row)
         for cell, rows in by_cell.items():
             if cell.backend == "null":
@@ -207,7 +207,7 @@ def measured(runs: Iterable[Run]) -> list[Ours]:
                     hardware_of(run.header.environment, cell.device),
                     cell,
                     run.name,
-                    median_or_none([row["median_ms"] for row in rows]) or 0.0,
+                    statistics.median(row["median_ms"] for row in rows),
                     median_or_none([row.get("period_ms") for row in rows]),
                     median_or_none([row["energy_j"] for row in rows]),
                     median_or_none([row["nfe"] for row in rows]),

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from backends.modelled.costs import LISTED
-from bench.limits.ledger import DATA, Claim
+from backends.modelled.costs import LISTED, SAME_PARTS
+from bench.limits.ledger import DATA, Claim, Ours
 from core.devices import Device, devices
 from core.files import read_json
 from export.cost import Cost, budget_cost
@@ -224,6 +224,29 @@ def explained() -> list[str]:
         for vendor, each in EFFICIENCY.items()
     ]
     return [*ranges, f"{FITTED}: {reach()}. `addbench cards` has all of it."]
+
+
+def floor_of(ours: Ours) -> float | None:
+    """Milliseconds that no call of a cell of ours goes below; None where no floor is known.
+
+    A cell that is faster was not measured right.
+    """
+    cell, device = ours.cell, devices().get(ours.hardware)
+    width, _, height = cell.size.partition("x")
+    known = cell.model in COSTED.values() or cell.model in SAME_PARTS
+    if device is None or not can_model(device) or not known or width != height:
+        return None
+    precision = "fp16" if device.int8_tops_dense is None else "int8"  # the faster that it may be
+    found = modelled(
+        device,
+        int(width),
+        cell.batch,
+        cell.steps,
+        cell.decoder,
+        model=SAME_PARTS.get(cell.model, cell.model),
+        precision=precision if cell.precision in EIGHT_BIT else "fp16",
+    )
+    return None if found is None else found.floor
 
 
 def models_of(claim: Claim) -> list[Modelled]:

@@ -1,6 +1,7 @@
-"""The header of a run: what holds for all its rows. Made once, written with the run, never changed.
+"""The header of a run: what holds for all its rows. Made once, written with the run.
 
-What was said wrong, or is known later, is said by a new header: `dataclasses.replace(header, ...)`.
+What is known later (a ceiling that was measured again) is said by a new header, which takes its
+place: `Run.with_header(dataclasses.replace(header, ...))`. That of a published run never changes.
 """
 
 from __future__ import annotations

@@ -279,6 +279,11 @@ class Run:
     def rounds(self) -> int:
         return self.header.rounds
 
+    def with_header(self, header: Header) -> Run:
+        """The run with what is known of it now, written at once."""
+        write_json(self.path / HEADER, header.as_json())
+        return replace(self, header=header)
+
     def all_rows(self) -> list[Row]:
         return read_rows(self.path / ROWS) if (self.path / ROWS).exists() else []
 

@@ -199,6 +199,8 @@ def describe(plan: Plan, known: Past) -> None:
 
 
 def duration_text(seconds: float) -> str:
+    if seconds < 1:
+        return "less than a second"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -75,8 +75,8 @@ class Side:
         return self.surveyed or self.plan.roofline
 
     def doubt(self, rows: Sequence[Row], say: Callable[[str], None]) -> None:
-        """Measure the ceilings again that rows show to be too low; the rows to come are held
-        against the better ones. The header keeps the first, so tables go on to doubt them.
+        """Measure the ceilings again that rows show to be too low. The rows to come are held
+        against the better ones, and the header says them, so that tables hold all rows to them.
         """
         low = beaten(rows, self.roofline) if self.roofline else {}
         names = [name for name in low if name not in self.looked_at]
@@ -85,6 +85,7 @@ class Side:
         say(f"a stage is faster than the ceiling of {', '.join(names)}: measuring it again")
         self.looked_at |= {*names}
         self.surveyed = measured_again(self.roofline, names)
+        self.run = self.run.with_header(replace(self.run.header, roofline=self.surveyed))
 
 
 class Runner:

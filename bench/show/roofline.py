@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from bench.limits.floors import beaten, ceilings_of, share_of_floor
+from bench.limits.floors import beaten, ceilings_of, share_of_floor, under
 from bench.machine.ceilings import Ceilings
 from bench.rows.cell import Cell
 from bench.rows.stats import median_or_none
@@ -51,6 +51,7 @@ def points(lines: Sequence[CellRounds]) -> dict[tuple[str, int, str], tuple[floa
 
 def figure(target: Run, rows: Sequence[Row]) -> Figure:
     surveyed = target.header.roofline
+    rows = under(rows, surveyed)
     found = points(by_cell(rows))
     if not surveyed or not found:
         raise PreconditionError(

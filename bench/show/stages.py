@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.limits.floors import beaten, beaten_text, ceilings_of, share_of_floor
+from bench.limits.floors import beaten, beaten_text, ceilings_of, share_of_floor, under
 from bench.rows.stats import median_or_none
 from bench.rows.store import Row, Run
 from bench.rows.summary import CellRounds, by_cell
@@ -109,6 +109,7 @@ COLUMNS = (
 def stages_of(target: Run, rows: Sequence[Row]) -> list[Stage]:
     """Stages in the order of the pipeline, in each the cells in the order of the run."""
     surveyed = target.header.roofline
+    rows = under(rows, surveyed)
     ceilings = ceilings_of(surveyed) if surveyed else {}
     found: dict[tuple[Any, ...], list[CellRounds]] = {}
     for line in by_cell(rows):
@@ -141,6 +142,6 @@ def markdown(target: Run, rows: Sequence[Row]) -> str:
         return ""
     printed = [column for column in COLUMNS if {column.text(s) for s in stages} != {"-"}]
     surveyed = target.header.roofline
-    doubts = beaten_text(beaten(rows, surveyed)) if surveyed else ""
+    doubts = beaten_text(beaten(under(rows, surveyed), surveyed)) if surveyed else ""
     words = [WORDS, "", *([doubts, ""] if doubts else [])]
     return "\n".join([*words, *markdown_lines(printed, stages)]) + "\n"

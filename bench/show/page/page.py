@@ -276,7 +276,7 @@ def breakdown(groups: Mapping[str, Sequence[CellRounds]]) -> list[Plot]:
 
 
 def roofline(target: Run, rows: Sequence[Row]) -> Plot | AddbenchError:
-    from bench.limits.floors import beaten, beaten_text
+    from bench.limits.floors import beaten, beaten_text, under
     from bench.show import roofline as roofplot
 
     own = [row for row in rows if row["roofline"]]
@@ -291,7 +291,7 @@ def roofline(target: Run, rows: Sequence[Row]) -> Plot | AddbenchError:
     kinds = ", ".join(sorted({row["provenance"] for row in own}))
     words = "What each stage reached under the machine's ceilings"
     surveyed = target.header.roofline
-    doubts = beaten_text(beaten(own, surveyed)) if surveyed else ""
+    doubts = beaten_text(beaten(under(own, surveyed), surveyed)) if surveyed else ""
     caption = (
         f"Rates: {kinds}. Where an algorithm does less than the direct one, its floor is lower and"
         f" no share is given. {doubts}".rstrip()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,14 +18,22 @@ from hypothesis import strategies as st
 from backends.base import UnsupportedError
 from backends.modelled.card import SPLITS, Call, estimate
 from backends.modelled.costs import known_costs
+from bench.commands.claims import main as claims_main
 from bench.limits import floors
+from bench.limits.claims import COLUMNS as CLAIM_COLUMNS
+from bench.limits.claims import VERDICTS, energy_text, findings, impossible, near_text
 from bench.limits.floors import ERROR, beaten, beaten_text, of_row, share_of_floor
-from bench.limits.ranges import can_model, modelled
+from bench.limits.ledger import measured, read_claims
+from bench.limits.ranges import can_model, floor_of, modelled
 from bench.machine import ceilings
 from bench.machine.ceilings import Ceilings, agree, looked_at
+from bench.rows.cell import Cell
 from bench.rows.stats import fit_steps
-from bench.rows.store import Row, Run
+from bench.rows.store import Row, Run, is_timed, open_run
 from bench.rows.summary import by_cell
+from bench.run.estimate import duration_text, load_s
+from bench.run.estimate import estimate as run_estimate
+from bench.run.measure import StopRule
 from bench.run.runner import Side
 from bench.show import stages
 from bench.show.columns import COLUMNS
@@ -33,7 +43,7 @@ from bench.show.roofline import points, share_text
 from bench.show.series import series_of
 from core.devices import devices
 from export.cost import Cost
-from tests.bench.made import cell, row
+from tests.bench.made import cell, make_run, row
 
 PEAK = Ceilings("cpu", {"bf16": {"matmul": 2.0, "conv": 1.0}}, 10.0, "measured")
 PARTS = {
@@ -57,6 +67,7 @@ SURVEYED = {
     },
 }  # fmt: skip
 TARGET = cast(Run, SimpleNamespace(header=SimpleNamespace(roofline=SURVEYED)))
+CLAIMS = read_claims()
 times = st.floats(0.05, 5e4)
 
 
@@ -210,6 +221,102 @@ def test_two_points_are_worth_what_their_errors_are() -> None:
     assert unsure.per_step_error_ms == pytest.approx(2**0.5)
 
 
+# ---- claims and dry runs
+
+
+def ran(drawn: Sequence[Row], driver: str) -> Run:
+    """A run of such rows, on a card that its driver calls so."""
+    environment = {"cpu": "A CPU", "accelerators": {"cuda": driver}}
+    header = SimpleNamespace(environment=environment, roofline=None)
+    return cast(Run, SimpleNamespace(name="made", header=header, rows=lambda: list(drawn)))
+
+
+@st.composite
+def rows_on_a_card(draw: st.DrawFn) -> list[Row]:
+    """Rows of cells that published figures are of, with times, energies and periods of any size."""
+    every: list[Row] = []
+    for steps in draw(st.lists(st.sampled_from([1, 4]), min_size=1, max_size=2, unique=True)):
+        of = cell(backend=draw(st.sampled_from(["trt", "cuda", "torch"])), device="cuda",
+                  model=draw(st.sampled_from(["sdxl-turbo", "sd-turbo", "sd15"])),
+                  size="512x512", precision=draw(st.sampled_from(["fp16", "int8", "fp32"])),
+                  decoder=draw(st.sampled_from(["vae", "taesd"])), steps=steps,
+                  batch=draw(st.sampled_from([1, 4])))  # fmt: skip
+        for round_ in range(draw(st.integers(1, 3))):
+            samples = draw(st.lists(st.floats(1e-4, 1e7), min_size=1, max_size=4))
+            found = row(of, samples, round_,
+                        energy_j=draw(st.none() | st.just(0.0) | st.floats(1e-6, 1e6)),
+                        period_ms=draw(st.none() | st.floats(1e-4, 1e7)))  # fmt: skip
+            if draw(st.integers(0, 4)) == 0:
+                error = {"type": "OOM", "what": "no memory", "why": "", "next": ""}
+                found = row(of, [], round_, status="oom", error=error, stages_ms=None)
+            every.append(found)
+    return every
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows_on_a_card(), st.sampled_from(["NVIDIA A100-SXM4-80GB", "NVIDIA A10G", "A Card"]))
+def test_no_claim_is_judged_by_what_cannot_be(drawn: list[Row], driver: str) -> None:
+    ours = measured([ran(drawn, driver)])
+    assert len(ours) == len({Cell.of(each) for each in drawn if each["status"] == "ok"})
+    left_out = impossible(ours)
+    for finding in findings(CLAIMS, ours):
+        assert finding.verdict in VERDICTS
+        for column in CLAIM_COLUMNS:
+            text = column.text(finding)
+            assert not re.search(r"\b(nan|inf)\b", text), (column.header, text)
+        for text in (near_text(finding), energy_text(finding), finding.reason):
+            assert not re.search(r"(?<![\w.])-\d", text), text
+        if finding.nearest is not None:
+            assert finding.nearest not in left_out
+            least = floor_of(finding.nearest)
+            assert least is None or finding.nearest.median_ms >= least
+        # Nothing that a card cannot do makes a figure of that card beaten or contradicted.
+        if finding.verdict in ("beaten", "contradicted", "reproduced") and "made" in finding.reason:
+            time = float(re.findall(r": ([\d.]+) ms in run made", finding.reason)[0])
+            floors_known = [model.floor for model in finding.models]
+            assert not floors_known or time >= 0.99 * min(floors_known)
+
+
+@pytest.mark.parametrize(("ms", "verdict"), [(1.0, "consistent"), (20.0, "beaten")])
+def test_a_measurement_below_the_floor_is_not_counted(
+    ms: float, verdict: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One image of SDXL-Turbo on an A100 in 1 ms, where every weight once takes 3."""
+    of = cell(model="sdxl-turbo", backend="trt", device="cuda", size="512x512", precision="fp16",
+              decoder="vae")  # fmt: skip
+    run = make_run(tmp_path, [row(of, [ms] * 3)])
+    environment = {**run.header.environment, "accelerators": {"cuda": "NVIDIA A100-SXM4-80GB"}}
+    run.with_header(dataclasses.replace(run.header, environment=environment))
+    (tmp_path / "none").mkdir()
+    words = ["--run", "latest", "--runs", str(tmp_path), "--published", str(tmp_path / "none")]
+    assert claims_main([*words, "--format", "json"]) == 0
+    said = capsys.readouterr()
+    judged = {each["id"]: each["verdict"] for each in json.loads(said.out)}
+    assert judged["ort-trt-a100-1"] == verdict
+    assert ("faster than its hardware can be" in said.err) == (ms == 1.0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows(), st.builds(StopRule, st.integers(1, 20), st.floats(0, 10), st.floats(1, 100),
+                         st.integers(0, 3), st.integers(0, 50)))  # fmt: skip
+def test_a_dry_run_takes_some_time(drawn: list[Row], rule: StopRule) -> None:
+    known = {Cell.of(each): each for each in drawn if is_timed(each)}
+    for of in {Cell.of(each) for each in drawn}:
+        for history in (known, {}):
+            for surveyed in (SURVEYED, None):
+                guess = run_estimate(of, rule, history, surveyed)
+                assert 0 <= guess.seconds < float("inf")
+                assert guess.bound == (not history.get(of) and surveyed is None)
+                assert all(number > 0 for number in numbers(guess.words)), guess.words
+    assert load_s(list(known), known) >= 0
+
+
+@given(st.floats(0, 1e9))
+def test_no_time_is_said_to_be_none(seconds: float) -> None:
+    said = numbers(duration_text(seconds))
+    assert said == [] or said[0] >= 1
+
+
 # ---- ceilings
 
 
@@ -234,7 +341,7 @@ def test_a_disturbed_look_is_not_the_ceiling(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_ceiling_that_a_stage_beats_is_measured_again_once(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     of = cell(backend="ort", precision="bf16", storage="bf16", decoder="vae", steps=1)
     stages_ms = {"text": 0.5, "unet_first": 9.0, "unet_step": None, "decode": 20.0, "rest": 0.1,
@@ -252,8 +359,10 @@ def test_a_ceiling_that_a_stage_beats_is_measured_again_once(
 
     monkeypatch.setattr(floors, "run_apart", look)
     said: list[str] = []
-    side = Side(cast(Any, SimpleNamespace(roofline=SURVEYED)), cast(Any, None))
-    first = timed(side.roofline)
+    first = timed(SURVEYED)
+    run = make_run(tmp_path, [first])
+    run = run.with_header(dataclasses.replace(run.header, roofline=SURVEYED, unsaid=frozenset()))
+    side = Side(cast(Any, SimpleNamespace(roofline=SURVEYED)), run)
     side.doubt([first], said.append)
     assert asked == [("cpu", ["bf16"])]
     assert "cpu bf16" in said[0]
@@ -265,7 +374,22 @@ def test_a_ceiling_that_a_stage_beats_is_measured_again_once(
     side.doubt([second], said.append)
     side.doubt([first], said.append)  # still doubted, and not measured for ever
     assert len(asked) == len(said) == 1
-    calm = Side(cast(Any, SimpleNamespace(roofline=None)), cast(Any, None))
+    # The run says what it was held against, and shows all its rows so; its first look is kept.
+    kept = open_run(run.name, tmp_path)
+    assert kept.header.roofline is not None
+    assert kept.header == side.run.header
+    assert floors.ceilings_of(kept.header.roofline)["cpu"] == better
+    assert kept.header.roofline[floors.FIRST] == SURVEYED["ceilings"]
+    assert dataclasses.replace(kept.header, roofline=SURVEYED) == run.header
+    (row_now,) = floors.under(kept.rows(), kept.header.roofline)
+    assert row_now["roofline"] == second["roofline"]
+    assert floors.beaten([row_now], kept.header.roofline) == {}
+    for stage in stages.stages_of(kept, kept.rows()):
+        assert not stage.doubted
+        assert stage.share_of_floor is None or 0 <= stage.share_of_floor <= 100
+    assert "measured too low" not in stages.markdown(kept, kept.rows())
+    assert "measured too low" in stages.markdown(run, kept.rows())  # as it was without
+    calm = Side(cast(Any, SimpleNamespace(roofline=None)), run)
     calm.doubt([first], said.append)
     assert calm.roofline is None
 
