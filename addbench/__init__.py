@@ -7,6 +7,9 @@
     head = addbench.sweep(addbench.Request("shapes-turbo", backends=["ort"], steps=[1, 2]))
     outcome = addbench.compare(base, head)
 
+    decision = addbench.choose(base, "latency<=4s psnr>=40dB")
+    addbench.recipe_of(decision).write("recipe.toml")
+
 What is imported here imports torch and the rest only when it is first used.
 """
 
@@ -17,16 +20,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from backends.load import load_pipeline
-    from bench.run.api import compare, sweep
+    from bench.run.api import choose, compare, sweep
     from bench.run.request import Request, Sampling
+    from bench.verdict.choosing.lock import recipe_of
 
-__all__ = ["Request", "Sampling", "compare", "load_pipeline", "sweep"]
+__all__ = [
+    "Request",
+    "Sampling",
+    "choose",
+    "compare",
+    "load_pipeline",
+    "recipe_of",
+    "sweep",
+]
 
 PLACES = {
     "Sampling": "bench.run.request",
     "Request": "bench.run.request",
+    "choose": "bench.run.api",
     "compare": "bench.run.api",
     "load_pipeline": "backends.load",
+    "recipe_of": "bench.verdict.choosing.lock",
     "sweep": "bench.run.api",
 }
 

@@ -52,10 +52,10 @@ class LockedRecipe:
     figures: Mapping[str, Any] = field(default_factory=dict)
     wanted: Mapping[str, Any] = field(default_factory=dict)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file."""
         try:
-            write_atomic(path, self.text())
+            write_atomic(Path(path), self.text())
         except OSError as error:
             raise PreconditionError(
                 f"{path} cannot be written", str(error), "pass another place with --save"

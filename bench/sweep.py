@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from bench.commands.arguments import (
     AXES,
-    CAPTIONS,
     add_axis_arguments,
     add_limit_arguments,
     add_method_arguments,
@@ -28,7 +27,7 @@ from bench.commands.arguments import (
 from bench.rows.cell import Cell
 from bench.rows.fields import OK
 from bench.rows.store import LATEST, is_noisy
-from bench.run.request import QUICK, SWEEP
+from bench.run.request import CAPTIONS, QUICK, SWEEP
 from core.amounts import count_text
 from core.cli import Parser, count, run
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.cli import (
     Parser,
@@ -20,12 +24,16 @@ from core.cli import (
 from core.errors import PreconditionError
 from export.models import DEFAULT_MODEL, SCHEDULERS
 
+if TYPE_CHECKING:
+    from backends.locked import LockedRecipe
+
 TOKEN_VARIABLE = "ADDBENCH_TOKEN"
 
 
 def parser() -> Parser:
     top = Parser(prog="addbench serve", description=__doc__)
     add_model_arguments(top, DEFAULT_MODEL)
+    top.set_defaults(model=None)
     add_backend_argument(top, many=True)
     top.add_argument(
         "--decoder", type=word_list, default=[], metavar="vae,taesd",
@@ -34,6 +42,10 @@ def parser() -> Parser:
     top.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="of the bundle")
     top.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (the model's)")
     top.add_argument("--guidance", type=float, metavar="SCALE", help="default: the model's own")
+    top.add_argument(
+        "--recipe", type=Path, metavar="FILE",
+        help="of addbench choose with --save: it says all of that, the batch and the steps",
+    )  # fmt: skip
     door = top.add_argument_group("where it listens")
     door.add_argument("--host", default="127.0.0.1", help="(127.0.0.1: this machine alone)")
     door.add_argument("--port", type=port, default=8000, help="0: any that is free (8000)")
@@ -88,6 +100,30 @@ def milliseconds(text: str) -> float:
     return value
 
 
+def follow(args: argparse.Namespace) -> LockedRecipe:
+    """Read --recipe and set what it says.
+
+    Raises:
+        PreconditionError: flags say it too, or it is of a call that the server does not make.
+    """
+    from backends.locked import LockedRecipe, refuse_beside
+
+    locked = LockedRecipe.read(args.recipe)
+    if locked.low_memory or locked.guidance_mode == "calls":
+        raise PreconditionError(
+            f"{args.recipe} cannot be served",
+            "a server keeps all parts loaded, and makes both evaluations of guidance in one call",
+            "choose from a run without low memory and without --guidance-mode calls",
+        )
+    says = locked.arguments()
+    says |= {"backend": [locked.backend], "decoder": [locked.decoder]}
+    del says["low_memory"], says["guidance_mode"]
+    refuse_beside(f"--{name}" for name in says if getattr(args, name))
+    for name, value in says.items():
+        setattr(args, name, value)
+    return locked
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.token and not args.token.isascii():
@@ -99,8 +135,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from serve.model import served_model
     from serve.server import Listener, serve
 
-    bundle = find_bundle(args.model, args.weights, args.dtype, args.size)
+    locked = follow(args) if args.recipe else None
+    bundle = find_bundle(args.model or DEFAULT_MODEL, args.weights, args.dtype, args.size)
     model = served_model(bundle, tuple(args.decoder), args.scheduler, args.guidance)
+    if locked:
+        model = replace(model, steps=locked.steps)
+        if text := locked.elsewhere(bundle.hash):
+            print(f"note: {text}", file=sys.stderr)
     jobs = {
         backend: {
             "bundle": str(bundle.path),

@@ -25,9 +25,6 @@ from core.cli import (
 from core.errors import PreconditionError
 from export.models import DEFAULT_MODEL, SCHEDULERS
 
-CAPTIONS = 600
-"""For `--quality`: a share of 0.9 among as many is known to 2.4 points (95%)."""
-
 
 def positive(text: str) -> float:
     """A number of seconds above 0."""

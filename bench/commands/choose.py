@@ -19,6 +19,8 @@ nothing can be said.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,11 +140,18 @@ def check(args: argparse.Namespace) -> None:
 
 def measured(args: argparse.Namespace, wants: Wants, arguments: Sequence[str]) -> int:
     """Search: measure what the choice takes, then choose."""
-    from bench.commands.arguments import CAPTIONS
     from bench.run.plan import plan
     from bench.run.request import Request
     from bench.run.resume import open_single, reopen
-    from bench.run.search import METHOD, asked_of, batches_for, candidates, final, search
+    from bench.run.search import (
+        METHOD,
+        asked_of,
+        batches_for,
+        candidates,
+        captions_for,
+        final,
+        search,
+    )
     from bench.show import table
 
     axes = axes_of(args)
@@ -155,19 +164,20 @@ def measured(args: argparse.Namespace, wants: Wants, arguments: Sequence[str]) -
         if "backends" not in axes:
             axes["backends"], left_out = candidates(wants)
         axes.setdefault("batches", batches_for(wants))
-        quality = CAPTIONS if wants.asks("captions") else 0
-        planned = plan(Request(**axes, method=METHOD, quality=quality))
-    run, left_out = search(
-        planned,
-        wants,
-        args.runs,
-        ["addbench", "choose", *arguments],
-        left_out,
-        resumed,
-        timeout_s=args.timeout,
-        budget_s=args.budget,
-        ceilings=not args.no_roofline,
-    )
+        planned = plan(Request(**axes, method=METHOD, quality=captions_for(wants)))
+    aside = sys.stdout if args.format == "table" else sys.stderr  # what is parsed is alone there
+    with contextlib.redirect_stdout(aside):
+        run, left_out = search(
+            planned,
+            wants,
+            args.runs,
+            ["addbench", "choose", *arguments],
+            left_out,
+            resumed,
+            timeout_s=args.timeout,
+            budget_s=args.budget,
+            ceilings=not args.no_roofline,
+        )
     table.write(run, run.rows())
     stem = args.out or run.path / "choice"
     return conclude(final(run, wants, args.across), args, stem, left_out, run)
@@ -178,11 +188,12 @@ def wanted(args: argparse.Namespace) -> Callable[[Cell], bool]:
     from backends.registry import parse_backend
 
     axes = axes_of(args)
+    folder = os.sep in (args.model or "")  # rows hold a name, and no folder
     backends = {text for given in axes.get("backends", ()) for text in (given, sorted_text(given))}
 
     def keep(cell: Cell) -> bool:
         return (
-            axes.get("model", cell.model) == cell.model
+            (folder or axes.get("model", cell.model) == cell.model)
             and (not backends or cell.backend_text in backends or cell.backend in backends)
             and cell.steps in axes.get("steps", [cell.steps])
             and cell.batch in axes.get("batches", [cell.batch])
@@ -215,6 +226,8 @@ def conclude(
     if args.save and choice.taken is not None:
         recipe_of(choice, model).write(args.save)
         files.append(args.save)
+    elif args.save:
+        print(f"nothing is taken, and {args.save} not written", file=sys.stderr)
     if args.format == "json":
         taken = choice.taken and shown.commands(choice.taken.contender, model)
         regret = against and {"share": against.share, "time_share": against.time_share,

@@ -1,8 +1,10 @@
-"""What a notebook calls: a sweep of a request, and the comparison of two runs."""
+"""What a notebook calls: a sweep of a request, a choice within limits, two runs compared."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench.rows.store import RUNS, Run, open_run
@@ -10,7 +12,11 @@ from bench.run import runner
 from bench.run.patience import usual_patience_s
 from bench.run.plan import plan
 from bench.run.request import Request
+from bench.run.search import METHOD, captions_for, final, search
 from bench.verdict import compare as comparing
+from bench.verdict.choosing.choice import Decision, decide
+from bench.verdict.choosing.contenders import contenders_of
+from bench.verdict.choosing.wants import wants_of
 from bench.verdict.outcome import Outcome
 from bench.verdict.rules import RUN_SLOWDOWN
 from core.errors import PreconditionError
@@ -88,3 +94,49 @@ def compare(
             "pass max_slowdown=0.15 for 15%",
         )
     return comparing.compare(pair[0], pair[1], max_slowdown, allow_other_machine)
+
+
+def choose(
+    source: Request | Run | str | os.PathLike[str] | Sequence[Run | str | os.PathLike[str]],
+    within: str = "",
+    *,
+    best: str = "",
+    price: float | None = None,
+    across: str = "",
+    runs: str | os.PathLike[str] = RUNS,
+    budget_s: float | None = None,
+    timeout_s: float = 1800.0,
+    ceilings: bool = True,
+) -> Decision:
+    """Say what to take within limits: of runs that are there, or of what a request names, of which
+    no more is measured than the choice takes.
+
+    `decision.taken` is the choice and None where there is none, `decision.second` the runner-up,
+    `decision.standings` all of them; `addbench.recipe_of(decision).write(path)` locks it.
+
+    Args:
+        source: a request, or runs: each a run, its folder, its name below `runs`, or `latest`. Of a
+            request the method is not looked at: rounds are measured until the choice is settled.
+        within: limits as they are typed: `latency<=4s memory<=8GB psnr>=40dB`.
+        best: the quantity of which the best is taken; "" for the first without a limit.
+        price: USD an hour of the machine.
+        across: the other quantity of the frontier.
+        budget_s: seconds after which a search ends with what it has; None for no end.
+
+    Raises:
+        PreconditionError: a limit makes no sense, there is no such run, or nothing can be measured.
+    """
+    wants = wants_of(within, best, price)
+    if isinstance(source, Request):
+        asked = replace(source, method=METHOD, quality=captions_for(wants))
+        words = ["addbench.choose"]
+        run, _ = search(
+            plan(asked), wants, Path(runs), words, [], timeout_s=timeout_s, budget_s=budget_s,
+            ceilings=ceilings,
+        )  # fmt: skip
+        return final(run, wants, across)
+    named: Sequence[Run | str | os.PathLike[str]]
+    named = [source] if isinstance(source, Run | str | os.PathLike) else source
+    opened = [each if isinstance(each, Run) else open_run(os.fspath(each), Path(runs))
+              for each in named]  # fmt: skip
+    return decide(contenders_of(opened, wants), wants, across)

@@ -23,7 +23,7 @@ from bench.run.measure import StopRule
 from bench.run.orders import Turn
 from bench.run.plan import Plan, groups
 from bench.run.progress import Display
-from bench.run.request import Sampling
+from bench.run.request import CAPTIONS, Sampling
 from bench.run.runner import Runner, Side, sigterm_as_ctrl_c
 from bench.verdict.choosing.choice import MOST_ROUNDS, Decision, decide, still_open
 from bench.verdict.choosing.contenders import REACH, Contender, contenders_of
@@ -57,6 +57,11 @@ def batches_for(wants: Wants) -> tuple[int, ...]:
     return MANY if rate else (1,)
 
 
+def captions_for(wants: Wants) -> int:
+    """How many captions of each candidate are judged."""
+    return CAPTIONS if wants.asks("captions") else 0
+
+
 def candidates(wants: Wants) -> tuple[list[str], list[str]]:
     """The backends that can be used here, in each of their precisions, as `--backend` takes them;
     and what is not tried, with the reason.
@@ -69,7 +74,7 @@ def candidates(wants: Wants) -> tuple[list[str], list[str]]:
             left_out.append(f"{name}: {ASIDE[name]}")
             continue
         if backend is None or not probe.usable:
-            left_out.append(f"{name}: {probe.what}; {probe.next}")
+            left_out.append(f"{name}: {probe.what} (addbench backends says what it takes)")
             continue
         if backend.provenance != "measured":
             left_out.append(f"{name}: no such device is here; --backend {name} models one")
@@ -145,6 +150,13 @@ def expected_ms(cell: Cell, known: Past, surveyed: Mapping[str, Any] | None) -> 
     return floor / TYPICAL_FRACTION if floor else None
 
 
+def no_less_ms(cell: Cell, known: Past, surveyed: Mapping[str, Any] | None) -> float | None:
+    """What a call takes by an earlier run, or at least: a floor is no bound, algorithms beat it."""
+    if cell in known.rows or not surveyed:
+        return expected_ms(cell, known, None)
+    return least_ms(cell, surveyed)
+
+
 # ---- what is measured, and how often
 
 
@@ -158,9 +170,10 @@ class Search:
         cells: the candidates, the most promising first.
         look: the contenders as the rows so far have them.
         budget_s: seconds for all of it; None for no end.
-        expected: milliseconds of a call as something known before says.
+        expected: milliseconds of a call by an earlier run of this machine, or at least.
         dropped: why a cell is measured no more.
         untried: why a cell was never measured.
+        full: whether the budget had no room for a turn: a round that is not whole is the last.
     """
 
     cells: Sequence[Cell]
@@ -175,6 +188,7 @@ class Search:
     untried: dict[Cell, str] = field(default_factory=dict)
     cost_s: dict[Cell, float] = field(default_factory=dict)
     said: set[Cell] = field(default_factory=set)
+    full: bool = False
 
     def turns(self, done: Iterable[tuple[Cell, int]] = ()) -> Iterator[Turn]:
         """Measure, judge, drop, until the choice is settled, the budget spent, or MOST_ROUNDS.
@@ -186,7 +200,7 @@ class Search:
         if have:
             self.judge()
         for round_ in range(MOST_ROUNDS):
-            if round_ and self.settled:
+            if round_ and (self.settled or self.full):
                 return
             for group in self.groups(round_):
                 cells = tuple(cell for cell in group if (cell, round_) not in have)
@@ -195,6 +209,7 @@ class Search:
                     continue
                 if self.left_s < sum(self.cost_s.get(cell, 0.0) for cell in cells):
                     self.say(f"the budget has no room for round {round_ + 1} of {cells[0]}")
+                    self.full = True
                     continue
                 if round_:
                     self.more(len(cells))
@@ -248,13 +263,15 @@ class Search:
     def hopeless(self, cell: Cell) -> bool:
         """Whether what is known before says that a cell is far behind the best that was measured.
 
-        Earlier rows of this machine are trusted so far, and a floor altogether.
+        Earlier rows of this machine are trusted so far.
         """
         expected = self.expected.get(cell)
-        taken = decide(self.look(), self.wants).taken if expected else None
-        if expected is None or taken is None or not self.decision_is_timed:
+        choice = decide(self.look(), self.wants) if expected else None
+        if expected is None or choice is None or choice.taken is None:
             return False
-        best = taken.contender
+        if choice.objective.name not in ("latency", "images/s", "usd/1000"):
+            return False
+        best = choice.taken.contender
         times = expected / cell.batch / (best.spans["latency"].mid / best.cell.batch)
         if times < HOPELESS:
             return False
@@ -262,16 +279,15 @@ class Search:
         self.dropped[cell] = self.untried[cell]
         return True
 
-    @property
-    def decision_is_timed(self) -> bool:
-        """Whether the best is of something that a shorter call is better in."""
-        return self.wants.objective({"latency", "images/s", "memory"}).timed
-
     def left_out(self) -> list[str]:
-        """What has no row, with the reason."""
+        """What has no row, by reason."""
         have = {each.cell for each in self.look()}
-        why = "the budget was spent before it"
-        return [f"{cell}: {self.untried.get(cell, why)}" for cell in self.cells if cell not in have]
+        texts: dict[str, list[str]] = {}
+        for cell in self.cells:
+            if cell not in have:
+                why = self.untried.get(cell, "the budget was spent before")
+                texts.setdefault(why, []).append(str(cell))
+        return [f"{'; '.join(cells)}: {why}" for why, cells in texts.items()]
 
 
 # ---- the whole of it
@@ -307,10 +323,9 @@ def search(
             kept, without = thinned(plan, wants, known)
             left_out = [*left_out, *without]
             surveyed = plan.roofline or known.roofline
-            expected = {
-                cell: ms for cell in kept if (ms := expected_ms(cell, known, surveyed)) is not None
-            }
+            expected = {cell: ms for cell in kept if (ms := expected_ms(cell, known, surveyed))}
             plan = replace(plan, cells=tuple(in_order(kept, expected)))
+            expected = {cell: ms for cell in kept if (ms := no_less_ms(cell, known, surveyed))}
             if not kept:
                 raise PreconditionError(
                     "no candidate can meet the limits", "; ".join(without),

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from backends.check.gate import QUANTISED, RANDOM_WORDS
 from bench.rows.cell import Cell
 from bench.show.canvas import NEUTRAL, SHAPES, STYLE, Look, look_of, plain_log, save
 from bench.verdict.choosing.choice import Decision, Standing, change_text, span_text
@@ -126,7 +127,16 @@ def second_text(choice: Decision) -> str:
 
 
 def caveat(choice: Decision) -> str:
-    """What the figures do not say where contenders draw different pictures; "" where they do."""
+    """What the figures do not say of the pictures; "" where there is nothing to say."""
+    said = [pictures_text(choice)]
+    taken = choice.taken and choice.taken.contender.cell
+    if taken and choice.wants.asks("psnr") and taken.storage in QUANTISED:
+        said += [f"{RANDOM_WORDS}."] * (taken.weights == "random")
+    return " ".join(text for text in said if text)
+
+
+def pictures_text(choice: Decision) -> str:
+    """What nothing says where contenders draw different pictures; "" where captions judge them."""
     cells = [each.contender.cell for each in choice.standings if not each.contender.fault]
     differ = [
         name

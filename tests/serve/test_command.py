@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import signal
@@ -21,10 +22,12 @@ from running import WAIT_S, decoded, pixels
 from websockets.sync.client import connect
 
 from backends.load import load_pipeline
+from backends.locked import LockedRecipe
 from core.cli import run
 from core.files import ROOT
+from core.machine import this_machine
 from export.bundle import Bundle
-from serve.__main__ import main, parser
+from serve.__main__ import follow, main, parser
 from serve.envelope import pack, unpack
 
 PROMPT = "a large red circle left of a small blue star on a black background"
@@ -228,6 +231,28 @@ def test_refusals(
     model = [] if "--model" in argv else ["--model", str(shapes_bundle.path)]
     assert run(main, [*model, *argv]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_recipe_says_what_is_served(
+    shapes_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = LockedRecipe(
+        str(shapes_bundle.path), "folder", "fp16", "64x64", "null", "taesd", 2, 4,
+        shapes_bundle.scheduler_name, 0.0, "none", False, shapes_bundle.hash,
+        {"machine": this_machine(), "place": "here", "run": "r", "rounds": 1,
+         "provenance": "measured"},
+    )  # fmt: skip
+    file = tmp_path / "recipe.toml"
+    recipe.write(file)
+    args = parser().parse_args(["--recipe", str(file)])
+    follow(args)
+    assert (args.backend, args.decoder, args.batch) == (["null"], ["taesd"], 4)
+    assert args.model == str(shapes_bundle.path)
+    assert run(main, ["--recipe", str(file), "--decoder", "vae"]) == 2
+    assert "--decoder beside a recipe" in capsys.readouterr().err
+    dataclasses.replace(recipe, low_memory=True).write(file)
+    assert run(main, ["--recipe", str(file)]) == 2
+    assert "cannot be served" in capsys.readouterr().err
 
 
 def test_help_names_every_default() -> None:
