@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
@@ -16,12 +19,13 @@ from core.errors import AddbenchError
 from serve.brief import FORMATS, Drawing, Ticket
 from serve.envelope import EnvelopeError, read_object
 from serve.errors import ApiError, api_error
-from serve.fields import Generation, read_generation
+from serve.fields import EDIT, Generation, no_such_field, read_generation
 
 if TYPE_CHECKING:
     from serve.app import Application
 
 LARGEST_JSON = 1 << 20
+LARGEST_PICTURE = 8 << 20
 DISCARDED = 1 << 26
 """Bytes of a body that is too large which are still read, so that its sender hears why."""
 BODY_S = 60.0
@@ -66,6 +70,20 @@ class ImagesApi:
                 code="invalid_json",
             ) from error  # fmt: skip
         return await self.draw(request, read_generation(body, self.app.model))
+
+    async def edits(self, request: Request) -> Response:
+        if (kind := content_type(request)) != "multipart/form-data":
+            raise unsupported_media(kind, "multipart/form-data")
+        self.app.require_ready()
+        if not self.app.model.pictures:
+            raise ApiError(
+                f"{self.app.model.name} does not start from a picture",
+                "its bundle has no encoder of pictures, or its backend cannot run one",
+                "export it again, or use a backend as ort", status=404, code="not_supported",
+            )  # fmt: skip
+        body = await read_body(request, LARGEST_PICTURE + LARGEST_JSON, "a picture with its fields")
+        fields, picture = await read_form(request, body)
+        return await self.draw(request, read_generation(fields, self.app.model, picture))
 
     async def draw(self, request: Request, generation: Generation) -> Response:
         """Queue the pictures, wait for all of them, answer; where the client leaves, drop them."""
@@ -125,6 +143,48 @@ async def left(request: Request) -> None:
     """Return when the client has closed its connection. The body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def read_form(request: Request, body: bytes) -> tuple[dict[str, Any], bytes]:
+    """The fields of a form, and the file of its picture.
+
+    Raises:
+        ApiError: it is no form, has no picture or several, or one that is too large.
+    """
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    def refused(what: str, why: str, next: str, param: str | None = "image") -> ApiError:
+        return ApiError(what, why, next, param=param)
+
+    fields: dict[str, Any] = {}
+    files: list[bytes] = []
+    try:
+        form = await MultiPartParser(request.headers, pieces(), max_files=2, max_fields=32).parse()
+    except (MultiPartException, ValueError, KeyError, AssertionError) as error:
+        raise refused(
+            "the form cannot be read", "it is damaged, or has too many parts",
+            "send multipart/form-data with image and prompt", None,
+        ) from error  # fmt: skip
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(form.close)
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name not in ("image", "image[]"):
+                    no_such_field(name, ("image", *EDIT))
+                files.append(await value.read())
+            elif name in fields:
+                raise refused(f"{name[:40]} stands twice", "a field has one value", "send it once",
+                              name[:40])  # fmt: skip
+            else:
+                fields[name] = value
+    if len(files) != 1 or not files[0]:
+        raise refused(f"the form has {len(files)} pictures" if files else "there is no picture",
+                      "one is redrawn", "send the file as image")  # fmt: skip
+    if len(files[0]) > LARGEST_PICTURE:
+        raise too_large(LARGEST_PICTURE, "a picture")
+    return fields, files[0]
 
 
 def content_type(request: Request) -> str:

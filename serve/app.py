@@ -79,6 +79,7 @@ class Application:
             Route("/metrics", self.show_metrics, methods=["GET"]),
             Route("/v1/models", images.models, methods=["GET"]),
             Route("/v1/images/generations", images.generations, methods=["POST"]),
+            Route("/v1/images/edits", images.edits, methods=["POST"]),
             WebSocketRoute("/live", self.live.serve),
             Route("/", pages.file, methods=["GET"]),
             Route("/page.json", pages.facts, methods=["GET"]),
@@ -122,7 +123,13 @@ class Application:
         if attendant.state == "ready":
             decoders = tuple(attendant.facts.get("decoders", self.model.decoders))
             shared = tuple(name for name in self.model.decoders if name in decoders)
-            self.model = replace(self.model, decoders=shared or self.model.decoders)
+            pairs = tuple((steps, share) for steps, share in attendant.facts.get("pairs", ()))
+            self.model = replace(
+                self.model,
+                decoders=shared or self.model.decoders,
+                pictures=self.model.pictures and attendant.facts.get("pictures", True),
+                pairs=pairs or self.model.pairs,
+            )
             for remark in attendant.facts.get("remarks", ()):
                 self.say(f"{attendant.post.name}: {remark}")
             sizes = ", ".join(map(str, attendant.facts["sizes"]))

@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 
 from backends.base import Backend, Shapes, artifact_key
 from backends.pipeline.output import Output
+from backends.pipeline.pictures import read_picture
 from backends.pipeline.pipeline import Pipeline
 from backends.pipeline.prompts import TOKENS
 from backends.pipeline.recipe import make_recipe
+from backends.pipeline.session import encoders
+from backends.pipeline.start import pairs
 from backends.registry import parse_backend
-from core.errors import AddbenchError
+from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT
 from distill.shapes import unknown_words
 from export.bundle import Bundle
@@ -49,10 +52,13 @@ def load(job: Mapping[str, Any], progress: Callable[[str], None]) -> Artist:
     fixed = one_batch_only(backend, bundle)
     batch = job["batch"] or (1 if fixed else BATCH)
     recipe = make_recipe(bundle, job["scheduler"], job["guidance"])
+    pictures = bool(encoders(bundle)) and not backend.no_pictures
     pipelines: dict[str, Pipeline] = {}
     for decoder in job["decoders"]:
         progress(f"compiling and loading, with the decoder {decoder}")
         pipeline = backend.pipeline(bundle, decoder, Shapes(batch, *bundle.size), recipe=recipe)
+        if pictures:
+            pipeline.use_encoder()
         first = next(iter(pipelines.values()), None)
         if first and type(first).session is Pipeline.session and first.staged:
             for part in set(first.parts) & set(pipeline.parts):
@@ -60,7 +66,7 @@ def load(job: Mapping[str, Any], progress: Callable[[str], None]) -> Artist:
         elif first and not job["all_decoders"]:
             break  # it would hold the whole model twice, and nobody asked for it
         pipelines[decoder] = pipeline.prepare()
-    artist = Artist(pipelines, batch, fixed)
+    artist = Artist(pipelines, batch, fixed, pictures)
     progress("warming up")
     artist.warm(chosen=job["batch"] is not None)
     return artist
@@ -78,10 +84,14 @@ class Artist:
     Args:
         batch: the largest.
         fixed: whether the graphs take exactly `batch`; fewer are filled up, and thrown away.
+        pictures: whether they can start from a picture.
     """
 
-    def __init__(self, pipelines: Mapping[str, Pipeline], batch: int, fixed: bool) -> None:
+    def __init__(
+        self, pipelines: Mapping[str, Pipeline], batch: int, fixed: bool, pictures: bool
+    ) -> None:
         self.pipelines, self.batch, self.fixed = dict(pipelines), batch, fixed
+        self.pictures = pictures
         self.sizes = [1]
         self.remarks: list[str] = []
         self.first = next(iter(self.pipelines.values()))
@@ -95,10 +105,21 @@ class Artist:
         return {
             "sizes": self.sizes,
             "decoders": list(self.pipelines),
+            "pictures": self.pictures,
+            "pairs": self.pairs() if self.pictures else [],
             "remarks": self.remarks,
             "precision": self.backend.precision(self.first.bundle),
             "provenance": self.backend.provenance,
         }
+
+    def pairs(self) -> list[tuple[int, float]]:
+        """Steps and strengths with which a picture is redrawn on the model's own timesteps: for
+        each strength the fewest steps."""
+        fewest: dict[float, int] = {}
+        for strength in (0.25, 0.5, 0.75):
+            for steps, share, _ in pairs(self.first.bundle, self.first.recipe, 4, strength):
+                fewest[share] = min(steps, fewest.get(share, steps))
+        return [(fewest[share], share) for share in sorted(fewest)]
 
     def warm(self, chosen: bool) -> None:
         """Draw once at every batch size that will be used, and hold batches against single
@@ -135,26 +156,54 @@ class Artist:
         )
         return image_distance(image, alone).passes(gate)
 
-    def call(self, pipeline: Pipeline, prompts: list[str], seeds: list[int], steps: int) -> Output:
+    def call(
+        self,
+        pipeline: Pipeline,
+        prompts: list[str],
+        seeds: list[int],
+        steps: int,
+        pictures: list[NDArray[np.uint8]] | None = None,
+        strength: float | None = None,
+    ) -> Output:
         """A call of the pipeline, filled up where its batch is fixed. Its warnings are the notes'
         business: they quote prompts."""
         filling = self.batch - len(prompts) if self.fixed else 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return pipeline(
-                prompts + prompts[-1:] * filling, steps=steps, seed=seeds + seeds[-1:] * filling
+                prompts + prompts[-1:] * filling,
+                steps=steps,
+                seed=seeds + seeds[-1:] * filling,
+                images=pictures + pictures[-1:] * filling if pictures else None,
+                strength=strength if pictures else None,
             )
 
     def draw(
         self, order: Mapping[str, Any], files: list[bytes], check: Callable[[], None]
     ) -> tuple[list[NDArray[np.uint8] | AddbenchError], list[dict[str, Any]], dict[str, float]]:
         pipeline = self.pipelines[order["decoder"]]
-        prompts = [picture["prompt"] for picture in order["pictures"]]
-        seeds = [picture["seed"] for picture in order["pictures"]]
-        with checked(pipeline, check):
-            output = self.call(pipeline, prompts, seeds, order["steps"])
-        images: list[NDArray[np.uint8] | AddbenchError] = list(output.images[: len(prompts)])
-        return images, [self.notes(prompt) for prompt in prompts], milliseconds(output)
+        answers: list[NDArray[np.uint8] | AddbenchError | None] = [None] * len(order["pictures"])
+        pictures: list[NDArray[np.uint8]] = []
+        for place, file in enumerate(files):
+            if file:
+                try:
+                    shapes = pipeline.shapes
+                    read = read_picture(file, "the picture", shapes.width, shapes.height)
+                    pictures.append(read.pixels)
+                except PreconditionError as error:  # of this one alone, not of its batch
+                    answers[place] = error
+        asked = [p for p, answer in zip(order["pictures"], answers, strict=True) if answer is None]
+        ms: dict[str, float] = {}
+        if asked:
+            prompts, seeds = [p["prompt"] for p in asked], [p["seed"] for p in asked]
+            with checked(pipeline, check):
+                output = self.call(
+                    pipeline, prompts, seeds, order["steps"], pictures, order["strength"]
+                )
+            drawn, ms = iter(output.images), milliseconds(output)
+            answers = [next(drawn) if answer is None else answer for answer in answers]
+        notes = [self.notes(picture["prompt"]) for picture in order["pictures"]]
+        return [answer for answer in answers if answer is not None], notes, ms
 
     def notes(self, prompt: str) -> dict[str, Any]:
         """What the client should know: how many tokens, and how many are read where fewer are;
@@ -200,7 +249,8 @@ def checked(pipeline: Pipeline, check: Callable[[], None]) -> Iterator[None]:
 def milliseconds(output: Output) -> dict[str, float]:
     """A call's milliseconds by stage; its total alone where it did not wait between stages."""
     times = output.timings
-    stages = {"text": times.text, "decode": times.decode, "rest": times.rest}
+    stages = {"text": times.text, "picture": times.encode, "decode": times.decode,
+              "rest": times.rest}  # fmt: skip
     known = {name: 1e3 * seconds for name, seconds in stages.items() if seconds is not None}
     if times.unet:
         known["unet"] = 1e3 * sum(times.unet)

@@ -173,12 +173,15 @@ def read_generation(
                f"{n * len(texts)} were asked for", "send b64_json, or n = 1")  # fmt: skip
     # Shown to the client again, so that any picture can be drawn once more.
     seed = whole("seed", given.get("seed", secrets.randbelow(2**32)), 0, SEEDS - MOST_PICTURES)
-    steps = steps_of(given.get("num_inference_steps", model.steps), model)
+    own_steps, own_strength = (model.steps, None) if picture is None else model.pair
+    if "strength" in given:
+        own_steps = model.steps
+    steps = steps_of(given.get("num_inference_steps", own_steps), model)
     decoder = choice("decoder", given.get("decoder", model.decoders[0]), model.decoders)
     format = cast(
         Format, choice("output_format", given.get("output_format", "png"), tuple(FORMATS))
     )
-    strength = None if picture is None else strength_of(given.get("strength", 0.6))
+    strength = None if picture is None else strength_of(given.get("strength", own_strength))
     briefs = tuple(
         Brief(text, seed + index, steps, decoder, format, strength, picture or b"")
         for text in texts
@@ -226,9 +229,9 @@ def read_live(
     return Brief(
         values["prompt"],
         values.get("seed", 0),
-        values.get("steps", model.steps),
+        values.get("steps", model.pair[0] if picture and "strength" not in values else model.steps),
         values.get("decoder", model.decoders[0]),
         format,
-        values.get("strength", 0.6) if picture else None,
+        values.get("strength", model.pair[1]) if picture else None,
         picture,
     )

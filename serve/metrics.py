@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
-STAGES = ("queue", "text", "unet", "decode", "rest", "encode")
+STAGES = ("queue", "text", "picture", "unet", "decode", "rest", "encode")
 
 
 class Metrics:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backends.pipeline.recipe import check_steps, make_recipe
-from backends.pipeline.session import check_decoder, decoders
+from backends.pipeline.session import check_decoder, decoders, encoders
 from core.errors import PreconditionError
 from export.bundle import Bundle
 
@@ -24,6 +24,7 @@ class ServedModel:
         guidance: of the server's recipe; 0 for none.
         judge: "shapes" where the captions of a grammar are what it knows.
         pictures: whether it can start from a picture.
+        pairs: steps and strengths that suit it when it does, by strength; its workers say them.
         bundle: what the worker opens.
     """
 
@@ -36,10 +37,16 @@ class ServedModel:
     guidance: float = 0.0
     judge: str | None = None
     pictures: bool = False
+    pairs: tuple[tuple[int, float], ...] = ()
     licence: str = ""
     weights: str = ""
     hash: str = ""
     bundle: Path = Path()
+
+    @property
+    def pair(self) -> tuple[int, float]:
+        """Steps and strength of a picture that is redrawn, where nothing is said: about half."""
+        return min(self.pairs or ((4, 0.5),), key=lambda pair: abs(pair[1] - 0.5))
 
     @property
     def size(self) -> str:
@@ -79,6 +86,7 @@ def served_model(
         decoders=chosen or decoders(bundle),
         guidance=recipe.guidance,
         judge=bundle.model.judge,
+        pictures=bool(encoders(bundle)),
         licence=bundle.licence,
         weights=bundle.weights,
         hash=bundle.hash,

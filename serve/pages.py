@@ -42,6 +42,7 @@ def page_facts(model: ServedModel) -> dict[str, Any]:
         "step_choices": sorted({*choices, model.steps}),
         "decoders": list(model.decoders),
         "pictures": model.pictures,
+        "pairs": [list(pair) for pair in model.pairs or (model.pair,)],
         "longest": LONGEST_PROMPT,
         "sentence": "It draws while you type.",
         "tree": None,

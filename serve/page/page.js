@@ -215,11 +215,19 @@ class Page {
       steps: this.steps, decoder: this.decoder,
     };
     const picture = this.desk?.picture();
-    if (picture) request.strength = this.desk.strength;
+    if (picture) Object.assign(request, { strength: this.desk.strength, steps: this.desk.steps });
     this.transport.send(request, picture);
   }
 
+  /** What only a loaded model knows. */
+  async settle() {
+    const { pictures, pairs } = await fetchFacts();
+    if (this.desk && pictures) this.desk.offer(pairs);
+    element("start-knob").hidden = !pictures;
+  }
+
   status({ state, words, progress }) {
+    if (state === "ready" && !this.settled) { this.settled = true; this.settle(); }
     document.body.dataset.state = state;
     element("words").textContent = state === "loading" ? "loading" : state === "lost" ? words : "ready";
     element("veil-words").textContent = words;
@@ -325,7 +333,7 @@ class Desk {
   constructor(page, facts) {
     this.page = page;
     this.on = false;
-    this.strength = 0.6;
+    this.offer(facts.pairs);
     this.bytes = null;
     this.canvas = element("paper");
     this.canvas.width = facts.width;
@@ -344,14 +352,28 @@ class Desk {
     element("camera").addEventListener("click", () => (this.stream ? this.stop() : this.film()));
     element("file").addEventListener("change", ({ target }) => { this.open(target.files[0]); target.value = ""; });
     element("strength").addEventListener("input", ({ target }) => {
-      this.strength = Number(target.value);
-      element("strength-value").textContent = this.strength.toFixed(2);
+      this.pick(Number(target.value));
       this.page.send();
     });
     this.canvas.addEventListener("pointerdown", (event) => this.stroke(event, true));
     this.canvas.addEventListener("pointermove", (event) => { if (event.buttons & 1) this.stroke(event, false); });
     for (const type of ["dragover", "drop", "dragleave"]) addEventListener(type, (event) => this.drag(type, event));
     this.clear();
+  }
+
+  /** Take the [steps, strength] that suit the model, the least redrawn first. */
+  offer(pairs) {
+    this.pairs = pairs;
+    const far = (n) => Math.abs(pairs[n][1] - 0.5);
+    this.pick([...pairs.keys()].reduce((best, n) => (far(n) < far(best) ? n : best), 0));
+    element("strength").max = pairs.length - 1;
+    element("strength").value = this.chosen;
+  }
+
+  pick(chosen) {
+    this.chosen = chosen;
+    [this.steps, this.strength] = this.pairs[chosen];
+    element("strength-value").textContent = `${Math.round(100 * this.strength)}% in ${this.steps} steps`;
   }
 
   well(name) {
@@ -373,6 +395,7 @@ class Desk {
     this.on = on;
     element("desk").hidden = !on;
     element("start").setAttribute("aria-pressed", String(on));
+    element("steps").parentElement.hidden = on || this.page.facts.step_choices.length < 2;
     if (!on) this.stop();
     this.changed();
   }
@@ -482,10 +505,10 @@ class Desk {
   picture() { return this.on ? this.bytes : null; }
 }
 
+const fetchFacts = async () => (await fetch(new URL("page.json", document.baseURI))).json();
 const script = document.querySelector("script[data-transport]");
 if (script) {
   const named = script.dataset.transport;
   const transport = named === "socket" ? connect : (await import(new URL(named, document.baseURI))).connect;
-  const facts = await (await fetch(new URL("page.json", document.baseURI))).json();
-  globalThis.page = new Page(facts, transport);
+  globalThis.page = new Page(await fetchFacts(), transport);
 }

@@ -29,10 +29,17 @@ SIDE = 8
 
 
 def expected(
-    prompt: str, seed: int, steps: int = 1, decoder: str = "vae", side: int = SIDE
+    prompt: str,
+    seed: int,
+    steps: int = 1,
+    decoder: str = "vae",
+    side: int = SIDE,
+    picture: bytes = b"",
+    strength: float | None = None,
 ) -> NDArray[np.uint8]:
     """The picture of a brief."""
     key = f"{prompt}|{seed}|{steps}|{decoder}".encode("utf-8", "surrogatepass")
+    key += picture + str(strength).encode()
     data = hashlib.shake_128(key).digest(side * side * 3)
     return np.frombuffer(data, np.uint8).reshape(side, side, 3)
 
@@ -74,8 +81,10 @@ class Scripted:
                 order["steps"],
                 order["decoder"],
                 self.job["side"],
+                file,
+                order["strength"],
             )
-            for picture in pictures
+            for picture, file in zip(pictures, files, strict=True)
         ]
         notes = [{"tokens": len(prompt.split()) + 2} for prompt in prompts]
         return images, notes, {"text": 0.1, "unet": ms, "total": ms}

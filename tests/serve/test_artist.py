@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backends.load import load_pipeline
 from backends.registry import parse_backend
-from core.errors import AddbenchError
+from core.errors import AddbenchError, PreconditionError
 from export.bundle import Bundle
 from serve.artist import Artist, batch_sizes, load
-from serve.worker import CancelledError
+from serve.worker import CancelledError, encoded
 
 JOB: dict[str, Any] = {"decoders": ["vae", "taesd"], "all_decoders": True, "batch": 4,
                        "scheduler": None, "guidance": None}  # fmt: skip
@@ -55,6 +56,30 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(shapes_bundle: Bundle, backe
         assert artist.same(image, together[number])
         if backend in ("ort", "null"):
             assert np.array_equal(image, together[number])
+
+
+def test_pictures_to_start_from(shapes_bundle: Bundle) -> None:
+    artist = artist_of(shapes_bundle, "ort")
+    facts = artist.facts()
+    assert facts["pictures"]
+    shares = [share for _, share in facts["pairs"]]
+    assert shares == sorted(set(shares))
+    assert 0 < shares[0] <= shares[-1] < 1
+    (source,) = drawn(artist, order(["a large red circle on the left of a black background"]))
+    file = encoded(source, "png")
+    steps, strength = facts["pairs"][0]
+    asked = order(["a large blue circle on the left of a black background"] * 3, steps=steps)
+    asked["strength"] = strength
+    images, notes, ms = artist.draw(asked, [file, b"no picture", file], lambda: None)
+    assert isinstance(images[1], PreconditionError)
+    assert len(notes) == 3
+    assert ms["picture"] > 0
+    pipe = load_pipeline(shapes_bundle.path, "ort", "vae")
+    alone = pipe(
+        ["a large blue circle on the left of a black background"], steps=steps, seed=[2],
+        images=source, strength=strength,
+    )  # fmt: skip
+    assert artist.same(images[2], alone.images[0])
 
 
 def test_the_decoders_share_the_rest(shapes_bundle: Bundle) -> None:
