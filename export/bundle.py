@@ -7,9 +7,10 @@ import hashlib
 import io
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -344,14 +345,30 @@ def bundle_of_checkpoint(
     if not is_folder and not (place.is_file() and place.suffix == ".safetensors"):
         return None
     name = place.resolve().name if is_folder else place.stem
-    for kind in DTYPES if dtype is None else (dtype,):
-        for path in {bundle_path(name, "folder", kind, asked): 0 for asked in (size, None)}:
-            if not (path / MANIFEST).is_file():
-                continue
-            bundle = Bundle.open(path)
+    kinds = DTYPES if dtype is None else (dtype,)
+
+    def of_it(paths: Iterable[Path]) -> Iterator[Bundle]:
+        for bundle in (Bundle.open(path) for path in paths if (path / MANIFEST).is_file()):
             source = bundle.manifest["source"].get("path")
             if source == str(place.resolve()) and size in (None, bundle.size):
-                return bundle
+                yield bundle
+
+    for kind in kinds:
+        plain = [bundle_path(name, "folder", kind, asked) for asked in (size, None)]
+        if bundle := next(of_it(plain), None):
+            return bundle
+    # With LoRA weights and the like the name says more: one such bundle is the one that is meant.
+    named = (build_root().glob(f"{escape(name)}+*-folder-{kind}*") for kind in kinds)
+    more = [path for paths in named for path in sorted(paths)]
+    fused = list(of_it(more))
+    if len(fused) == 1:
+        return fused[0]
+    if fused:
+        raise PreconditionError(
+            f"there are {len(fused)} bundles of {place}, and none of it alone",
+            "something is fused into each: " + ", ".join(bundle.path.name for bundle in fused),
+            f"pass one's folder: --model {shlex.quote(str(fused[0].path))}",
+        )
     raise PreconditionError(
         f"there is no bundle of {place}" + (f" at {size_text(size)}" if size else ""),
         f"looked for {bundle_path(name, 'folder', dtype or '*', size)}",
@@ -392,6 +409,7 @@ def export_again(bundle: Bundle) -> str:
     flags["--size"] = size_text(bundle.size) if bundle.size != usual else None
     flags["--variant"] = asked.get("variant")
     flags["--seed"] = str(asked["seed"]) if asked.get("seed") else None
+    flags["--clip-skip"] = str(asked["clip_skip"]) if asked.get("clip_skip") else None
     words = ["addbench", "export", "--model", model]
     words += [word for flag, value in flags.items() if value for word in (flag, value)]
     for lora in asked.get("loras") or ():

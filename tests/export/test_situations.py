@@ -23,7 +23,7 @@ from backends.pipeline.recipe import make_recipe
 from core.errors import PreconditionError
 from core.files import ROOT, read_json, write_json
 from export.build import ExportPlan, open_all
-from export.bundle import bundle_path, find_bundle
+from export.bundle import bundle_path, export_again, find_bundle
 from export.models import MODELS
 from export.request import infer_file, infer_model, make_request
 from export.source.checkpoint import Checkpoint, CheckpointError, open_checkpoint, open_request
@@ -348,6 +348,22 @@ def test_the_checkpoint_that_was_exported_finds_its_bundle(
     bundle = opened(sd, bundle_path(sd.name, "folder", "fp32"))
     assert find_bundle(str(sd)).path == bundle.path
     assert find_bundle(str(sd), size=(64, 64)).path == bundle.path
+
+
+def test_a_checkpoint_with_more_fused_in_finds_its_bundle(
+    sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
+    skipped = opened(sd, bundle_path(f"{sd.name}+clip-skip-1", "folder", "fp32"), clip_skip=1)
+    assert "--clip-skip 1" in export_again(skipped)
+    assert find_bundle(str(sd)).path == skipped.path
+    other = Path(shutil.copytree(skipped.path, tmp_path / "build" / f"{sd.name}+style-folder-fp32"))
+    with pytest.raises(PreconditionError, match="2 bundles of") as caught:
+        find_bundle(str(sd))
+    assert other.name in caught.value.why
+    assert find_bundle(caught.value.next.split()[-1]).path == skipped.path
+    alone = opened(sd, bundle_path(sd.name, "folder", "fp32"))
+    assert find_bundle(str(sd)).path == alone.path
 
 
 # ---- the page
