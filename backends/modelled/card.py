@@ -73,7 +73,7 @@ ASSUMPTIONS = (
     " SDXL, not how many a turn of a pipeline has: figures are given for one, and for one at each"
     " of its programs (four for SDXL), and SDXL's published times are fitted with the middle of"
     " the two",
-    "everything on the chip goes with the clock of its cores: SDXL took 1.66 to 1.71 times as long"
+    "everything on the chip goes with the clock of its cores: SDXL took 1.65 to 1.71 times as long"
     " on an Ultra's SoC as on a Pro, whose peaks differ by 1.72; the power that each may draw is"
     " left out (a Standard card has 75 W; a public record of an Ultra shows a limit of 31 W an"
     " SoC)",

@@ -9,11 +9,11 @@ The formula is in `program`. It is fitted by robust least squares on the logarit
 
 What SDXL's 0.3 s an evaluation on a Pro are, the counted work of its graph narrows down:
 
-- It is on the chip. An Ultra's SoC takes 1.66 to 1.71 times a Pro, their peaks differ by 1.72 and
+- It is on the chip. An Ultra's SoC takes 1.65 to 1.71 times a Pro, their peaks differ by 1.72 and
   their DDR not at all. What is left for the DDR is not more than the weights: neither scores nor
   activations leave the chip in numbers.
 - It is not the operators. 934 of them, and 1200 more where attention is cut into blocks, at the
-  microseconds that the small networks show for one, are less than a twentieth.
+  microseconds that the small networks show for one, are 6% of it at most.
 - It is not the multiply-adds, which run at half of the peak or more where rows have enough tokens.
 - What is left are the scores of attention, of which SDXL at 1024 px has four times as many for a
   FLOP as BERT, and the exchange of activations. One size of one network cannot tell them apart: the
@@ -25,8 +25,9 @@ What SDXL's 0.3 s an evaluation on a Pro are, the counted work of its graph narr
 
 Convolutions exchange activations too: with it the Standard card's convolutional networks that have
 a chip for themselves are predicted within a factor of 1.3 where they are held out, without it
-within 1.5, and an operator of theirs takes 5 to 7 microseconds in place of 13. They ask for half
-the time a byte of what matrix products do, so that theirs is a parameter of its own.
+within 1.5, and an operator of theirs takes 5 to 7 microseconds in place of 13. They ask for 10 to
+20 ps a byte whatever the share of the scores is, on which what matrix products ask for depends: so
+theirs is a parameter of its own.
 
 What the DDR delivers cannot be told from these rows: it is assumed, and all is fitted anew for each
 assumption. Rows whose weights cannot stay on the chip are a check of it, see `Sample.streamed`.

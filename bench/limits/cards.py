@@ -92,12 +92,20 @@ class Option:
         """Images per joule at the TDP."""
         return self.batch / (self.device.tdp_w * period_s)
 
+    def switched_per_joule(self, switching: str) -> float:
+        """`per_joule` of the middle of a period with switching."""
+        return self.per_joule(self.pace(switching).period.mid)
+
     def columns(self, target_ms: float) -> dict[str, Any]:
         """As JSON; milliseconds."""
         from bench.limits.modelled import ms, pace
 
         switched = {
-            name: pace(self.pace(name)) | {"verdict": self.verdict(target_ms, name)}
+            name: {
+                **pace(self.pace(name)),
+                "verdict": self.verdict(target_ms, name),
+                "images_per_joule_at_tdp": round(self.switched_per_joule(name), 5),
+            }
             for name in SWITCHING
         }
         return {
@@ -208,6 +216,10 @@ CARD_COLUMNS = (
     *switched_columns(),
     Column("images/s", lambda one: one.batch / one.found.period.mid, 1),
     Column("images/J at TDP", joule_span),
+    *(
+        Column(f"images/J, {header}", lambda one, name=name: one.switched_per_joule(name), 3)  # type: ignore[misc]
+        for name, header in SWITCHING.items()
+    ),
 )
 
 

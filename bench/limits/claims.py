@@ -285,7 +285,7 @@ def headline(finding: Finding) -> list[str]:
             if model is not None and claim.call_ms is not None:
                 switched = ""
                 if model.switched is not None:
-                    switched = f"; to {model.switched:.0f} ms if it switches programs"
+                    switched = f"; to {model.switched:.0f} ms if it switches to each program"
                 lines.append(
                     f"{named(model)}: {model.fit(claim.call_ms)} (floor {model.floor:.0f} ms,"
                     f" range {model.fast:.0f} to {model.slow:.0f} ms"

@@ -21,6 +21,7 @@ from backends.load import load_pipeline
 from backends.modelled import fit
 from backends.modelled.backend import ModelledBackend
 from backends.modelled.card import (
+    ASSUMPTIONS,
     INTERVAL,
     SPLITS,
     Call,
@@ -110,6 +111,29 @@ def test_sdxl_is_what_was_published() -> None:
         evaluations = sum(count * work.matmul_flops for work, count in each.parts)
         prompts = 1 if each.split == "guidance" else 2
         assert evaluations == pytest.approx(20 * prompts * 5138e9, rel=0.01)
+
+
+def test_the_cards_differ_as_their_peaks_do() -> None:
+    """What the page and the assumptions say of SDXL on a Pro and on an Ultra's SoC."""
+    seconds = {each.id: each.seconds for each in fit.diffusion_rows()}
+    pairs = [("Q-U2-O1", "Q-P8-O1"), ("Q-U2-O1", "Q-K16-O1"), ("Q-U2-S4", "Q-P8-S4")]
+    ratios = [seconds[ultra] / seconds[pro] for ultra, pro in pairs]
+    peaks = devices()["ai100-pro"].fp16_tflops_dense / (ULTRA.fp16_tflops_dense / ULTRA.socs)
+    words = f"{min(ratios):.2f} to {max(ratios):.2f} times"
+    for text in ((ROOT / "docs" / "cloud-ai-100.md").read_text(), " ".join(ASSUMPTIONS)):
+        assert words in text
+        assert f"{peaks:.2f}" in text
+
+
+def test_operators_are_little_of_a_unet_at_1024_px() -> None:
+    """With the 1200 more of attention in blocks, of 0.304 s on a Pro: what the page says."""
+    cost = known_costs("sdxl-base", (1024, 1024))["unet"]
+    for found in fit.fits().values():
+        operators = {kind: float(count) for kind, count in cost.operators.items()}
+        took_us = (operators["linear"] + operators["attention"] + 1200) * float(
+            found.parameters.operator_matmul_us
+        ) + operators["conv"] * float(found.parameters.operator_conv_us)
+        assert took_us < 0.065 * 304e3, (found.share, found.ddr)
 
 
 def test_activations_of_a_transformer_are_counted_as_those_of_a_graph() -> None:
@@ -207,6 +231,12 @@ def test_exchange_is_slower_than_the_network_among_the_cores() -> None:
     text = (ROOT / "docs" / "cloud-ai-100.md").read_text()
     said = re.search(r"takes (\d+) to (\d+) ps, which is (\d+) to (\d+) GB/s", text)
     assert said is not None
+    conv = [float(each.conv_byte_ps) for each in found]
+    theirs = re.search(r"at (\d+) to (\d+) ps a byte", text)
+    assert theirs is not None
+    assert [float(each) for each in theirs.groups()] == pytest.approx(
+        [min(conv), max(conv)], rel=0.05
+    )
     low, high, slow, fast = (float(each) for each in said.groups())
     assert (low, high) == pytest.approx((min(products), max(products)), rel=0.05)
     assert (slow, fast) == pytest.approx((1e3 / max(products), 1e3 / min(products)), rel=0.05)

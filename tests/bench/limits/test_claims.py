@@ -230,7 +230,7 @@ def test_markdown_names_both_headlines(tmp_path: Path, capsys: pytest.CaptureFix
     assert "4 steps, taesd: beyond the range (floor 164 ms" in text
     assert "1 step, vae: fits (floor 84 ms" in text
     assert "2 steps, vae: beyond the range (floor 121 ms" in text
-    assert "if it switches programs" in text
+    assert "if it switches to each program" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(CLAIMS)
     assert len({line.count("|") for line in lines}) == 1

@@ -19,7 +19,7 @@ from backends.base import UnsupportedError
 from backends.modelled.card import SPLITS, Call, estimate
 from backends.modelled.costs import known_costs
 from bench.commands.claims import main as claims_main
-from bench.limits import floors
+from bench.limits import cards, floors
 from bench.limits.claims import COLUMNS as CLAIM_COLUMNS
 from bench.limits.claims import VERDICTS, energy_text, findings, impossible, near_text
 from bench.limits.floors import ERROR, beaten, beaten_text, of_row, share_of_floor
@@ -219,6 +219,35 @@ def test_two_points_are_worth_what_their_errors_are() -> None:
     assert not sure.refused
     assert "spread" in unsure.refused
     assert unsure.per_step_error_ms == pytest.approx(2**0.5)
+
+
+# ---- cards
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    steps=st.integers(1, 50),
+    batch=st.integers(1, 9),
+    target=st.floats(1e-3, 1e7),
+    decoder=st.sampled_from(["vae", "taesd"]),
+)
+def test_what_is_said_of_cards_can_be(steps: int, batch: int, target: float, decoder: str) -> None:
+    names = [each.name for each in devices().values() if each.vendor == "Qualcomm"]
+    question = cards.Question("sdxl-turbo", None, names, [steps], batch, [decoder], target)
+    ways = cards.options(question)
+    assert {way.device.name for way in ways} == set(names)
+    for section in cards.sections(ways, question):
+        for column in section.columns:
+            for way in section.rows:
+                text = column.text(way)
+                assert not re.search(r"nan|inf|(?<![\w.])-\d", text), (column.header, text)
+    for way in ways:
+        for name in ("resident", *cards.SWITCHING):
+            period = way.pace(name).period
+            verdict = way.verdict(target, name)
+            assert (verdict == "fits") == (1e3 * period.low <= target <= 1e3 * period.high)
+            assert (verdict == "impossible") == (target < 1e3 * way.found.period_floor)
+            assert way.per_joule(period.mid) > 0
 
 
 # ---- claims and dry runs
