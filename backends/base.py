@@ -270,6 +270,15 @@ class Backend(ABC):
             self, bundle, decoder, shapes, embedding_cache=embedding_cache, recipe=recipe
         )
 
+    def require_pictures(self) -> None:
+        """Refuse to start from a picture where `no_pictures` says why."""
+        if self.no_pictures:
+            raise UnsupportedError(
+                f"backend {self.name} does not start from a picture",
+                self.no_pictures,
+                "use ort, openvino or torch",
+            )
+
     def require_low_memory(self) -> None:
         """Refuse to load parts on demand where `resident` says why they stay."""
         if self.resident:

@@ -32,6 +32,7 @@ from bench.rows.cell import Cell
 from bench.rows.fields import MODELLED, OK
 from bench.rows.store import now_utc
 from bench.run.measure import Measurement, PeakMemory, StopRule, inputs_of_call, measure
+from bench.run.pictures import start_of
 from bench.run.quality import judge_accepts, measure_quality
 from core.errors import AddbenchError, PreconditionError
 from core.machine import package
@@ -121,6 +122,9 @@ class Worker:
             embedding_cache=0,
             recipe=Recipe(cell.scheduler, cell.guidance, cell.guidance_mode),
         )
+        if cell.encoder:
+            self.pipe.use_encoder(cell.encoder)
+        self.start = start_of(bundle, cell)
         if cell.low_memory:
             self.pipe.use_low_memory()
 
@@ -163,11 +167,16 @@ class Worker:
                 prompts=prompts,
                 reference=reference,
                 on_sample=on_sample,
+                start=self.start,
             )
-            period_s = self.pipe.period_s(
-                lambda call: inputs_of_call(call, cell.batch, prompts),
-                cell.steps,
-                self.rule.min_time,
+            period_s = (
+                None
+                if self.start
+                else self.pipe.period_s(
+                    lambda call: inputs_of_call(call, cell.batch, prompts),
+                    cell.steps,
+                    self.rule.min_time,
+                )
             )
         except Exception as error:  # any library may raise anything: it becomes the cell's row
             traceback.print_exc()
@@ -206,13 +215,14 @@ class Worker:
     def judge(self, cell: Cell, measured: Measurement) -> dict[str, Any]:
         """Image 0 against the bundle's reference: a fast wrong image is a failed cell.
 
-        References are of the model's own recipe; how guidance is computed changes no image.
+        References are of the model's own recipe, from noise; how guidance is computed changes no
+        image.
         """
         from backends.check.gate import gate_for, image_distance
         from backends.pipeline.recipe import make_recipe
 
         key, own = (cell.decoder, cell.steps), make_recipe(self.bundle)
-        other = (cell.scheduler, cell.guidance) != (own.scheduler, own.guidance)
+        other = (cell.scheduler, cell.guidance) != (own.scheduler, own.guidance) or cell.encoder
         if self.references is None or other or key not in self.references.images:
             check = {"status": "no_reference", "psnr_db": None, "ssim": None}
             return {"status": OK, "image_check": check}
@@ -252,11 +262,13 @@ def figures(measured: Measurement, batch: int, wanted: int) -> dict[str, Any]:
         "unet_first": stats.median_or_none([unet[0] for unet in measured.unet_ms]),
         "unet_step": stats.median_or_none(later),
         "decode": stats.median_or_none(measured.decode_ms),
+        **({"encode": stats.median_or_none(measured.encode_ms)} if measured.encode_ms else {}),
         "rest": stats.median_or_none(measured.rest_ms),
         "load": stats.median_or_none(loading or []),
     }
     samples = {
         "text": measured.text_ms,
+        **({"encode": measured.encode_ms} if measured.encode_ms else {}),
         "unet": measured.unet_ms,
         "decode": measured.decode_ms,
         "rest": measured.rest_ms,

@@ -57,6 +57,15 @@ def counts(name: str, value: object) -> tuple[int, ...]:
     return tuple(map(operator.index, values))
 
 
+def shares(name: str, value: object) -> tuple[float, ...]:
+    """Distinct numbers above 0 and at most 1."""
+    values = several(name, value)
+    for each in values:
+        if isinstance(each, bool) or not isinstance(each, int | float) or not 0 < each <= 1:
+            refuse(name, value, "it holds numbers above 0 and at most 1", f"pass {name}=0.5")
+    return tuple(map(float, values))
+
+
 def texts(name: str, value: object) -> tuple[str, ...]:
     """Distinct, non-empty words."""
     values = several(name, value)

@@ -148,12 +148,7 @@ class Pipeline:
 
     def find_encoder(self, encoder: str | None = None) -> str:
         """The name of the encoder that `use_encoder` would hold; raises as that does."""
-        if self.backend.no_pictures:
-            raise UnsupportedError(
-                f"backend {self.backend.name} does not start from a picture",
-                self.backend.no_pictures,
-                "use ort, openvino or torch",
-            )
+        self.backend.require_pictures()
         names = encoders(self.bundle)
         usual = self.decoder if self.decoder in names else "vae"
         chosen = encoder or self.encoder or usual

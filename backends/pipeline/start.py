@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 from core.errors import PreconditionError
@@ -30,11 +31,13 @@ def kept_steps(steps: int, strength: float) -> int:
     return min(int(steps * strength + 1e-6), steps)
 
 
-def timesteps_of(bundle: Bundle, recipe: Recipe, steps: int) -> list[float]:
-    """The scheduler's timesteps at so many steps, the noisiest first."""
+@cache
+def timesteps_of(bundle: Bundle, recipe: Recipe, steps: int) -> tuple[float, ...]:
+    """The scheduler's timesteps at so many steps, the noisiest first. Kept: making a scheduler
+    takes longer than a small model's whole image."""
     scheduler = bundle.scheduler(recipe.scheduler)
     scheduler.set_timesteps(steps)
-    return [float(timestep) for timestep in scheduler.timesteps]
+    return tuple(float(timestep) for timestep in scheduler.timesteps)
 
 
 def check_strength(bundle: Bundle, recipe: Recipe, steps: int, strength: float | None) -> float:

@@ -42,6 +42,11 @@ def switch_list(text: str) -> list[bool]:
     return [word == "1" for word in words]
 
 
+def share_list(text: str) -> list[float]:
+    """Numbers with commas between them; a `Request` says which are strengths."""
+    return [float(word) for word in text.split(",")]
+
+
 def seconds(bare: str) -> Callable[[str], float]:
     """The type of a time with its unit, in seconds; `bare`: the unit of a number alone."""
 
@@ -98,6 +103,11 @@ AXES: dict[str, Axis] = {
     "low-memory": Axis("low_memory", switch_list, "0,1",
                        "a call loads each part when it needs it and releases it after (without a"
                        " value: 1; default: 0)", {"nargs": "?", "const": [True]}),
+    "strength": Axis("strengths", share_list, "0.5,1",
+                     "share of the steps that run on a picture to start from (images from noise)",
+                     {}),
+    "encoder": Axis("encoders", word_list, "vae,taesd", "of that picture (that of the decoder)",
+                    {}),
     "size": Axis("size", image_size, "PIXELS|WxH",
                  "which bundle, by the size it was exported for (the model's own)", {}),
 }  # fmt: skip

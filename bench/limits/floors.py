@@ -17,7 +17,7 @@ from bench.machine.ceilings import Ceilings
 from bench.rows.cell import Cell
 from core.process import run_apart
 from core.table import Column, draw
-from export.models import CONTEXT_PART, PARTS
+from export.models import CONTEXT_PART, PARTS, PICTURE_PARTS
 
 if TYPE_CHECKING:
     from export.cost import Cost
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 STAGES = {
     "text": ("text_encoder", "text_encoder_2", CONTEXT_PART),
+    "encode": PICTURE_PARTS,
     "unet_step": ("unet",),
     "decode": ("vae_decoder", "taesd_decoder"),
 }
@@ -158,18 +159,22 @@ class Work:
 
 
 def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
-    """Work of `text`, `unet_step` and `decode` of a cell; empty where no ceiling is known."""
+    """Work of `text`, `unet_step` and `decode` of a cell, and of `encode` where it starts from a
+    picture; empty where no ceiling is known."""
     from export.cost import Cost
 
     ceilings, graph_dtype = ceilings_of(surveyed).get(cell.device), surveyed["graph_dtype"]
     if ceilings is None or cell.precision not in ceilings.tflops:
         return {}
     split = cell.backend_text in surveyed.get("split", ())
-    unused = {{"vae": "taesd_decoder", "taesd": "vae_decoder"}[cell.decoder]}
+    unused = {{"vae": "taesd_decoder", "taesd": "vae_decoder"}[cell.decoder], *PICTURE_PARTS}
+    unused.discard(f"{cell.encoder}_encoder")
     if not split:
         unused.add(CONTEXT_PART)
     found = {}
     for stage, names in STAGES.items():
+        if stage == "encode" and not cell.encoder:
+            continue
         run = [SPLIT_UNET if split and part == "unet" else part for part in names]
         costs = [
             Cost(**surveyed["costs"][part][str(batch_of(part, cell))])
@@ -189,7 +194,7 @@ def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
 
 def call_work(cell: Cell, works: Mapping[str, Work]) -> Work:
     """What one pipeline call does, of what its stages do."""
-    calls = {"text": 1, "unet_step": cell.steps, "decode": 1}
+    calls = {"text": 1, "encode": 1, "unet_step": cell.kept, "decode": 1}
 
     def total(name: str) -> float:
         return sum(calls[stage] * getattr(work, name) for stage, work in works.items())
@@ -219,7 +224,7 @@ def of_row(
     times = dict(row["stages_ms"])
     times["unet_step"] = times["unet_step"] or times["unet_first"]
     return {
-        stage: achieved(work, times[stage]) for stage, work in works.items() if times[stage]
+        stage: achieved(work, times[stage]) for stage, work in works.items() if times.get(stage)
     } or None
 
 

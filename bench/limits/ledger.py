@@ -227,6 +227,7 @@ def mismatches(claim: Claim, ours: Ours) -> list[str]:
         ("precision", claim.precision or None, cell.precision),
         ("scope", claim.scope, "end-to-end"),
         ("memory", False, cell.low_memory),
+        ("picture", "", cell.encoder),
     )
     found = [name for name, wanted, have in pairs if wanted is not None and wanted != have]
     wanted, nfe = claim.evaluations, ours.nfe

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any, Self
 
+from backends.pipeline.start import kept_steps
 from bench.rows.fields import KEY_COLUMNS, LATER
 from export.models import MODELS, scheduler_name
 
@@ -28,6 +29,7 @@ class Cell:
         guidance_mode: `none`; `batch` or `calls` (two UNet evaluations a step, as one batch or one
             after the other); `embedding` (the scale is an input of the UNet).
         low_memory: each part is loaded when a call needs it and released after, within the call.
+        encoder, strength: of the picture that the images start from; "" and 1 without one.
     """
 
     model: str
@@ -45,6 +47,8 @@ class Cell:
     guidance: float = 0.0
     guidance_mode: str = "none"
     low_memory: bool = False
+    encoder: str = ""
+    strength: float = 1.0
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Self:
@@ -60,6 +64,11 @@ class Cell:
         return replace(self, steps=0)
 
     @property
+    def kept(self) -> int:
+        """How many of the steps run."""
+        return kept_steps(self.steps, self.strength)
+
+    @property
     def backend_text(self) -> str:
         """As `--backend` takes it."""
         return f"{self.backend}:{self.options}" if self.options else self.backend
@@ -70,7 +79,7 @@ class Cell:
 
     @property
     def recipe_text(self) -> str:
-        """Scheduler, guidance and memory where they are not what goes without saying; else ""."""
+        """Scheduler, guidance, memory and picture where they do not go without saying; else ""."""
         known = MODELS.get(self.model.partition("+")[0])  # behind it: fused LoRA weights
         words = []
         if known is None or known.scheduler != self.scheduler:
@@ -81,6 +90,8 @@ class Cell:
             words.append("in two calls")
         if self.low_memory:
             words.append("low memory")
+        if self.encoder:
+            words.append(f"from a picture ({self.encoder}) strength {self.strength:g}")
         return " ".join(words)
 
     def __str__(self) -> str:

@@ -135,6 +135,9 @@ def context(name: str, kind: Kind, doc: str) -> Field:
 DAY_ONE = "2026-11-22"
 """The day of the first rows. What came later that day the earliest rows lack."""
 
+PICTURES = "2026-11-30"
+"""The day from which images start from pictures too."""
+
 RANGE = numbers("low_ms", "mid_ms", "high_ms")
 PACE = Record({"latency": RANGE, "period": RANGE})
 MODEL = Record({
@@ -144,11 +147,11 @@ MODEL = Record({
     "switching": PACE,
     "switching_each": PACE,
 })  # fmt: skip
-STAGES = numbers("text", "unet_first", "unet_step", "decode", "rest", "load")
+STAGES = numbers("text", "encode", "unet_first", "unet_step", "decode", "rest", "load")
 EACH_CALL = ListOf(NUMBER)
 STAGES_SAMPLES = Record({
-    "text": EACH_CALL, "unet": ListOf(EACH_CALL), "decode": EACH_CALL, "rest": EACH_CALL,
-    "load": EACH_CALL,
+    "text": EACH_CALL, "encode": EACH_CALL, "unet": ListOf(EACH_CALL), "decode": EACH_CALL,
+    "rest": EACH_CALL, "load": EACH_CALL,
 })  # fmt: skip
 ROOFLINE = MapOf(numbers("tflops", "gb_per_s", "floor_ms", "fraction"))
 ACCELERATOR = numbers("clock_mhz", "clock_lowest_mhz", "clock_limit_mhz", "temperature_c",
@@ -194,6 +197,12 @@ FIELDS: tuple[Field, ...] = (
          "`median_ms` and all samples hold that time, which `stages_ms` gives as `load`, and "
          "`peak_memory_mb` is that of the largest part",
          since=DAY_ONE, older=False),
+    key("encoder", TEXT,
+         "of the picture that the images start from: `vae` or `taesd`; empty where they start from"
+         " noise", since=PICTURES, older=""),
+    key("strength", NUMBER,
+         "the share of `steps` that run on that picture, the last ones; 1 without one",
+         since=PICTURES, older=1.0),
     figure("samples_ms", ListOf(NUMBER),
          "every timed call, in order: prompt strings in, uint8 images in host memory out. Empty "
          "if none was made",
@@ -222,13 +231,14 @@ FIELDS: tuple[Field, ...] = (
          since=DAY_ONE),
     figure("stages_ms", STAGES,
          "medians: `text` (tokenise and encode; with `ort:context=split` also the context, "
-         "which depends on the prompt alone and is made once a call), `unet_first` (first UNet "
+         "which depends on the prompt alone and is made once a call), `encode` (of the picture "
+         "that is started from; else null or not there), `unet_first` (first UNet "
          "step), `unet_step` (all later ones; null at 1 step), `decode`, `rest` (scheduler, "
          "noise, conversion to uint8), `load` (loading and releasing parts, which no other "
          "stage holds: in low memory; else null or not there)"),
     figure("stages_samples_ms", STAGES_SAMPLES,
-         "per sample: `text`, `decode`, `rest`, `load` as lists, `unet` as a list of lists, "
-         "`[sample][step]`"),
+         "per sample: `text`, `encode`, `decode`, `rest`, `load` as lists, `unet` as a list of "
+         "lists, `[sample][step]`"),
     figure("stages_from", TEXT,
          "`same_call`: stages were timed in the calls that are the samples; `separate`: in "
          "others"),
@@ -273,7 +283,7 @@ FIELDS: tuple[Field, ...] = (
          "programs once, `switching_each` where it does at each of them. Else null",
          since=DAY_ONE),
     figure("roofline", ROOFLINE,
-         "per stage (`text`, `unet_step`, `decode`): achieved `tflops` and `gb_per_s`, "
+         "per stage (`text`, `encode`, `unet_step`, `decode`): achieved `tflops` and `gb_per_s`, "
          "`floor_ms` (direct algorithms at the ceilings in the header) and the `fraction` of it "
          "that was reached; where a whole image is one graph, `image` for all of them; null "
          "without ceilings (`--quick`, `--no-roofline`, a scripted device)"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +81,8 @@ class Measurement:
     unet_ms: list[list[float]] = field(default_factory=list)
     """[sample][step]"""
     decode_ms: list[float] = field(default_factory=list)
+    encode_ms: list[float] = field(default_factory=list)
+    """Empty where the images start from noise."""
     rest_ms: list[float] = field(default_factory=list)
     load_ms: list[float] = field(default_factory=list)
     """Loading and releasing parts within the call: zeros but for low memory."""
@@ -100,7 +102,8 @@ class Measurement:
             return True
         if not self.samples_ms:
             return True
-        others = (self.text_ms, self.decode_ms, self.rest_ms, self.load_ms)
+        encode = self.encode_ms or [0.0] * len(self.text_ms)
+        others = (self.text_ms, encode, self.decode_ms, self.rest_ms, self.load_ms)
         gaps = [
             abs(sum(unet) + sum(stages) - total)
             for total, unet, *stages in zip(self.samples_ms, self.unet_ms, *others, strict=True)
@@ -117,11 +120,16 @@ def inputs_of_call(
 
 
 def timed(
-    pipe: Pipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    start: Mapping[str, Any],
 ) -> tuple[float, Output]:
-    """One call and its end-to-end milliseconds: prompt strings in, uint8 images out."""
+    """One call and its end-to-end milliseconds: prompt strings, and the picture of `start`, in,
+    uint8 images out."""
     started = time.perf_counter_ns()
-    output = pipe(prompts, steps=steps, seed=seeds)
+    output = pipe(prompts, steps=steps, seed=seeds, **start)
     elapsed = (time.perf_counter_ns() - started) / 1e6
     # A modelled device states its time; only a measured one is worth our clock.
     return (elapsed if output.provenance == "measured" else output.timings.total * 1e3), output
@@ -136,8 +144,11 @@ def measure(
     prompts: Sequence[str] = GENERAL,
     reference: tuple[str, int] | None = None,
     on_sample: Callable[[Measurement], None] = lambda _: None,
+    start: Mapping[str, Any] | None = None,
 ) -> Measurement:
     """Measure one cell.
+
+    `start`: `images` and `strength` of every call, where it starts from a picture.
 
     The cold call makes image 0 from `reference` (prompt, seed; None: the first prompt and seed 0),
     so that judging the image costs no call of its own; the timed calls cycle through `prompts`.
@@ -148,22 +159,23 @@ def measure(
     """
     asked, seeds = inputs_of_call(0, batch, prompts)
     asked[0], seeds[0] = reference or (prompts[0], 0)
+    start = start or {}
     if rule.single:
-        return one_sample(pipe, asked, seeds, steps, on_sample)
-    cold_ms, output = timed(pipe, asked, seeds, steps)
+        return one_sample(pipe, asked, seeds, steps, on_sample, start)
+    cold_ms, output = timed(pipe, asked, seeds, steps, start)
     result = Measurement(cold_ms, output.images[0].copy(), output.provenance, output.nfe)
     if output.provenance == EMULATED:  # there is no speed to sample: the image is all it gives
         return result
     calls = 1
     if cold_ms <= LONG_CALL_S * 1e3:
         for _ in range(rule.warmup):
-            timed(pipe, *inputs_of_call(calls, batch, prompts), steps)
+            timed(pipe, *inputs_of_call(calls, batch, prompts), steps, start)
             calls += 1
         result.warmup_calls = rule.warmup
     load = CpuShare()
     started = time.perf_counter()
     while not rule.enough(len(result.samples_ms), time.perf_counter() - started):
-        sample_ms, output = timed(pipe, *inputs_of_call(calls, batch, prompts), steps)
+        sample_ms, output = timed(pipe, *inputs_of_call(calls, batch, prompts), steps, start)
         calls += 1
         if output.nfe != result.nfe:
             raise AddbenchError(
@@ -176,7 +188,7 @@ def measure(
         on_sample(result)
     result.other_cpu = load.others()
     if not result.text_ms:
-        time_stages(pipe, result, calls, batch, steps, prompts)
+        time_stages(pipe, result, calls, batch, steps, prompts, start)
     return result
 
 
@@ -186,6 +198,7 @@ def one_sample(
     seeds: Sequence[int],
     steps: int,
     on_sample: Callable[[Measurement], None],
+    start: Mapping[str, Any],
 ) -> Measurement:
     """A single call of `steps` after one of as few as the model takes; it makes image 0.
 
@@ -193,10 +206,10 @@ def one_sample(
     nothing.
     """
     pipe.staged = pipe.can_stage
-    fewest = min(pipe.bundle.model.step_counts, default=1)
-    cold_ms, _ = timed(pipe, prompts, seeds, min(fewest, steps))
+    fewest = steps if start else min(pipe.bundle.model.step_counts, default=1)
+    cold_ms, _ = timed(pipe, prompts, seeds, min(fewest, steps), start)
     load = CpuShare()
-    sample_ms, output = timed(pipe, prompts, seeds, steps)
+    sample_ms, output = timed(pipe, prompts, seeds, steps, start)
     result = Measurement(cold_ms, output.images[0].copy(), output.provenance, output.nfe)
     result.single = True
     if output.provenance != EMULATED:
@@ -215,12 +228,20 @@ def note_stages(result: Measurement, times: Timings) -> None:
     result.text_ms.append(times.text * 1e3)
     result.unet_ms.append([step * 1e3 for step in times.unet])
     result.decode_ms.append(times.decode * 1e3)
+    if times.encode is not None:
+        result.encode_ms.append(times.encode * 1e3)
     result.rest_ms.append(times.rest * 1e3)
     result.load_ms.append(times.load * 1e3)
 
 
 def time_stages(
-    pipe: Pipeline, result: Measurement, calls: int, batch: int, steps: int, prompts: Sequence[str]
+    pipe: Pipeline,
+    result: Measurement,
+    calls: int,
+    batch: int,
+    steps: int,
+    prompts: Sequence[str],
+    start: Mapping[str, Any],
 ) -> None:
     """The stages of an asynchronous device, in calls of their own: they wait after each stage."""
     result.stages_from = "separate" if pipe.can_stage else None
@@ -229,7 +250,7 @@ def time_stages(
     pipe.staged = True
     try:
         for number in range(calls, calls + STAGE_CALLS + 1):
-            _, output = timed(pipe, *inputs_of_call(number, batch, prompts), steps)
+            _, output = timed(pipe, *inputs_of_call(number, batch, prompts), steps, start)
             if number > calls:  # the first one warms up
                 note_stages(result, output.timings)
     finally:

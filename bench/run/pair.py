@@ -71,7 +71,8 @@ def planned(requests: Sequence[Request], said: Sequence[Mapping[str, Any]]) -> P
 
 
 def gflop(side: Plan) -> dict[str, float]:
-    """GFLOP of one call: of the text stage, of each UNet evaluation of its images, of decoding.
+    """GFLOP of one call: of the text stage, of each UNet evaluation of its images, of decoding and,
+    with it, of encoding the picture that they start from.
 
     Counted in the bundle's graphs, or from the architecture of one that has none, at the batch of
     the side's cells. Guidance encodes an empty prompt too, unless the model takes zeros for it.
@@ -83,8 +84,9 @@ def gflop(side: Plan) -> dict[str, float]:
     backend = side.candidate(cell).backend
     parts = tuple(bundle.parts) if backend is None else backend.parts(bundle)
     forms = {CONTEXT_PART: "output", "unet": "input"} if CONTEXT_PART in parts else {}
-    for part in stage_parts(parts, cell.decoder):
-        stage = {"unet": "unet", f"{cell.decoder}_decoder": "decode"}.get(part, "text")
+    for part in stage_parts(parts, cell.decoder, cell.encoder or None):
+        once = dict.fromkeys((f"{cell.decoder}_decoder", f"{cell.encoder}_encoder"), "decode")
+        stage = {"unet": "unet", **once}.get(part, "text")
         times = prompts if stage == "text" else 1
         if part == CONTEXT_PART and cell.guidance_mode in MODES:
             times = 2  # of zeros too

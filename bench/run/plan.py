@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from backends.base import Backend, Capability, UnavailableError, check_decoder
-from backends.pipeline.recipe import check_steps, make_recipe
-from backends.pipeline.session import decoders
+from backends.pipeline.recipe import Recipe, check_steps, make_recipe
+from backends.pipeline.session import check_encoder, decoders, encoders
+from backends.pipeline.start import check_strength, kept_steps
 from backends.registry import parse_backend, with_precision
 from bench.limits.unbuilt import bundle_or_architecture
 from bench.machine.environment import collect, git_state, with_hardware
@@ -157,6 +158,7 @@ def make_cells(
     for candidate in candidates if any(request.low_memory) else ():
         if candidate.backend is not None:
             candidate.backend.require_low_memory()
+    starts = starts_of(bundle, candidates, request)
     steps = request.steps or default_steps(bundle.model)
     recipes = dict.fromkeys(
         make_recipe(bundle, scheduler, request.guidance, mode)
@@ -166,6 +168,15 @@ def make_cells(
     for recipe in recipes:
         for count in steps:
             check_steps(bundle, recipe, count)
+    runs = {
+        (recipe, strength, count): fits(bundle, recipe, strength, count, asked=bool(request.steps))
+        for recipe in recipes
+        for strength in request.strengths or (1.0,)
+        for count in steps
+    }
+    for strength in request.strengths:
+        if not any(good for (_, of, _), good in runs.items() if of == strength):
+            check_strength(bundle, next(iter(recipes)), steps[0], strength)
     return tuple(
         Cell(
             model=bundle.name,
@@ -183,14 +194,59 @@ def make_cells(
             guidance=recipe.guidance,
             guidance_mode=recipe.guidance_mode,
             low_memory=low,
+            encoder=encoder,
+            strength=strength,
         )
         for candidate in candidates
         for batch in request.batches
         for decoder in chosen
         for recipe in recipes
         for low in request.low_memory
+        for encoder, strength in starts(decoder)
         for count in steps
+        if runs[recipe, strength, count]
     )
+
+
+def starts_of(
+    bundle: Bundle, candidates: Sequence[Candidate], request: Request
+) -> Callable[[str], list[tuple[str, float]]]:
+    """What images of a decoder start from: (encoder, strength); ("", 1) is noise.
+
+    Raises:
+        PreconditionError: the bundle has no such encoder.
+        UnsupportedError: a backend does not start from a picture.
+    """
+    pictured = any(strength < 1 for strength in request.strengths)
+    for candidate in candidates if pictured else ():
+        if candidate.backend is not None:
+            candidate.backend.require_pictures()
+    if pictured:
+        for encoder in request.encoders or encoders(bundle)[:1] or ("vae",):
+            check_encoder(bundle, encoder)
+
+    def starts(decoder: str) -> list[tuple[str, float]]:
+        of = request.encoders or (decoder if decoder in encoders(bundle) else "vae",)
+        pairs = [
+            ("", 1.0) if strength == 1 else (encoder, strength)
+            for strength in request.strengths or (1.0,)
+            for encoder in of
+        ]
+        return list(dict.fromkeys(pairs))
+
+    return starts
+
+
+def fits(bundle: Bundle, recipe: Recipe, strength: float, steps: int, *, asked: bool) -> bool:
+    """Whether `steps` at `strength` is a cell: all that were asked for must be, of the usual ones
+    those count that leave a step to run.
+
+    Raises:
+        PreconditionError: it was asked for and leaves none; the nearest pairs are named.
+    """
+    if strength < 1 and asked:
+        check_strength(bundle, recipe, steps, strength)
+    return kept_steps(steps, strength) >= 1
 
 
 @dataclass(frozen=True)

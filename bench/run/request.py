@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from bench.run.measure import StopRule
 from core.errors import PreconditionError
-from core.values import counts, finite, path_text, pixels, refuse, switches, texts
+from core.values import counts, finite, path_text, pixels, refuse, shares, switches, texts
 from export.models import DEFAULT_MODEL
 
 CAPTIONS = 600
@@ -81,6 +81,9 @@ class Request:
         batches: images a call.
         decoders: `vae`, `taesd`; () for those that the bundle has.
         schedulers, guidance, guidance_modes: where they are not the model's own.
+        strengths: share of the steps that run on a picture that the images start from; () for
+            images from noise.
+        encoders: of that picture, `vae`, `taesd`; () for that of the decoder.
         low_memory: whether a call loads each part when it needs it and releases it after.
         method: how long and in how many fresh processes each cell is measured.
         quality: of how many held-out captions the pictures are judged too; 0 for none.
@@ -104,6 +107,8 @@ class Request:
     guidance: float | None = None
     guidance_modes: tuple[str, ...] = ()
     low_memory: tuple[bool, ...] = (False,)
+    encoders: tuple[str, ...] = ()
+    strengths: tuple[float, ...] = ()
     method: Sampling = SWEEP
     quality: int = 0
     images: bool = True
@@ -115,10 +120,14 @@ class Request:
             checked[name] = None if value is None else path_text(name, value)
         if self.size is not None:
             checked["size"] = pixels(self.size)
-        for name in ("backends", "devices", "decoders", "schedulers", "guidance_modes"):
+        for name in ("backends", "devices", "decoders", "schedulers", "guidance_modes", "encoders"):
             checked[name] = texts(name, getattr(self, name))
         checked["steps"] = counts("steps", self.steps)
         checked["batches"] = counts("batches", self.batches)
+        checked["strengths"] = shares("strengths", self.strengths)
+        if self.encoders and not self.strengths:
+            refuse("encoders", self.encoders, "they are of a picture, and none is started from",
+                   "add strengths=0.5 (--strength 0.5), or leave them out")  # fmt: skip
         checked["low_memory"] = switches("low_memory", self.low_memory)
         for name in ("backends", "batches", "low_memory"):
             if not checked[name]:

@@ -106,6 +106,8 @@ FLAGS = {
     "decoders": "decoder",
     "schedulers": "scheduler",
     "guidance_modes": "guidance-mode",
+    "encoders": "encoder",
+    "strengths": "strength",
 }
 """Fields of a `Request` that the command line names in the singular."""
 
@@ -129,6 +131,8 @@ def axis_changes(
         "guidance": plan[0].guidance,
         "guidance_modes": values("guidance_mode"),
         "low_memory": values("low_memory"),
+        "encoders": values("encoder"),
+        "strengths": values("strength"),
         "quality": 0,
         **method.columns(),
     }

@@ -69,6 +69,8 @@ COLUMNS = (
     Column("scheduler", lambda line: line.cell.scheduler),
     Column("guidance", lambda line: guidance(line.cell)),
     Column("low memory", lambda line: "yes" if line.cell.low_memory else ""),
+    Column("encoder", lambda line: line.cell.encoder),
+    Column("strength", lambda line: line.cell.strength if line.cell.encoder else None, 2),
     Column("provenance", lambda line: line.provenance),
     Column("decoder", lambda line: line.cell.decoder),
     Column("batch", lambda line: line.cell.batch),
@@ -87,6 +89,7 @@ COLUMNS = (
     Column("p90 (ms)", figure("p90_ms"), 1),
     Column("p99 (ms)", figure("p99_ms"), 1),
     Column("text (ms)", stage("text"), 1),
+    Column("encode (ms)", stage("encode"), 1),
     Column("first UNet step (ms)", stage("unet_first"), 1),
     Column("UNet step (ms)", stage("unet_step"), 1),
     Column("decode (ms)", stage("decode"), 1),
@@ -109,10 +112,12 @@ COLUMNS = (
 )
 ALWAYS = ("weights", "backend", "numerics", "decoder", "batch", "steps", "flags")
 """Columns of the Markdown table that stay even where they say the same in every line."""
-CONDITIONS = ("model", "device", "size (px)", "scheduler", "guidance", "low memory", "provenance",
+CONDITIONS = ("model", "device", "size (px)", "scheduler", "guidance", "low memory", "encoder",
+              "strength", "provenance",
               "captions judged", "FID network")  # fmt: skip
 """Said once above the table where all lines agree."""
-BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory", "decoder",
+BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory", "encoder",
+         "strength", "encode (ms)", "decoder",
          "batch", "steps", "NFE", "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)",
          "period (ms)", "images/s", "images/J", "images/J at TDP", "CV (%)", "UNet step (ms)",
          "decode (ms)", "loading (ms)", "peak memory (MB)", "samples", "image PSNR",
@@ -120,7 +125,8 @@ BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory"
 """Columns of the short table: in the terminal and in the README."""
 
 
-SINCE = ("guidance", "low memory", "loading (ms)", "low (ms)", "high (ms)",
+SINCE = ("guidance", "low memory", "encoder", "strength", "encode (ms)", "loading (ms)",
+         "low (ms)", "high (ms)",
          "high, switching (ms)", "period (ms)", "images/J", "images/J at TDP",
          "captions right (%)", "own FID", "captions judged", "FID network")  # fmt: skip
 """Columns of the CSV that are left out where no cell has a value: tables that were published before
@@ -154,7 +160,7 @@ def brief_columns(lines: Sequence[CellRounds]) -> list[Column]:
 
     def says(column: Column) -> bool:
         if column.header == "NFE":
-            return any(line.median("nfe") not in (None, line.cell.steps) for line in lines)
+            return any(line.median("nfe") not in (None, line.cell.kept) for line in lines)
         texts = {column.text(line) for line in lines}
         return len(texts) > 1 if column.header in CONDITIONS else bool(texts - {EMPTY, OK})
 

@@ -21,12 +21,15 @@ from core.errors import PreconditionError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARKERS = {"text": "s", "unet_step": "o", "vae": "D", "taesd": "^", "image": "P"}
+MARKERS = {"text": "s", "unet_step": "o", "vae": "D", "taesd": "^", "image": "P",
+           "vae encoder": "d", "taesd encoder": "v"}  # fmt: skip
 NAMES = {
     "text": "text encoders",
     "unet_step": "UNet step",
     "vae": "VAE decoder",
     "taesd": "TAESD decoder",
+    "vae encoder": "VAE encoder",
+    "taesd encoder": "TAESD encoder",
     "image": "whole image",
 }
 
@@ -37,7 +40,8 @@ def points(lines: Sequence[CellRounds]) -> dict[tuple[str, int, str], tuple[floa
     for line in lines:
         for row in line.good:
             for stage, figures in (row["roofline"] or {}).items():
-                name = line.cell.decoder if stage == "decode" else stage
+                of = {"decode": line.cell.decoder, "encode": f"{line.cell.encoder} encoder"}
+                name = of.get(stage, stage)
                 key = (line.cell.backend_text, line.cell.batch, name)
                 found.setdefault(key, []).append(figures)
     return {

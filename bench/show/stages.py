@@ -12,7 +12,7 @@ from bench.rows.store import Row, Run
 from bench.rows.summary import CellRounds, by_cell
 from core.table import Column, markdown_lines
 
-STAGES = {"text": "text", "unet_step": "UNet step", "decode": "decode"}
+STAGES = {"text": "text", "encode": "encode", "unet_step": "UNet step", "decode": "decode"}
 WORDS = (
     "Stages: medians over cells that differ in nothing but steps (and, but for `decode`, the"
     " decoder). Share of peak: multiply-adds of direct algorithms a second, against those"
@@ -117,7 +117,8 @@ def stages_of(target: Run, rows: Sequence[Row]) -> list[Stage]:
         for key, name in STAGES.items():
             if line.stage(key) is None and not (key == "unet_step" and line.stage("unet_first")):
                 continue
-            name = f"{name} ({cell.decoder})" if key == "decode" else name
+            of = {"decode": cell.decoder, "encode": cell.encoder}.get(key)
+            name = f"{name} ({of})" if of else name
             alike = (cell.backend_text, cell.numerics, cell.low_memory, cell.batch)
             found.setdefault((list(STAGES).index(key), name, key, *alike), []).append(line)
     low = beaten(rows, surveyed) if surveyed else {}

@@ -21,6 +21,7 @@ SLOT_IN = 0.38
 """Height of a cell's slot: its label and, below it, its mark."""
 STAGES = (
     ("text", "text encoders", COLOURS[4]),
+    ("encode", "encoder of the picture", COLOURS[3]),
     ("unet_first", "first UNet step", COLOURS[0]),
     ("unet_later", "later UNet steps", "#5E9BC6"),
     ("decode", "decoder", COLOURS[5]),
@@ -33,7 +34,7 @@ def stage_ms(line: CellRounds, stage: str) -> float:
     """Milliseconds of a stage in one call, medians; all later UNet steps together."""
     if stage == "unet_later":
         evaluations = 2 if line.cell.guidance_mode in ("batch", "calls") else 1
-        timesteps = (line.median("nfe") or line.cell.steps) / evaluations  # PNDM's are one more
+        timesteps = (line.median("nfe") or line.cell.kept) / evaluations  # PNDM's are one more
         return (line.stage("unet_step") or 0.0) * (timesteps - 1)
     return line.stage(stage) or 0.0
 
