@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.commands.arguments import (
     AXES,
+    FRAMES,
     add_axis_arguments,
     add_limit_arguments,
     add_method_arguments,
@@ -54,6 +55,10 @@ def parser() -> Parser:
         "--quality", type=count, nargs="?", const=CAPTIONS, metavar="CAPTIONS",
         help=f"judge the pictures of as many held-out captions too ({CAPTIONS}); for models whose"
         " pictures can be judged",
+    )  # fmt: skip
+    how.add_argument(
+        "--frames", type=count, nargs="?", const=FRAMES, metavar="PICTURES",
+        help=f"frames a second from as many pictures in a row too ({FRAMES}); with --strength",
     )  # fmt: skip
     how.add_argument("--quick", action="store_true", help="3 samples a cell, no roofline")
     how.add_argument(
@@ -145,7 +150,7 @@ FLAGS = {axis.field: flag for flag, axis in AXES.items()}
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
     """What of the request was given beside --resume, by name."""
-    rest = {name: getattr(args, name) for name in ("quality", "images")}
+    rest = {name: getattr(args, name) for name in ("quality", "frames", "images")}
     asked = {name: value for name, value in rest.items() if value is not None}
     return axes_of(args) | method_of(args) | asked
 

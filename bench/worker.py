@@ -31,7 +31,14 @@ from bench.rows import stats
 from bench.rows.cell import Cell
 from bench.rows.fields import MODELLED, OK
 from bench.rows.store import now_utc
-from bench.run.measure import Measurement, PeakMemory, StopRule, inputs_of_call, measure
+from bench.run.measure import (
+    Measurement,
+    PeakMemory,
+    StopRule,
+    frame_rate,
+    inputs_of_call,
+    measure,
+)
 from bench.run.pictures import start_of
 from bench.run.quality import judge_accepts, measure_quality
 from core.errors import AddbenchError, PreconditionError
@@ -193,6 +200,14 @@ class Worker:
             flags.append("process_peak")
         result |= read | {"flags": list(dict.fromkeys(flags))}
         result |= started | self.judge(cell, measured)
+        if self.rule.frames and self.start and cell.batch == 1 and result["status"] == OK:
+            try:
+                result["frames"] = frame_rate(
+                    self.pipe, prompts[0], cell.steps, self.rule.frames, self.start
+                )
+            except Exception as error:
+                traceback.print_exc()
+                return result | failure(error)
         if self.rule.quality and result["status"] in (OK, "mismatch"):
             try:
                 result["quality"] = self.quality(

@@ -69,7 +69,8 @@ class DevicePipeline(Pipeline):
     # ---- the call
 
     def _draw(self, call: ImageCall) -> Output:
-        if self.staged or self._embedding_cache or call.conditioning:
+        held = call.conditioning is not None and not self.capture
+        if self.staged or self._embedding_cache or held:
             return super()._draw(call)
         for part in self.parts:
             self.session(part)

@@ -11,7 +11,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -458,6 +458,43 @@ class Pipeline:
                 self.use_encoder()
             output = self._draw(call)
         return replace(output, pictures=tuple(picture.done for picture in call.pictures))
+
+    def frames(
+        self,
+        pictures: Iterable[Any],
+        prompts: str | Sequence[str],
+        *,
+        steps: int,
+        strength: float,
+        seed: int | Sequence[int] = 0,
+        negative: str | Sequence[str] | None = None,
+    ) -> Iterator[Output]:
+        """Draw from each of many pictures in turn, as they come: a camera's, or a sketch's states.
+
+        What does not change from frame to frame is done once: the prompt is encoded with the first
+        one, and the seed is held, so that equal frames give equal images. An image that is captured
+        as one CUDA graph has the text encoders in it all the same.
+
+        Args:
+            pictures: each is what `images` of a call may be. The next one is asked for when the
+                image of the last has been taken: a source that has several waiting gives the
+                newest.
+        """
+        call: ImageCall | None = None
+        for picture in pictures:
+            if call is None:
+                call = self._check(prompts, steps, seed, picture, strength, negative)
+            else:
+                read = read_pictures(picture, self.shapes.width, self.shapes.height)
+                call = replace(call, pictures=tuple(read))
+            with self._turn, torch.inference_mode():
+                if call.starts:
+                    self.use_encoder()
+                if call.conditioning is None:
+                    told = self.condition(call.prompts, call.negative)
+                    call = replace(call, conditioning=told)
+                output = self._draw(call)
+            yield replace(output, pictures=tuple(each.done for each in call.pictures))
 
     def _check(
         self,

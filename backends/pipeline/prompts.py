@@ -63,6 +63,7 @@ class ImageCall:
             seeds=self.seeds[images],
             negative=self.negative and self.negative[images],
             pictures=self.pictures if len(self.pictures) == 1 else self.pictures[images],
+            conditioning=self.conditioning if len(self.prompts) == 1 else None,
         )
 
 

@@ -25,6 +25,9 @@ from core.cli import (
 from core.errors import PreconditionError
 from export.models import DEFAULT_MODEL, SCHEDULERS
 
+FRAMES = 100
+"""For `--frames`."""
+
 
 def positive(text: str) -> float:
     """A number of seconds above 0."""
@@ -255,6 +258,6 @@ def add_runs_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
 
 def request_of(args: argparse.Namespace, usual: Sampling) -> Request:
     """The request of a command's arguments."""
-    rest = {name: value for name in ("quality", "images")
+    rest = {name: value for name in ("quality", "frames", "images")
             if (value := getattr(args, name, None)) is not None}  # fmt: skip
     return Request(**axes_of(args), **rest, method=usual.but(**method_of(args)))

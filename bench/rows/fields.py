@@ -282,6 +282,11 @@ FIELDS: tuple[Field, ...] = (
          "`high_ms`; `switching`: `latency` and `period` where a turn of a pipeline switches "
          "programs once, `switching_each` where it does at each of them. Else null",
          since=DAY_ONE),
+    figure("frames", numbers("count", "per_s", "encode_ms", "unet_ms", "decode_ms", "rest_ms"),
+         "with `--frames`, of cells from a picture at batch 1: so many pictures in a row with one "
+         "prompt, encoded once, and one seed; frames a second, and the medians of a frame's "
+         "stages. Else null",
+         since=PICTURES),
     figure("roofline", ROOFLINE,
          "per stage (`text`, `encode`, `unet_step`, `decode`): achieved `tflops` and `gb_per_s`, "
          "`floor_ms` (direct algorithms at the ceilings in the header) and the `fraction` of it "
@@ -300,7 +305,10 @@ FIELDS: tuple[Field, ...] = (
          "number of objects) and with each one right (`background`, `count`, `shape`, `colour`, "
          "`size`, `position`), and `fid_shapes`, the FID of as many pictures over this "
          "project's own network, comparable only over as many captions and the same network "
-         "(`fid_network`, of newer rows); null for fewer than 512. Else null",
+         "(`fid_network`, of newer rows); null for fewer than 512. Of a cell from pictures: drawn "
+         "ones, of which another shape (`reshape`) or colour (`recolour`) is asked for: captions "
+         "right, objects that kept their place to 4 px of 64 (`kept_place`), and how far they "
+         "moved (`shift_px`, `shift_p90_px`). Else null",
          since=DAY_ONE, emulated=True),
     circumstance("artifacts", MapOf(TEXT),
          "part -> cache key of what was compiled for it",
@@ -335,6 +343,11 @@ LATER: dict[str, Any] = {
     field.name: field.older for field in FIELDS if field.key and field.since != ALWAYS
 }
 """Key columns that rows written before they existed lack, with what those rows mean."""
+UNSAID: dict[str, Any] = {
+    name: older for name, older in LATER.items() if BY_NAME[name].since > DAY_ONE
+}
+"""Key columns that a header's plan leaves out where they mean what older rows mean: headers that
+were published before they existed stay as they are."""
 OLDER: dict[str, Any] = LATER | {
     field.name: field.empty for field in FIELDS if field.filled and field.since != ALWAYS
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bench.rows.cell import Cell
-from bench.rows.fields import BY_NAME, KEY_COLUMNS, LATER, SCHEMA
+from bench.rows.fields import BY_NAME, KEY_COLUMNS, LATER, SCHEMA, UNSAID
 from bench.rows.types import WORDS
 from core.errors import PreconditionError, no_text
 from core.files import read_json
@@ -83,7 +83,15 @@ class Header:
         """The header as its file holds it."""
         left_out = {*ABOUT, *self.unsaid} | {name for name in PAIRED if not getattr(self, name)}
         values = {name: getattr(self, name) for name in FIELDS if name not in left_out}
-        return {**values, "plan": [cell.columns() for cell in self.plan], **self.extra}
+        plan = [
+            {
+                name: value
+                for name, value in cell.columns().items()
+                if name not in UNSAID or value != UNSAID[name]
+            }
+            for cell in self.plan
+        ]
+        return {**values, "plan": plan, **self.extra}
 
     @classmethod
     def of(cls, said: Mapping[str, Any]) -> Self:

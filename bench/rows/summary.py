@@ -93,6 +93,10 @@ class CellRounds:
         """The median over rounds of a stage's milliseconds."""
         return median_or_none([(row["stages_ms"] or {}).get(name) for row in self.good])
 
+    def frames(self, name: str) -> float | None:
+        """The median over rounds of a figure of frames."""
+        return median_or_none([(row["frames"] or {}).get(name) for row in self.good])
+
     def quality(self, name: str) -> float | None:
         """The same in every round: pictures do not depend on the clock."""
         return median_or_none([(row["quality"] or {}).get(name) for row in self.good])

@@ -37,7 +37,8 @@ STAGE_CALLS = 3
 class StopRule:
     """How long a cell is sampled; times in seconds, `warmup` in calls after the cold one.
 
-    `quality`: of how many held-out captions the pictures are judged after it (0: none).
+    `quality`: of how many held-out captions the pictures are judged after it (0: none); `frames`:
+    how many pictures in a row are started from after it (0: none).
     """
 
     min_samples: int = 10
@@ -45,10 +46,13 @@ class StopRule:
     max_time: float = 60.0
     warmup: int = 1
     quality: int = 0
+    frames: int = 0
 
     def columns(self) -> dict[str, Any]:
-        """For headers and workers; without `quality` where none is asked for, as before it was."""
-        return {name: value for name, value in vars(self).items() if value or name != "quality"}
+        """For headers and workers; without what is asked for afterwards where it is not, as before
+        it was."""
+        later = ("quality", "frames")
+        return {name: value for name, value in vars(self).items() if value or name not in later}
 
     def of_round(self, round_: int) -> StopRule:
         """Pictures do not change from round to round: they are judged in the first."""
@@ -255,6 +259,34 @@ def time_stages(
                 note_stages(result, output.timings)
     finally:
         pipe.staged = False
+
+
+def frame_rate(
+    pipe: Pipeline, prompt: str, steps: int, count: int, start: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """Frames a second of `count` pictures in a row, and where the time of one went, in medians.
+
+    From the end of the first one, which encodes the prompt and warms up, to that of the last.
+    """
+    pictures, ended, timed_frames = start["images"], list[int](), []
+    source = (pictures[0] for _ in range(count + 1))
+    for output in pipe.frames(source, prompt, steps=steps, strength=start["strength"]):
+        ended.append(time.perf_counter_ns())
+        timed_frames.append(output.timings)
+    times = timed_frames[1:]
+
+    def median_ms(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return round(1e3 * statistics.median(known), 4) if known else None
+
+    return {
+        "count": count,
+        "per_s": round(1e9 * count / (ended[-1] - ended[0]), 4),
+        "encode_ms": median_ms([each.encode for each in times]),
+        "unet_ms": median_ms([sum(each.unet) or None for each in times]),
+        "decode_ms": median_ms([each.decode for each in times]),
+        "rest_ms": median_ms([each.rest for each in times]),
+    }
 
 
 class CpuShare:

@@ -339,7 +339,7 @@ def plan_of(request: Request, candidates: Sequence[Candidate], bundle: Bundle) -
         bundle,
         tuple(candidates),
         make_cells(bundle, candidates, request),
-        request.method.but(quality=request.quality or None),
+        request.method.but(quality=request.quality or None, frames=request.frames or None),
         with_hardware(collect(), usable),
         images=request.images,
     )

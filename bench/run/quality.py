@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from backends.pipeline.pipeline import Pipeline
     from bench.rows.cell import Cell
+    from distill.shapes import Scene
 
 JUDGE_CAPTIONS = 200
 """The least number of captions by which a picture below the gate of pixels can be accepted."""
@@ -52,6 +53,7 @@ def measure_quality(
 ) -> dict[str, Any]:
     """What the judge reads from the cell's pictures of `captions` held-out captions.
 
+    Of a cell that starts from pictures see `measure_change`; else:
     `all` and each attribute (shares in [0, 1]), `all_1` to `all_3` by number of objects,
     `captions`; where the checkpoint has the network (its folder is `fid`) and the captions are
     enough, `fid_shapes` and `fid_network`, which tells networks apart.
@@ -60,6 +62,8 @@ def measure_quality(
     from distill.fidelity import LEAST_PICTURES, frechet_distance
     from distill.judge import following
 
+    if cell.encoder:
+        return measure_change(pipe, cell, captions, on_pictures)
     scenes = held_out(captions)
     made = pictures(pipe, [scene.caption for scene in scenes], cell.batch, cell.steps, on_pictures)
     figures: dict[str, Any] = {
@@ -73,6 +77,88 @@ def measure_quality(
         figures["fid_shapes"] = round(distance, 4)
         figures["fid_network"] = int(sha256(weights).hexdigest()[:8], 16)
     return figures
+
+
+def measure_change(
+    pipe: Pipeline,
+    cell: Cell,
+    captions: int,
+    on_pictures: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
+    """What the judge reads where another shape or colour is asked for of a drawn picture.
+
+    The caption names no place: the object is to stay where it is. `all`: the share of captions
+    right; `reshape` and `recolour`: of each half; `kept_place`: the share whose object moved by
+    at most `NEAR_PX`; `shift_px` and `shift_p90_px`: by how much, of pictures with one object.
+    """
+    import numpy as np
+
+    from distill.evaluate import CAPTION_SEED
+    from distill.judge import judge, read_picture
+    from distill.shapes import draw
+
+    asked = changes(captions)
+    drawn = draw([scene for scene, _, _ in asked], seed=CAPTION_SEED, size=pipe.shapes.width)
+    texts = [wanted.caption for _, wanted, _ in asked]
+    made = pictures(pipe, texts, cell.batch, cell.steps, on_pictures, drawn, cell.strength)
+    right = np.array([
+        judge(picture, wanted).all_right
+        for picture, (_, wanted, _) in zip(made, asked, strict=True)
+    ])  # fmt: skip
+    kinds = np.array([kind for _, _, kind in asked])
+    shifts = []
+    for before, after in zip(drawn, made, strict=True):
+        there, here = (read_picture(picture)[1] for picture in (before, after))
+        one = len(there) == len(here) == 1
+        shifts.append(np.hypot(here[0].x - there[0].x, here[0].y - there[0].y) if one else np.inf)
+    moved = np.array(shifts)
+    read = moved[np.isfinite(moved)]
+    figures = {
+        "captions": len(asked),
+        "all": right.mean(),
+        **{kind: right[kinds == kind].mean() for kind in CHANGES if (kinds == kind).any()},
+        "kept_place": (moved <= NEAR_PX).mean(),
+        "shift_px": np.median(read) if len(read) else None,
+        "shift_p90_px": np.quantile(read, 0.9) if len(read) else None,
+    }
+    return {
+        name: value if value is None or name == "captions" else round(float(value), 4)
+        for name, value in figures.items()
+    }
+
+
+CHANGES = ("reshape", "recolour")
+"""What is asked for of a drawn picture, in turn."""
+NEAR_PX = 4.0
+"""By how much an object may move that kept its place, of 64: less than half of the smallest."""
+
+
+def changes(count: int) -> list[tuple[Scene, Scene, str]]:
+    """(what is drawn, what is asked for, kind of change): captions that no network saw in training,
+    of one object, whose place they do not name."""
+    from dataclasses import replace
+
+    from distill.evaluate import CAPTION_SEED
+    from distill.shapes import COLOURS, SHAPES, Scene, scenes
+
+    listed: list[tuple[Scene, Scene, str]] = []
+    for scene in scenes(4 * count + 40, CAPTION_SEED, True, 1):
+        kind = CHANGES[len(listed) % len(CHANGES)]
+        (item,) = scene.objects
+        others = (
+            [replace(item, shape=shape) for shape in SHAPES if shape != item.shape]
+            if kind == "reshape"
+            else [
+                replace(item, colour=colour)
+                for colour in COLOURS
+                if colour not in (item.colour, scene.background)
+            ]
+        )
+        wanted = [Scene((other,), scene.background, (None,)) for other in others]
+        wanted = [each for each in wanted if each.held_out]
+        if wanted and len(listed) < count:
+            listed.append((scene, wanted[len(listed) // 2 % len(wanted)], kind))
+    return listed
 
 
 def judge_accepts(quality: Mapping[str, float], checkpoint: Path, cell: Cell) -> bool:
@@ -95,18 +181,25 @@ def pictures(
     batch: int,
     steps: int,
     on_pictures: Callable[[int], None] = lambda _: None,
+    starts: NDArray[np.uint8] | None = None,
+    strength: float = 1.0,
 ) -> NDArray[np.uint8]:
     """uint8 [n, height, width, 3]; picture i has seed i, so they do not depend on the batch.
 
     Args:
         on_pictures: is told how many there are, call by call.
+        starts: what each starts from, at `strength`; None for noise.
     """
     import numpy as np
 
     made = []
     for start, wanted, part in full_batches(captions, batch):
         seeds = list(range(start, start + len(part)))
-        made.append(pipe(part, steps=steps, seed=seeds).images[:wanted])
+        given: dict[str, Any] = {}
+        if starts is not None:
+            rows = [min(start + row, len(starts) - 1) for row in range(len(part))]
+            given = {"images": list(starts[rows]), "strength": strength}
+        made.append(pipe(part, steps=steps, seed=seeds, **given).images[:wanted])
         on_pictures(start + wanted)
     return np.concatenate(made)
 

@@ -87,6 +87,7 @@ class Request:
         low_memory: whether a call loads each part when it needs it and releases it after.
         method: how long and in how many fresh processes each cell is measured.
         quality: of how many held-out captions the pictures are judged too; 0 for none.
+        frames: how many pictures in a row are started from too, for frames a second; 0 for none.
         images: False for the figures of modelled cards alone.
 
     Raises:
@@ -111,6 +112,7 @@ class Request:
     strengths: tuple[float, ...] = ()
     method: Sampling = SWEEP
     quality: int = 0
+    frames: int = 0
     images: bool = True
 
     def __post_init__(self) -> None:
@@ -140,6 +142,11 @@ class Request:
             )
         if type(self.quality) is not int or self.quality < 0:
             refuse("quality", self.quality, "it is a number of captions", "pass quality=600")
+        if type(self.frames) is not int or self.frames < 0:
+            refuse("frames", self.frames, "it is a number of pictures", "pass frames=100")
+        if self.frames and not any(share < 1 for share in checked["strengths"]):
+            refuse("frames", self.frames, "they are pictures, and none is started from",
+                   "add strengths=0.5 (--strength 0.5), or leave it out")  # fmt: skip
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -134,6 +134,7 @@ def axis_changes(
         "encoders": values("encoder"),
         "strengths": values("strength"),
         "quality": 0,
+        "frames": 0,
         **method.columns(),
     }
     asked = {

@@ -81,6 +81,7 @@ COLUMNS = (
     Column("high, switching (ms)", lambda line: line.switching_high_ms, 1),
     Column("period (ms)", figure("period_ms"), 1),
     Column("images/s", figure("images_per_s"), 3),
+    Column("frames/s", lambda line: line.frames("per_s"), 1),
     Column("images/J", images_per_joule, 3),
     Column("images/J at TDP", images_per_joule_at_tdp, 3),
     Column("min (ms)", figure("min_ms"), 1),
@@ -117,7 +118,7 @@ CONDITIONS = ("model", "device", "size (px)", "scheduler", "guidance", "low memo
               "captions judged", "FID network")  # fmt: skip
 """Said once above the table where all lines agree."""
 BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory", "encoder",
-         "strength", "encode (ms)", "decoder",
+         "strength", "encode (ms)", "frames/s", "decoder",
          "batch", "steps", "NFE", "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)",
          "period (ms)", "images/s", "images/J", "images/J at TDP", "CV (%)", "UNet step (ms)",
          "decode (ms)", "loading (ms)", "peak memory (MB)", "samples", "image PSNR",
@@ -125,7 +126,7 @@ BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory"
 """Columns of the short table: in the terminal and in the README."""
 
 
-SINCE = ("guidance", "low memory", "encoder", "strength", "encode (ms)", "loading (ms)",
+SINCE = ("guidance", "low memory", "encoder", "strength", "encode (ms)", "frames/s", "loading (ms)",
          "low (ms)", "high (ms)",
          "high, switching (ms)", "period (ms)", "images/J", "images/J at TDP",
          "captions right (%)", "own FID", "captions judged", "FID network")  # fmt: skip

@@ -387,6 +387,50 @@ def test_a_whole_image_in_one_go_starts_from_the_picture_too(
         each.close()
 
 
+# ---- frames
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_frames_encode_the_prompt_once_and_hold_the_seed(turbo: Bundle, mode: str) -> None:
+    first, second = drawings(*turbo.size)
+    backend = parse_backend(f"torch:threads=1,mode={mode}")
+    with backend.pipeline(turbo, "taesd", Shapes(1, *turbo.size)) as made:
+        draw = {"steps": 2, "seed": 7, "strength": 0.5}
+        alone = [made("a star", images=each, **draw).images[0] for each in (first, second)]
+        ran: list[str] = []
+        run = made.run
+        made.run = lambda part, **given: (ran.append(part), run(part, **given))[1]  # type: ignore
+        frames = list(made.frames([first, second, first], "a star", **draw))
+    assert np.array_equal(frames[0].images, frames[2].images), "equal frames, equal images"
+    for frame, expected in zip(frames, [*alone, alone[0]], strict=True):
+        assert image_distance(frame.images[0], expected).psnr_db > 60
+    if mode == "eager":
+        assert ran.count("text_encoder") == 1
+        assert ran.count("taesd_encoder") == ran.count("unet") == ran.count("taesd_decoder") == 3
+        assert all(frame.timings.encode for frame in frames)
+
+
+def test_frames_are_asked_for_one_by_one(pipe: Pipeline) -> None:
+    first, second = drawings(*pipe.bundle.size)
+    taken = []
+
+    def camera() -> Iterator[Any]:
+        for picture in (first, second, b"no picture"):
+            taken.append(picture)
+            yield picture
+
+    frames = pipe.frames(camera(), "a star", steps=2, strength=0.5)
+    assert not taken
+    assert next(frames).images.shape[0] == 1
+    assert len(taken) == 1
+    next(frames)
+    with pytest.raises(PreconditionError, match="none that is read here"):
+        next(frames)
+    with pytest.raises(PreconditionError, match="no step to run"):
+        next(pipe.frames([first], "a star", steps=1, strength=0.5))
+    assert list(pipe.frames([], "a star", steps=2, strength=0.5)) == []
+
+
 # ---- steps and strength
 
 

@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from made import cell, make_run, row
 
+from backends.base import Shapes
 from bench.limits.floors import STAGES, call_work, of_row, stage_work, survey
 from bench.rows.cell import Cell
 from bench.rows.fields import LATER
@@ -19,11 +21,14 @@ from bench.rows.store import ROWS, Run, open_run
 from bench.rows.summary import by_cell
 from bench.run.pictures import start_of, start_picture
 from bench.run.plan import make_cells, probe
+from bench.run.quality import changes, measure_quality
 from bench.run.request import Request
 from bench.show import table
 from bench.show.page.figures import stages
 from bench.show.stages import stages_of
 from core.errors import PreconditionError
+from distill.judge import read_picture
+from distill.shapes import layout, render
 from export.bundle import Bundle
 from export.models import PICTURE_PARTS
 
@@ -134,6 +139,61 @@ def test_a_sweep_from_a_picture(
     assert "--strength was [0.5, 1.0] and is [0.25]" in capsys.readouterr().err
 
 
+def test_frames_a_second_stand_in_the_row(sweep: Sweep, tmp_path: Path) -> None:
+    flags = ["--backend", "null:encode_ms=5,unet_ms=10,decode_ms=5", "--decoder", "taesd"]
+    flags += ["--steps", "4", "--quick", "--min-time", "0.01", "--strength", "0.5,1"]
+    assert sweep(tmp_path, *flags, "--frames", "4") == 0
+    pictured, plain = open_run("latest", tmp_path).rows()
+    frames = pictured["frames"]
+    assert frames["count"] == 4
+    assert 5 < frames["per_s"] < 1000 / (5 + 2 * 10 + 5)
+    assert frames["encode_ms"] >= 5
+    assert frames["unet_ms"] >= 20
+    assert plain["frames"] is None, "it starts from nothing"
+
+
+def test_changes_are_of_one_attribute_and_held_out() -> None:
+    asked = changes(40)
+    assert len(asked) == 40
+    for scene, wanted, kind in asked:
+        (before,), (after,) = scene.objects, wanted.objects
+        same = {"reshape": ("size", "colour"), "recolour": ("size", "shape")}[kind]
+        assert before != after
+        assert all(getattr(before, name) == getattr(after, name) for name in same)
+        assert wanted.held_out
+        assert wanted.positions == (None,), "the caption names no place"
+        assert wanted.background == scene.background != after.colour
+    assert [kind for _, _, kind in asked].count("reshape") == 20
+    assert changes(10) == asked[:10]
+
+
+class Retouched:
+    """A pipeline that changes what it is told to and moves it so many pixels (a test double)."""
+
+    def __init__(self, pixels: int, right: bool) -> None:
+        self.shapes, self.pixels, self.right = Shapes(1, 64, 64), pixels, right
+
+    def __call__(self, prompts: list[str], *, images: Any, **_: Any) -> Any:
+        (prompt,), (image,) = prompts, images
+        wanted = next(each for each in changes(20) if each[1].caption == prompt)
+        scene = replace(wanted[0], objects=wanted[1].objects) if self.right else wanted[0]
+        place = read_picture(image)[1][0]
+        rng = np.random.default_rng(0)
+        (centres, radii) = layout(scene, rng)
+        centres = np.array([[place.x + self.pixels, place.y]], centres.dtype)
+        return SimpleNamespace(images=render([scene], [(centres, radii)], 64))
+
+
+def test_the_judge_tells_what_changed_and_what_stayed() -> None:
+    one = cell(encoder="vae", strength=0.5, steps=2)
+    for pixels, right in ((0, True), (0, False), (6, True)):
+        found = measure_quality(Retouched(pixels, right), one, 20, None)  # type: ignore[arg-type]
+        assert found["captions"] == 20
+        assert found["all"] == (1.0 if right else 0.0)
+        assert found["shift_px"] == pytest.approx(pixels, abs=1.0)
+        assert (found["kept_place"] > 0.9) == (pixels == 0)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -141,6 +201,8 @@ def test_a_sweep_from_a_picture(
         (["--backend", "null", "--strength", "half"], "invalid"),
         (["--backend", "null", "--strength", "0.5", "--steps", "1"], "no step to run"),
         (["--backend", "null", "--encoder", "vae"], "none is started from"),
+        (["--backend", "null", "--frames"], "none is started from"),
+        (["--backend", "null", "--frames", "5", "--strength", "1"], "none is started from"),
         (["--backend", "null", "--strength", "0.5", "--encoder", "clip"], "no encoder called"),
         (
             ["--backend", "qaic", "--device", "ai100-ultra", "--strength", "0.5"],
