@@ -71,6 +71,12 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             "how many times faster is one cell than another",
             TORCH,
         ),
+        Verb(
+            "load",
+            "bench.commands.load",
+            "a pipeline or a server under load, by MLPerf's generator",
+            (*TORCH, "mlperf_loadgen"),
+        ),
         Verb("gpu-check", "bench.commands.gpu_check", "what a GPU gives, in ten minutes", TORCH),
     ),
     "look": (

@@ -23,7 +23,8 @@ OPEN = "OPEN"
 """Stands for what a message fills in."""
 KEPT = {"bench.sweep": "sweep", "export": "export", "backends": "backends"}
 """Spellings with `python -m` that stay; `python -m bench.worker` is for the program itself."""
-INNER = ("bench.worker", "backends.check.parity", "backends.commands.parity", "bench.gpu.checks",
+INNER = ("bench.worker", "bench.traffic.generator", "backends.check.parity",
+         "backends.commands.parity", "bench.gpu.checks",
          "export.quantize.modelopt", "pip", "venv", "pytest", "mypy", "ruff", "basedpyright",
          "tests.backends.test_qaic_tools")  # fmt: skip
 COMMAND = re.compile(
