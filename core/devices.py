@@ -59,6 +59,13 @@ class Device:
     not_checked: str
 
     @property
+    def source_text(self) -> str:
+        """Where the figures are from, and which of them could not be read there."""
+        place = f" ({self.url})" if self.url else ""
+        unread = f"; not checked: {self.not_checked}" if self.not_checked else ""
+        return f"{self.source}{place}{unread}"
+
+    @property
     def slower_fp16_tflops(self) -> float:
         """The FP16 rate of programs that add up in FP32."""
         return self.fp16_tflops_fp32_accumulate or self.fp16_tflops_dense

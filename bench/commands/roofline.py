@@ -40,16 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bench.limits.floors import published, roofline, show
     from bench.machine.ceilings import measure
     from bench.run.plan import default_steps
+    from core.devices import find_device
 
     checkpoint, size, dtype = subject(args)
     ceilings = measure() if args.measure else published(args.device) if args.device else None
     report = roofline(
         checkpoint, size, dtype, args.batch, ceilings, default_steps(checkpoint.model)
     )
+    source = find_device(args.device).source_text if args.device else None
     if args.format == "json":
-        print(json.dumps({"model": args.model} | report, indent=2))
+        print(json.dumps({"model": args.model} | report | {"peaks_from": source}, indent=2))
     else:
         show({"model": args.model} | report)
+        if source:
+            print(f"peaks from {source}")
     return EXIT_OK
 
 

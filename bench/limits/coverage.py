@@ -194,6 +194,8 @@ def summary(claims: Sequence[Claim], lines: Sequence[Held]) -> list[str]:
     largest, of_largest = max(every.sources.items(), key=lambda item: len(item[1]))
     tested, kept = by_other_sources(lines)
     out = left_out()
+    unread = {line.claim.hardware for line in lines
+              if "the peak" in devices()[line.claim.hardware].not_checked}  # fmt: skip
     elsewhere = sum("no range is known" in each["reason"] for each in out)
     return [
         f"of {len(lines)} published figures with a range, {every.count(INSIDE)} are inside"
@@ -209,6 +211,8 @@ def summary(claims: Sequence[Claim], lines: Sequence[Held]) -> list[str]:
         else "none is below its floor",
         f"{len(claims) - len(lines)} of {len(claims)} figures have no range, or more than one: no"
         " peak is known of their hardware, or conditions are left open",
+        "peaks that could not be read in a document of theirs: "
+        + (", ".join(sorted(unread)) or "none"),
         f"TPUs, Apple's chips, CPUs and phones are not tested ({elsewhere} figures): no source says"
         " what share of their peaks programs reach, so they have no range here",
         f"{len(out)} published figures are in no claim (bench/limits/data/left_out.csv has each"

@@ -152,6 +152,7 @@ def test_the_command_counts_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "none is below its floor" in text
         assert "what their card's model was fitted to" in text
         assert "they are from 12 sources (35 from MLPerf Inference v4.1)" in text
+        assert "could not be read in a document of theirs: a10g, gh200-144gb" in text
         assert "TPUs, Apple's chips, CPUs and phones are not tested" in text
         for word in ("h100-sxm", "ai100-ultra", "TensorRT", "left_out.csv", "eager PyTorch starts"):
             assert word in text

@@ -251,11 +251,20 @@ def test_mistakes_are_answered(words: list[str], message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_what_was_not_read_of_a_card_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", "sdxl-turbo", "--device", "a10g"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "peaks from AWS/NVIDIA A10G figures" in said
+    assert "https://www.baseten.co/" in said
+    assert "not checked: the peak" in said
+
+
 def test_a_published_peak_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--model", "sdxl-turbo", "--device", "h100-sxm", "--format", "json"]
     assert main(argv) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ceilings"]["provenance"] == "published"
+    assert "https://www.nvidia.com/" in report["peaks_from"]
     unet = next(each for each in report["parts"] if each["part"] == "unet")
     assert unet["floor_ms"] == pytest.approx(1588.8 / 989, rel=0.02) or unet["bound"] == "memory"
 
