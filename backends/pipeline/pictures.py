@@ -104,9 +104,12 @@ def opened(source: Any, name: str) -> tuple[Image.Image, list[str]]:
         return from_array(source, name), []
     if isinstance(source, str | os.PathLike):
         path = Path(source).expanduser()
+        if path.is_dir():
+            raise PreconditionError(f"{name} is a folder", "a picture is a file", "name the file")
         if not path.is_file():
-            what = "is a folder" if path.is_dir() else "is not there"
-            raise PreconditionError(f"{name} {what}", f"looked in {Path.cwd()}", "check the path")
+            raise PreconditionError(
+                f"{name} is not there", f"looked in {Path.cwd()}", "check the path"
+            )
         source = path.read_bytes()
     if not isinstance(source, bytes | bytearray | memoryview):
         raise not_a_picture(name, source)

@@ -57,6 +57,14 @@ def measure(
     protocols = [revisions.protocol_of(commit) for commit in commits]
     if any(protocol != PROTOCOL for protocol in protocols):
         return unknown_protocol(asked, commits, protocols, max_slowdown)
+    for revision, commit in zip(asked, commits, strict=True):
+        pictured = any(strength < 1 for strength in request.strengths)
+        if pictured and revisions.file_at(commit, "bench/run/pictures.py") is None:
+            raise PreconditionError(
+                f"--strength does not go with {revision}",
+                "that revision draws from text alone, and would measure that",
+                "drop --strength, or compare revisions that start from pictures",
+            )
     candidates = probe(request.backends)
     for candidate in candidates:
         if candidate.provenance != "measured":

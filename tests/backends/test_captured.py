@@ -219,6 +219,30 @@ def test_a_replay_reads_new_prompts_and_seeds(
         assert captured._slots[1, 2, 0, False].graph is first  # type: ignore[attr-defined]
 
 
+def test_a_replay_reads_new_pictures_and_negative_prompts(
+    cuda: type[cuda_graph_double.GraphDouble], drawn: Bundle
+) -> None:
+    """The encoder is in the graph: a frame costs one launch."""
+    rng = np.random.default_rng(0)
+    recipe = Recipe(SCHEDULERS["euler"], 4.0, "batch")
+    with (
+        pipeline(drawn, "graph", recipe=recipe) as captured,
+        pipeline(drawn, "eager", recipe=recipe) as by_step,
+    ):
+        for number, negative in enumerate(["a dog", "", "a red circle"]):
+            picture = rng.integers(0, 256, (64, 64, 3), np.uint8)
+            asked: dict[str, Any] = {"steps": 4, "seed": number, "strength": 0.5}
+            asked |= {"images": picture, "negative": negative}
+            found, expected = (each("a star", **asked) for each in (captured, by_step))
+            assert image_distance(found.images[0], expected.images[0]).psnr_db > SAME_DB
+        assert cuda.replays == 3
+        frames = list(captured.frames([picture] * 2, "a star", steps=4, seed=2, strength=0.5,
+                                      negative="a red circle"))  # fmt: skip
+        assert cuda.replays == 5
+        assert np.array_equal(frames[0].images, frames[1].images)
+        assert image_distance(frames[0].images[0], expected.images[0]).psnr_db > SAME_DB
+
+
 def test_text_encoders_run_on_two_streams_that_wait_for_each_other(
     cuda: type[cuda_graph_double.GraphDouble], drawn: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,21 @@ def test_without_bundle_and_sdk_everything_but_the_graphs_is_there(
     assert sh(script, "dance", empty).returncode == 2
 
 
+def test_encoders_of_pictures_are_programs_where_they_are_asked_for(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry_run("--model", "sdxl-turbo", "--encoder", "vae,taesd")
+    assert "an encoder of pictures: the recipe has none" in capsys.readouterr().out
+    folder = empty / "build" / "cloud-ai-100" / "sdxl-turbo-ultra"
+    programs = json.loads((folder / "manifest.json").read_text())["programs"]
+    encoders = [each for each in programs if each["part"] in ("vae_encoder", "taesd_encoder")]
+    assert len(encoders) == 2
+    assert len(programs) == 7
+    for each in encoders:
+        assert each["preset"]["follows"] == "derived"
+        assert each["fp16_buffers"] == ["image", "latent_sample"]
+
+
 def test_the_script_compiles_and_times_every_part_on_the_stand_in(
     empty: Path, tiny_bundle: Bundle
 ) -> None:

@@ -15,7 +15,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,6 +90,27 @@ def test_images_are_the_references(pipelines: dict[str, Pipeline], tiny_bundle: 
             distance = image_distance(out.images[0], references.images[decoder, steps])
             assert distance.passes(gate), (name, steps, distance)
             assert out.nfe == steps
+
+
+def test_an_image_from_a_picture_is_one_graph_too(
+    pipelines: dict[str, Pipeline], tiny_bundle: Bundle
+) -> None:
+    references = tiny_bundle.references()
+    assert references is not None
+    picture = references.images["vae", 4]
+    draw: dict[str, Any] = {"steps": 4, "seed": 9, "images": picture, "strength": 0.5}
+    with load_pipeline(str(tiny_bundle.path), "torch", "taesd", encoder="vae") as torch_fp32:
+        expected = torch_fp32("a fox", **draw).images[0]
+    whole = pipelines["image"]
+    before = whole("a fox", steps=4, seed=9).images
+    whole.use_encoder("vae")
+    first, again = (whole("a fox", **draw) for _ in range(2))
+    for out in (first, again):
+        assert out.timings.text is None, "in one go, the encoder included"
+        assert out.nfe == 2
+        assert image_distance(out.images[0], expected).passes(gate_for("fp16", "fp16", "random"))
+    assert np.array_equal(whole("a fox", steps=4, seed=9).images, before), "from noise as before"
+    whole.encoder = None
 
 
 def test_a_range_takes_its_batches_and_no_other(pipelines: dict[str, Pipeline]) -> None:
