@@ -167,6 +167,11 @@ def write_card(
     config = context.config
     record = read_json(folder / "training.json")
     lines = [
+        "---",
+        "license: apache-2.0",
+        "pipeline_tag: text-to-image",
+        "---",
+        "",
         f"# {name}",
         "",
         "Draws one to three flat shapes from a caption, at 64 x 64 pixels. Made to measure runtimes"
@@ -237,7 +242,7 @@ def write_card(
         " training.",
         *(weaknesses(quality) if quality is not None else ()),
         "",
-        "Licence: that of the project; the weights are its own work.",
+        "Licence: Apache-2.0, the project's; the weights are its own work.",
         "",
     ]
     write_atomic(folder / "README.md", "\n".join(lines))

@@ -25,7 +25,7 @@ from bench.commands.arguments import (
     request_of,
 )
 from bench.run.request import AB
-from core.cli import Parser, add_format_argument, run, share
+from core.cli import Parser, add_format_argument, share
 from core.errors import PreconditionError
 
 COMMAND = ("addbench", "ab")
@@ -88,7 +88,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     show(outcome, args.format)
     return outcome.exit_code
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

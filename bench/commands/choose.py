@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 from bench.commands.arguments import AXES, add_axis_arguments, add_limit_arguments, axes_of
 from bench.verdict.choosing.wants import QUANTITIES
-from core.cli import Parser, add_format_argument, add_out_argument, add_runs_argument, run
+from core.cli import Parser, add_format_argument, add_out_argument, add_runs_argument
 from core.errors import PreconditionError
 
 if TYPE_CHECKING:
@@ -259,7 +259,3 @@ def place(folders: Sequence[Path]) -> Path:
     if len(folders) == 1 and not folders[0].resolve().is_relative_to(PUBLISHED):
         return folders[0]
     return build_root() / "choose" / "+".join(folder.name for folder in folders)
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.cli import Parser, add_model_arguments, int_list, png_file, run
+from core.cli import Parser, add_model_arguments, int_list, png_file
 from core.errors import EXIT_OK, PreconditionError
 from export.models import DEFAULT_MODEL
 
@@ -50,7 +50,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_atomic(args.out, image_bytes(figure(rows, asked), "png"))
     print(f"{args.out}: {len(rows)} rows of {len(asked)} prompts, {args.backend}, {args.decoder}")
     return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

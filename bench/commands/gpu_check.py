@@ -31,7 +31,7 @@ from bench.commands.arguments import add_runs_arguments, seconds
 from bench.rows.store import Run, open_run, portable, run_names
 from bench.run.measure import StopRule
 from bench.run.request import QUICK, Request, Sampling
-from core.cli import Parser, count, int_list, run, word_list
+from core.cli import Parser, count, int_list, word_list
 from core.errors import EXIT_FAILED, EXIT_OK, AddbenchError, PreconditionError
 from core.files import ROOT, build_root, write_atomic, write_json
 from export.models import DECODERS
@@ -360,7 +360,3 @@ def conclude(
 
 def passed(result: Any) -> bool:
     return bool(result) and result["status"] == "ok"
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

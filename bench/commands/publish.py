@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.cli import Parser, add_runs_argument, run
+from core.cli import Parser, add_runs_argument
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 from core.files import ROOT
 
@@ -66,7 +66,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"published: {args.results / PUBLISHED / name}")
     print(f"redrawn: {len(derived)} files in {args.results / 'tables'}, {args.results / 'plots'}")
     return EXIT_OK
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

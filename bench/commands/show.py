@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.cli import Parser, add_format_argument, add_out_argument, add_runs_argument, run
+from core.cli import Parser, add_format_argument, add_out_argument, add_runs_argument
 from core.errors import EXIT_OK, PreconditionError
 
 if TYPE_CHECKING:
@@ -168,7 +168,3 @@ def place(args: argparse.Namespace, targets: Sequence[Run]) -> Path:
     if one and not targets[0].path.resolve().is_relative_to(PUBLISHED):
         return targets[0].path
     return build_root() / "show" / "+".join(target.label for target in targets)
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -32,7 +32,7 @@ from bench.commands.arguments import (
 from bench.rows.store import LATEST, portable
 from bench.run.request import PAIR, Request
 from bench.verdict.pairs import PAIRS
-from core.cli import Parser, add_format_argument, run
+from core.cli import Parser, add_format_argument
 from core.errors import EXIT_OK, PreconditionError
 from export.models import MODELS
 
@@ -174,7 +174,3 @@ def said(args: argparse.Namespace, keys: dict[str, str]) -> dict[str, Any]:
     """What a side's header says of the pair: its name if it has one, and the flags of the cell."""
     flags = [piece for key, value in keys.items() for piece in (f"--{key}", portable(value))]
     return {"pair": args.pair, "arguments": flags}
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(main))

@@ -190,7 +190,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     repo = tmp_path_factory.mktemp("scratch") / "repo"
     repo.mkdir()
-    for name in ("core", "export", "backends", "bench"):
+    for name in ("addbench", "core", "export", "backends", "bench"):
         shutil.copytree(ROOT / name, repo / name, ignore=shutil.ignore_patterns("__pycache__"))
     (repo / "tests").mkdir()
     for name in ("pyproject.toml", "constraints.txt", ".gitignore", "tests/warm.py"):
@@ -238,7 +238,7 @@ def ab(scratch: Path, tiny_bundle: Bundle, tmp_path: Path) -> Iterator[Any]:
     """Run `addbench ab` in the scratch repository; nothing of it may be left there afterwards."""
 
     def run(*arguments: str, backend: str = "null") -> Finished:
-        command = [sys.executable, "-m", "bench.commands.ab", "--model", str(tiny_bundle.path)]
+        command = [sys.executable, "-m", "addbench", "ab", "--model", str(tiny_bundle.path)]
         command += ["--backend", backend, "--decoder", "taesd", "--steps", "1,2"]
         command += ["--rounds", "5", "--out", str(tmp_path / "runs"), "--format", "json"]
         return Finished(
@@ -299,7 +299,7 @@ def test_what_is_not_committed_is_the_head(ab: Any, scratch: Path, tmp_path: Pat
 
 def test_another_repository_is_refused(tmp_path: Path) -> None:
     git(tmp_path, "init", "--quiet")
-    asked = [sys.executable, "-m", "bench.commands.ab", "--base", "HEAD"]
+    asked = [sys.executable, "-m", "addbench", "ab", "--base", "HEAD"]
     done = subprocess.run(
         asked, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
         text=True,
@@ -367,7 +367,7 @@ def test_ctrl_c_leaves_nothing_behind(
     log = tmp_path / "err.txt"
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.commands.ab", "--base", "base", "--head", "slow",
+            [sys.executable, "-m", "addbench", "ab", "--base", "base", "--head", "slow",
              "--model", str(tiny_bundle.path), "--backend", "null", "--out", str(tmp_path)],
             cwd=scratch, stdout=subprocess.DEVNULL, stderr=stream,
         )  # fmt: skip

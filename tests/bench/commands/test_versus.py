@@ -384,7 +384,7 @@ def test_killed_in_the_middle_it_keeps_what_is_finished(
     log = tmp_path / "log.txt"
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.commands.versus", "--backend", backend,
+            [sys.executable, "-m", "addbench", "versus", "--backend", backend,
              "--out", str(tmp_path),
              "--base", f"{tiny_bundle.path} steps=4", "--head", f"{tiny_bundle.path} steps=2,3"],
             cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True,
