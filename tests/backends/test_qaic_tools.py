@@ -15,11 +15,12 @@ from backends.base import PreconditionError, UnsupportedError
 from backends.cloud_ai import figures, probe, qpc
 from backends.cloud_ai.compiler import FlagError, failure, unknown_flag
 from backends.cloud_ai.options import parse_devices
-from backends.cloud_ai.presets import BATCHES, CORES, PARTS, preset, preset_for
+from backends.cloud_ai.presets import BATCHES, CORES, preset, preset_for
 from backends.cloud_ai.spec import DIALECTS, CompileSpec
 from backends.qaic import QaicBackend
 from backends.registry import parse_backend
 from core.files import ROOT
+from export.models import PARTS
 from tests.doubles.cloud_ai_sdk_standin import NEW, OLD, ULTRA, make_sdk, set_state
 
 GOLDEN = ROOT / "tests" / "golden" / "qaic_arguments.json"
@@ -285,7 +286,8 @@ def test_the_ultras_unet_is_compiled_as_the_public_recipe_has_it() -> None:
         assert "SDXL-Turbo at 512 px" in other.note
         assert other.block == chosen.block
     assert preset("standard", "unet", 1).follows == "derived"
-    assert preset("ultra", "taesd_decoder", 1).follows == "derived"
+    for part in ("taesd_decoder", "vae_encoder", "taesd_encoder"):
+        assert preset("ultra", part, 1).follows == "derived"
 
 
 def test_every_flag_of_a_spec_has_its_place() -> None:
