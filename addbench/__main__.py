@@ -15,6 +15,8 @@ from core.files import ROOT
 from core.git import git, revision
 
 SUMMARY = "Export, compile and measure few-step text-to-image models on real hardware."
+WIDTH = 11
+"""The column of names in the list of verbs."""
 ENVIRONMENT = {
     "ADDBENCH_BUILD": "where bundles, the artifact cache and training lie (build/ of the checkout)",
     "ADDBENCH_CACHE_GB": "the cap of the artifact cache; the least recently used go beyond it (30)",
@@ -29,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("help", [])
     if verb == "help" and rest and rest != ["--all"]:
-        verb, rest = rest[0], ["--help"]  # `addbench help VERB`
+        verb, rest = rest[0], [*rest[1:], "--help"]  # `addbench help VERB`
+    if rest and f"{verb} {rest[0]}" in VERBS:
+        verb, rest = f"{verb} {rest[0]}", rest[1:]
     if verb in ("help", "-h", "--help"):
         print(help_text(everything=rest == ["--all"]))
     elif verb == "--version":
@@ -70,10 +74,10 @@ def help_text(everything: bool = False) -> str:
     for title, verbs in groups.items():
         lines += ["", title]
         for verb in verbs:
-            lines.append(f"  {verb.name:<11} {verb.help}")
+            lines.append(f"  {verb.name:<{WIDTH}} {verb.help}")
             if missing := verb.missing:
                 lines.append(
-                    f"  {'':<11} not usable here: {', '.join(missing)} not installed (make install)"
+                    f"  {'':<{WIDTH}} not usable here: {', '.join(missing)} not installed (make install)"
                 )
     if everything:
         lines += ["", "environment"]

@@ -45,10 +45,15 @@ def complete() -> None:
     words = os.environ.get("COMP_LINE", "").split()
     top = argparse.ArgumentParser(prog="addbench", add_help=False)
     verbs = top.add_subparsers()
+    typed = next((two for two in (" ".join(words[1:3]),) if two in VERBS), "".join(words[1:2]))
     for name, verb in VERBS.items():
-        if words[1:2] == [name]:
+        first, _, second = name.partition(" ")
+        if typed == name and second:
+            inner = verbs.add_parser(first, add_help=False).add_subparsers()
+            inner.add_parser(second, parents=[verb.load().parser()], add_help=False)
+        elif typed == name:
             verbs.add_parser(name, parents=[verb.load().parser()], add_help=False)
-        else:
+        elif not second and typed.partition(" ")[0] != name:
             verbs.add_parser(name, add_help=False)
     verbs.add_parser("help", add_help=False).add_argument("verb", choices=[*VERBS, "--all"])
     argcomplete.autocomplete(top)

@@ -15,7 +15,7 @@ class Verb:
     """A verb of the command line.
 
     Attributes:
-        name: as it is typed.
+        name: as it is typed; the second word of two picks what the first alone does not do.
         module: what it is; imported when the verb is asked for.
         help: one line.
         needs: packages that it cannot do without, as they are imported.
@@ -50,6 +50,12 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             "export",
             "export.__main__",
             "a checkpoint becomes a bundle of ONNX graphs",
+            (*TORCH, "onnx", "onnxscript"),
+        ),
+        Verb(
+            "export web",
+            "export.web.command",
+            "a bundle becomes a static folder that draws in the browser",
             (*TORCH, "onnx", "onnxscript"),
         ),
         Verb("verify", "export.verify", "hash a bundle's files against its manifest"),

@@ -33,7 +33,7 @@ def addbench(*words: str) -> subprocess.CompletedProcess[str]:
 def test_help_is_quick_and_imports_nothing_heavy(verb: str) -> None:
     code = (
         "import sys\nfrom addbench.__main__ import main\n"
-        f"try: main([{verb!r}, '--help'])\n"
+        f"try: main([*{verb!r}.split(), '--help'])\n"
         "except SystemExit as end: assert not end.code\n"
         f"sys.exit(' '.join({HEAVY!r} & set(sys.modules)) or 0)"
     )
@@ -66,8 +66,9 @@ def test_the_list_is_in_the_order_of_work() -> None:
     assert "ADDBENCH_CACHE_GB" not in text
     everything = addbench("help", "--all").stdout
     for verb in VERBS.values():
-        assert f"  {verb.name:<11} {verb.help}\n" in everything
+        assert f"  {verb.name:<{door.WIDTH}} {verb.help}\n" in everything
     assert addbench("help", "compare").stdout == addbench("compare", "--help").stdout
+    assert addbench("help", "export", "web").stdout == addbench("export", "web", "-h").stdout
 
 
 def test_every_variable_that_is_read_is_documented() -> None:
@@ -152,7 +153,9 @@ def completed(line: str, folder: Path) -> list[str]:
 def test_bash_completes_verbs_and_their_flags(tmp_path: Path) -> None:
     pytest.importorskip("argcomplete")
     assert {"compare", "completion", "compile"} == set(completed("addbench comp", tmp_path))
-    assert set(VERBS) <= set(completed("addbench ", tmp_path))
+    assert {name.split()[0] for name in VERBS} <= set(completed("addbench ", tmp_path))
+    assert "--ort" in completed("addbench export web --or", tmp_path)
+    assert "--lora" in completed("addbench export --lo", tmp_path)
     assert "--max-slowdown" in completed("addbench compare --max", tmp_path)
     assert completed("addbench compare --format j", tmp_path) == ["json"]
     assert completed("addbench cache pr", tmp_path) == ["prune"]

@@ -88,7 +88,10 @@ def commands() -> list[tuple[str, str, str, bool]]:
                     continue
                 if what == "addbench":
                     what, _, rest = rest.partition(" ")
-                    if not re.fullmatch(r"[a-z-]+[,.;:]?", what) or not (
+                    second, _, after = rest.partition(" ")
+                    if f"{what} {second}" in VERBS:
+                        what, rest = f"{what} {second}", after
+                    if not re.fullmatch(r"[a-z -]+[,.;:]?", what) or not (
                         whole or match.start() == 0
                     ):
                         whole = False

@@ -1,0 +1,196 @@
+/**
+ * Prompt to picture over sessions of onnxruntime-web: the order of the parts, as
+ * backends/pipeline/pipeline.py has it. Knows nothing of pages, workers and downloads.
+ */
+
+import { Failure, NonFinite } from "./errors.mjs";
+import { toFloat, toHalf } from "./half.mjs";
+import { Generator } from "./rng.mjs";
+import { firstSample, modelInput, nextSample, scheduleOf } from "./scheduler.mjs";
+import { ClipTokens } from "./tokens.mjs";
+
+const CACHED_PROMPTS = 64;
+
+export class Pipeline {
+  #sessions = new Map();
+  #embeddings = new Map();
+  #tokens = null;
+
+  /**
+   * @param ort onnxruntime-web, whose environment is set
+   * @param Tokenizer the class of @huggingface/tokenizers
+   * @param manifest of the folder
+   * @param read gives the bytes of a file of the folder by its name
+   * @param options precision: `fp32` or `fp16`; session: options of every session
+   */
+  constructor(ort, Tokenizer, manifest, read, { precision = "fp32", session = {} } = {}) {
+    Object.assign(this, { ort, Tokenizer, manifest, read, precision, session });
+  }
+
+  get encoders() {
+    return Object.keys(this.manifest.parts).filter((part) => part.startsWith("text_encoder"));
+  }
+
+  get decoders() {
+    return this.manifest.decoders;
+  }
+
+  /** Load all that a picture takes with this decoder. */
+  async prepare(decoder = this.decoders[0]) {
+    await this.#openTokens();
+    for (const part of [...this.encoders, "unet", this.#decoderPart(decoder)]) await this.open(part);
+    return this;
+  }
+
+  #decoderPart(decoder) {
+    if (this.decoders.includes(decoder)) return `${decoder}_decoder`;
+    throw new Failure(`there is no decoder called ${decoder}`,
+      `this folder has ${this.decoders.join(", ")}`, "take one of these");
+  }
+
+  async #openTokens() {
+    this.#tokens ??= await Promise.all(this.manifest.tokenizers.map(async (entry) => {
+      const text = new TextDecoder().decode(await this.read(entry.file));
+      return new ClipTokens(this.Tokenizer, JSON.parse(text), entry);
+    }));
+    return this.#tokens;
+  }
+
+  /** The session of a part, made when it is first asked for. */
+  async open(part) {
+    if (!this.#sessions.has(part)) {
+      const entry = this.manifest.parts[part];
+      const graph = entry.graphs[this.precision];
+      const data = await Promise.all(entry.data.map(async (file, i) => {
+        return { path: graph.locations[i], data: await this.read(file) };
+      }));
+      const options = { ...this.session, ...(data.length ? { externalData: data } : {}) };
+      const session = await this.ort.InferenceSession.create(await this.read(graph.file), options);
+      this.#sessions.set(part, { session, inputs: graph.inputs });
+    }
+    return this.#sessions.get(part);
+  }
+
+  /** Run a part on numbers by name, as `{ data, dims }`; each is cast to what the graph takes. */
+  async run(part, feeds) {
+    const { session, inputs } = await this.open(part);
+    const tensors = {};
+    for (const [name, type] of Object.entries(inputs)) {
+      const { data, dims } = feeds[name];
+      const cast = type === "float16" && data instanceof Float32Array ? toHalf(data)
+        : type === "float32" ? toFloat(data) : data;
+      tensors[name] = new this.ort.Tensor(type, cast, dims);
+    }
+    return session.run(tensors);
+  }
+
+  /** What the UNet is told of a prompt; the last prompts are kept. */
+  async encode(prompt) {
+    const kept = this.#embeddings.get(prompt);
+    if (kept) {
+      this.#embeddings.delete(prompt); // and put last: the oldest goes first
+      this.#embeddings.set(prompt, kept);
+      return kept;
+    }
+    const tokens = await this.#openTokens();
+    const hidden = [];
+    let last = {};
+    let cut = 0;
+    for (const [i, part] of this.encoders.entries()) {
+      const encoded = tokens[i].encode(prompt);
+      if (encoded.cut) cut = Math.max(cut, encoded.count);
+      last = await this.run(part, { input_ids: { data: encoded.ids, dims: [1, encoded.ids.length] } });
+      hidden.push(last.hidden_states);
+    }
+    const result = { states: sideBySide(hidden), pooled: last.text_embeds, cut };
+    this.#embeddings.set(prompt, result);
+    if (this.#embeddings.size > CACHED_PROMPTS) {
+      this.#embeddings.delete(this.#embeddings.keys().next().value);
+    }
+    return result;
+  }
+
+  /**
+   * The picture of a prompt.
+   *
+   * @returns pixels: RGBA, as ImageData takes them; ms by stage; cut: the tokens of a prompt that
+   *   was too long, else 0; nfe: evaluations of the UNet
+   */
+  async draw({ prompt, seed = 0, steps = this.manifest.steps, decoder = this.decoders[0] }) {
+    const { size, latent_channels: channels, vae_scale: scale, scheduler } = this.manifest;
+    const [width, height] = size;
+    const schedule = scheduleOf(scheduler, steps);
+    const decoderPart = this.#decoderPart(decoder);
+    const dims = [1, channels, height / scale, width / scale];
+    const count = dims.reduce((product, side) => product * side);
+    const started = performance.now();
+    const { states, pooled, cut } = await this.encode(prompt);
+    const encoded = performance.now();
+    const feeds = { encoder_hidden_states: states };
+    if (pooled) {
+      feeds.text_embeds = pooled;
+      const sides = Float32Array.of(height, width, 0, 0, height, width); // SDXL's conditioning
+      feeds.time_ids = { data: sides, dims: [1, 6] };
+    }
+    const generator = new Generator(seed);
+    let latents = firstSample(generator.randn(count), schedule);
+    const unet = [];
+    for (const step of schedule.steps) {
+      const begun = performance.now();
+      const { out_sample: output } = await this.run("unet", {
+        sample: { data: modelInput(latents, step), dims },
+        timestep: { data: Float32Array.of(step.timestep), dims: [1] },
+        ...feeds,
+      });
+      unet.push(performance.now() - begun);
+      const noise = step.draws ? generator.randn(count) : null;
+      latents = nextSample(latents, toFloat(output.data), noise, step, scheduler.prediction_type);
+    }
+    const denoised = performance.now();
+    const { sample } = await this.run(decoderPart, { latent_sample: { data: latents, dims } });
+    const pixels = toPixels(toFloat(sample.data), width * height);
+    const ended = performance.now();
+    const ms = { text: encoded - started, unet, decode: ended - denoised, total: ended - started };
+    return { pixels, width, height, ms, cut, nfe: unet.length };
+  }
+
+  async close() {
+    const sessions = [...this.#sessions.values()];
+    this.#sessions.clear();
+    await Promise.all(sessions.map(({ session }) => session.release()));
+  }
+}
+
+/** Hidden states [1, tokens, width] of the text encoders, joined along their width. */
+export function sideBySide(tensors) {
+  if (tensors.length === 1) return tensors[0];
+  const tokens = tensors[0].dims[1];
+  const widths = tensors.map((tensor) => tensor.dims[2]);
+  const total = widths.reduce((sum, width) => sum + width);
+  const data = new tensors[0].data.constructor(tokens * total);
+  let at = 0;
+  for (let token = 0; token < tokens; token++) {
+    for (const [i, width] of widths.entries()) {
+      data.set(tensors[i].data.subarray(token * width, (token + 1) * width), at);
+      at += width;
+    }
+  }
+  return { data, dims: [1, tokens, total] };
+}
+
+/** A sample [-1, 1] of three planes -> RGBA, rounded as Python rounds; NaN is refused. */
+export function toPixels(sample, count) {
+  const f = Math.fround;
+  const pixels = new Uint8ClampedArray(4 * count).fill(255);
+  let sum = 0;
+  for (let channel = 0; channel < 3; channel++) {
+    for (let i = 0; i < count; i++) {
+      const value = sample[channel * count + i];
+      sum += value;
+      const level = f(f(value * 127.5) + 128);
+      pixels[4 * i + channel] = Math.trunc(Math.min(Math.max(level, 0.5), 255.5));
+    }
+  }
+  if (!Number.isFinite(sum)) throw new NonFinite(); // finite only if every number is
+  return pixels;
+}

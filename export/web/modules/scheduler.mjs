@@ -1,0 +1,49 @@
+/**
+ * Euler's steps, with ancestral noise or without, from constants that Python wrote.
+ *
+ * Every operation is rounded to FP32, in diffusers' order: the same noise and the same predictions
+ * give the same latents.
+ */
+
+import { Failure } from "./errors.mjs";
+
+const f = Math.fround;
+
+/** The constants of a step count: `first`, and `steps`; a count that has none is refused. */
+export function scheduleOf(scheduler, count) {
+  const schedule = scheduler.counts[count];
+  if (schedule) return schedule;
+  const counts = Object.keys(scheduler.counts).join(", ");
+  throw new Failure(`${count} steps are not in this folder`, `it was written for ${counts}`,
+    "take one of these");
+}
+
+/** Standard noise, at the scale at which the first step starts. */
+export function firstSample(noise, schedule) {
+  const first = f(schedule.first);
+  return noise.map((value) => f(value * first));
+}
+
+/** What the UNet is given of a sample. */
+export function modelInput(sample, step) {
+  const scale = f(step.input_scale);
+  return sample.map((value) => f(value / scale));
+}
+
+/** The next sample. `noise` is read where the step adds any, and may be null where it adds none. */
+export function nextSample(sample, output, noise, step, prediction) {
+  const sigma = f(step.sigma);
+  const change = f(f(step.sigma_down) - sigma);
+  const up = f(step.sigma_up);
+  const scale = f(step.input_scale);
+  const square = f(f(sigma * sigma) + 1);
+  const slope = f(-sigma / scale);
+  const velocity = prediction === "v_prediction";
+  return sample.map((value, i) => {
+    const clean = velocity
+      ? f(f(output[i] * slope) + f(value / square))
+      : f(value - f(sigma * output[i]));
+    const moved = f(value + f(f(f(value - clean) / sigma) * change));
+    return up ? f(moved + f(noise[i] * up)) : moved;
+  });
+}
