@@ -76,9 +76,8 @@ def help_text(everything: bool = False) -> str:
         for verb in verbs:
             lines.append(f"  {verb.name:<{WIDTH}} {verb.help}")
             if missing := verb.missing:
-                lines.append(
-                    f"  {'':<{WIDTH}} not usable here: {', '.join(missing)} not installed (make install)"
-                )
+                why = f"{', '.join(missing)} not installed (make install)"
+                lines.append(f"  {'':<{WIDTH}} not usable here: {why}")
     if everything:
         lines += ["", "environment"]
         lines += [f"  {name:<22} {what}" for name, what in ENVIRONMENT.items()]

@@ -54,9 +54,9 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
         ),
         Verb(
             "export web",
-            "export.web.command",
+            "serve.site",
             "a bundle becomes a static folder that draws in the browser",
-            (*TORCH, "onnx", "onnxscript"),
+            (*TORCH, "onnx", "onnxscript", "starlette"),
         ),
         Verb("verify", "export.verify", "hash a bundle's files against its manifest"),
         Verb("image", "backends.commands.image", "one image of a prompt, as a PNG", TORCH),

@@ -46,6 +46,10 @@ def parser() -> Parser:
         "--recipe", type=Path, metavar="FILE",
         help="of addbench choose with --save: it says all of that, the batch and the steps",
     )  # fmt: skip
+    top.add_argument(
+        "--static", type=Path, metavar="FOLDER",
+        help="serve a folder of `addbench export web` instead, which draws in the browser",
+    )  # fmt: skip
     door = top.add_argument_group("where it listens")
     door.add_argument("--host", default="127.0.0.1", help="(127.0.0.1: this machine alone)")
     door.add_argument("--port", type=port, default=8000, help="0: any that is free (8000)")
@@ -131,9 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--token is not ASCII", "a header carries it", "use letters and digits"
         )
 
+    from serve.server import Listener, serve
+
+    listener = Listener(args.host, args.port, args.token)
+    if args.static is not None:
+        from serve.static import serve_static
+
+        return serve_static(args.static.expanduser().absolute(), listener)
     from export.bundle import find_bundle
     from serve.model import served_model
-    from serve.server import Listener, serve
 
     locked = follow(args) if args.recipe else None
     bundle = find_bundle(args.model or DEFAULT_MODEL, args.weights, args.dtype, args.size)
@@ -162,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return serve(
         model,
         jobs,
-        Listener(args.host, args.port, args.token),
+        listener,
         drain_s=args.drain,
         queue=args.queue or 4 * (args.batch or 4),
         deadline_s=args.deadline,

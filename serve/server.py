@@ -57,6 +57,11 @@ class Listener:
         return bound
 
     @property
+    def shown(self) -> str:
+        """The host as an address has it."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
     def loopback(self) -> bool:
         return self.host in LOOPBACK or self.host.startswith("127.")
 
@@ -148,8 +153,7 @@ def serve(
         posts.append(Post(name, job, log))
     names = (*LOOPBACK, listener.host) if listener.loopback else ()
     app = Application(model, posts, hosts=names, token=listener.token, say=say, **limits)
-    shown = f"[{listener.host}]" if ":" in listener.host else listener.host
-    say(f"{model.name} on {', '.join(jobs)}: http://{shown}:{port}/  (loading)")
+    say(f"{model.name} on {', '.join(jobs)}: http://{listener.shown}:{port}/  (loading)")
     if not listener.loopback and not listener.token:
         say(
             "  it stands open: whoever reaches this address can draw. --token closes it; the"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,10 @@ from export.web.schedule import constants, require_euler, step_counts
 SCHEMA = 1
 KIND = "addbench-web"
 MODULES = Path(__file__).parent / "modules"
-NORMS, ATTENTION = "layer", "matmul"
-"""What onnxruntime-web's own WebGPU kernels take without leaving the device: the operators of both
-fall back to the CPU or are inlined; its MultiHeadAttention is less exact."""
-PROFILES = {
-    "fp32": Profile("web", dtype="float32", attention=ATTENTION, norms=NORMS, batch=1),
-    "fp16": Profile("web-fp16", attention=ATTENTION, norms=NORMS, batch=1),
-}
+WEB = Profile("web", dtype="float32", attention="matmul", norms="layer", batch=1)
+"""In these forms the WebGPU kernels of onnxruntime-web take all: Attention and GroupNormalization
+are left to the CPU or inlined, and its MultiHeadAttention is less exact."""
+PROFILES = {"fp32": WEB, "fp16": replace(WEB, name="web-fp16", dtype="as-is")}
 """Precision of the arithmetic -> profile. Both read the same weights."""
 PART_LIMIT = 2_000_000_000
 """Bytes of a part's weights: an ArrayBuffer holds 2 GB."""
@@ -36,18 +34,20 @@ TOTAL_LIMIT = 3_500_000_000
 TOKENS = 77
 
 
-def build_site(bundle: Bundle, out: Path, ort: Path | None = None) -> dict[str, Any]:
+def build_site(
+    bundle: Bundle, out: Path, page: Mapping[str, bytes], ort: Path | None = None
+) -> dict[str, Any]:
     """Write the folder of `bundle` to `out`, which is replaced as a whole; return its manifest.
 
     Args:
+        page: files of a page, by name, that draws by `transport.mjs`.
         ort: where the runtime's tarballs lie; None for npm.
 
     Raises:
         PreconditionError: a browser cannot hold or draw this model, the runtime is not to be had,
             or `out` is another folder than one of these. Nothing is written then.
     """
-    require_euler(bundle)
-    require_size(bundle)
+    require_drawable(bundle)
     require_replaceable(out)
     weights = sum(part.weight_bytes for part in bundle.parts.values())
     require_disk(out.parent, weights + 100_000_000, "the folder for browsers")
@@ -57,6 +57,8 @@ def build_site(bundle: Bundle, out: Path, ort: Path | None = None) -> dict[str, 
             unpack(package, tarball, folder)
         for module in sorted(MODULES.iterdir()):
             shutil.copyfile(module, folder / module.name)
+        for name, content in page.items():
+            (folder / name).write_bytes(content)
         parts = {name: write_part(bundle, name, folder) for name in bundle.parts}
         manifest: dict[str, Any] = {
             "kind": KIND,
@@ -70,6 +72,7 @@ def build_site(bundle: Bundle, out: Path, ort: Path | None = None) -> dict[str, 
             "latent_channels": bundle.latent_channels,
             "steps": bundle.steps if bundle.steps in (counts := step_counts(bundle)) else counts[0],
             "prompts": list(bundle.model.prompts),
+            "precisions": precisions(bundle),
             "decoders": [name for name in DECODERS if f"{name}_decoder" in bundle.parts],
             "scheduler": constants(bundle),
             "tokenizers": list(write_tokenizers(bundle, folder)),
@@ -88,6 +91,12 @@ def build_site(bundle: Bundle, out: Path, ort: Path | None = None) -> dict[str, 
         }
         (folder / MANIFEST).write_bytes(json_bytes(manifest))
     return manifest
+
+
+def require_drawable(bundle: Bundle) -> None:
+    """Refuse a bundle that a browser cannot draw, or not hold."""
+    require_euler(bundle)
+    require_size(bundle)
 
 
 def require_size(bundle: Bundle) -> None:
@@ -134,24 +143,28 @@ def write_part(bundle: Bundle, name: str, folder: Path) -> dict[str, Any]:
     part, graphs = bundle.parts[name], {}
     (folder / "model").mkdir(exist_ok=True)
     data: list[str] = []
-    for precision, profile in PROFILES.items():
-        if precision == bundle.dtype or precision == "fp32":
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".lower-") as scratch:
-                lowered = Path(scratch) / "graph.onnx"
-                lower(part.graph, profile, lowered)
-                locations = sorted(external_locations(lowered))
-                file = f"model/{name}.{precision}.onnx"
-                shutil.move(lowered, folder / file)
-                data = [f"model/{name}.data{number or ''}" for number in range(len(locations))]
-                for location, copy in zip(locations, data, strict=True):
-                    if not (folder / copy).exists():  # a copy: a link would outlive the bundle's
-                        shutil.copyfile(Path(scratch) / location, folder / copy)
-            graphs[precision] = {
-                "file": file,
-                "locations": locations,
-                "inputs": {spec.name: input_type(spec, precision) for spec in part.inputs},
-            }
+    for precision in precisions(bundle):
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".lower-") as scratch:
+            lowered = Path(scratch) / "graph.onnx"
+            lower(part.graph, PROFILES[precision], lowered)
+            locations = sorted(external_locations(lowered))
+            file = f"model/{name}.{precision}.onnx"
+            shutil.move(lowered, folder / file)
+            data = [f"model/{name}.data{number or ''}" for number in range(len(locations))]
+            for location, copy in zip(locations, data, strict=True):
+                if not (folder / copy).exists():  # a copy: a link would outlive the bundle's
+                    shutil.copyfile(Path(scratch) / location, folder / copy)
+        graphs[precision] = {
+            "file": file,
+            "locations": locations,
+            "inputs": {spec.name: input_type(spec, precision) for spec in part.inputs},
+        }
     return {"graphs": graphs, "data": data}
+
+
+def precisions(bundle: Bundle) -> list[str]:
+    """The precisions of the arithmetic that there are graphs for."""
+    return [name for name in PROFILES if name in ("fp32", bundle.dtype)]
 
 
 def input_type(spec: Spec, precision: str) -> str:

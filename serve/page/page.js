@@ -229,7 +229,7 @@ class Page {
   status({ state, words, progress }) {
     if (state === "ready" && !this.settled) { this.settled = true; this.settle(); }
     document.body.dataset.state = state;
-    element("words").textContent = state === "loading" ? "loading" : state === "lost" ? words : "ready";
+    element("words").textContent = state === "loading" ? "loading" : words;
     element("veil-words").textContent = words;
     const bar = element("progress");
     bar.hidden = state !== "loading";

@@ -6,7 +6,9 @@
 import { Failure, NonFinite } from "./errors.mjs";
 import { toFloat, toHalf } from "./half.mjs";
 import { Generator } from "./rng.mjs";
-import { firstSample, modelInput, nextSample, scheduleOf } from "./scheduler.mjs";
+import {
+  firstSample, keptSteps, modelInput, nextSample, noisedLatents, scheduleOf,
+} from "./scheduler.mjs";
 import { ClipTokens } from "./tokens.mjs";
 
 const CACHED_PROMPTS = 64;
@@ -95,14 +97,14 @@ export class Pipeline {
     const tokens = await this.#openTokens();
     const hidden = [];
     let last = {};
-    let cut = 0;
+    let count = 0;
     for (const [i, part] of this.encoders.entries()) {
       const encoded = tokens[i].encode(prompt);
-      if (encoded.cut) cut = Math.max(cut, encoded.count);
+      count = Math.max(count, encoded.count);
       last = await this.run(part, { input_ids: { data: encoded.ids, dims: [1, encoded.ids.length] } });
       hidden.push(last.hidden_states);
     }
-    const result = { states: sideBySide(hidden), pooled: last.text_embeds, cut };
+    const result = { states: sideBySide(hidden), pooled: last.text_embeds, count };
     this.#embeddings.set(prompt, result);
     if (this.#embeddings.size > CACHED_PROMPTS) {
       this.#embeddings.delete(this.#embeddings.keys().next().value);
@@ -110,21 +112,40 @@ export class Pipeline {
     return result;
   }
 
+  /** Latents of a picture, RGBA of the model's size, by the encoder that goes with a decoder. */
+  async #encodePicture(pixels, decoder) {
+    const part = `${decoder}_encoder`;
+    const [width, height] = this.manifest.size;
+    if (!this.manifest.parts[part]) {
+      throw new Failure(`this folder has no ${part}`, "its bundle was exported without one",
+        "export the bundle again, then the folder");
+    }
+    const image = fromPixels(pixels, width * height);
+    const feed = { data: image, dims: [1, 3, height, width] };
+    return toFloat((await this.run(part, { image: feed })).latent_sample.data);
+  }
+
   /**
-   * The picture of a prompt.
+   * The picture of a prompt, from noise, or from `picture` (RGBA) where `strength` is below 1.
    *
-   * @returns pixels: RGBA, as ImageData takes them; ms by stage; cut: the tokens of a prompt that
-   *   was too long, else 0; nfe: evaluations of the UNet
+   * @returns pixels: RGBA, as ImageData takes them; ms by stage; tokens of the prompt; cut_at, where
+   *   it was too long; nfe: evaluations of the UNet
    */
-  async draw({ prompt, seed = 0, steps = this.manifest.steps, decoder = this.decoders[0] }) {
+  async draw(request) {
+    const { prompt, seed = 0, steps = this.manifest.steps, decoder = this.decoders[0] } = request;
+    const { picture = null, strength = 1 } = request;
     const { size, latent_channels: channels, vae_scale: scale, scheduler } = this.manifest;
     const [width, height] = size;
     const schedule = scheduleOf(scheduler, steps);
     const decoderPart = this.#decoderPart(decoder);
+    const starts = picture && strength !== 1;
+    const kept = schedule.steps.slice(starts ? steps - keptSteps(steps, strength) : 0);
     const dims = [1, channels, height / scale, width / scale];
     const count = dims.reduce((product, side) => product * side);
     const started = performance.now();
-    const { states, pooled, cut } = await this.encode(prompt);
+    const { states, pooled, count: tokens } = await this.encode(prompt);
+    const told = performance.now();
+    const given = starts ? await this.#encodePicture(picture, decoder) : null;
     const encoded = performance.now();
     const feeds = { encoder_hidden_states: states };
     if (pooled) {
@@ -133,9 +154,10 @@ export class Pipeline {
       feeds.time_ids = { data: sides, dims: [1, 6] };
     }
     const generator = new Generator(seed);
-    let latents = firstSample(generator.randn(count), schedule);
+    const first = generator.randn(count);
+    let latents = given ? noisedLatents(given, first, kept[0]) : firstSample(first, schedule);
     const unet = [];
-    for (const step of schedule.steps) {
+    for (const step of kept) {
       const begun = performance.now();
       const { out_sample: output } = await this.run("unet", {
         sample: { data: modelInput(latents, step), dims },
@@ -150,8 +172,13 @@ export class Pipeline {
     const { sample } = await this.run(decoderPart, { latent_sample: { data: latents, dims } });
     const pixels = toPixels(toFloat(sample.data), width * height);
     const ended = performance.now();
-    const ms = { text: encoded - started, unet, decode: ended - denoised, total: ended - started };
-    return { pixels, width, height, ms, cut, nfe: unet.length };
+    const ms = {
+      text: told - started, encode: encoded - told, unet, decode: ended - denoised,
+      total: ended - started,
+    };
+    const most = this.manifest.tokenizers[0].length;
+    const cut = tokens > most ? { cut_at: most } : {};
+    return { pixels, width, height, ms, tokens, ...cut, nfe: unet.length };
   }
 
   async close() {
@@ -176,6 +203,18 @@ export function sideBySide(tensors) {
     }
   }
   return { data, dims: [1, tokens, total] };
+}
+
+/** RGBA -> three planes in [-1, 1]. */
+export function fromPixels(pixels, count) {
+  const f = Math.fround;
+  const image = new Float32Array(3 * count);
+  for (let channel = 0; channel < 3; channel++) {
+    for (let i = 0; i < count; i++) {
+      image[channel * count + i] = f(f(pixels[4 * i + channel] / 127.5) - 1);
+    }
+  }
+  return image;
 }
 
 /** A sample [-1, 1] of three planes -> RGBA, rounded as Python rounds; NaN is refused. */

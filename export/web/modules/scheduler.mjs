@@ -24,6 +24,21 @@ export function firstSample(noise, schedule) {
   return noise.map((value) => f(value * first));
 }
 
+/** Latents of a picture with noise, as they are at the step that runs first. */
+export function noisedLatents(latents, noise, step) {
+  const sigma = f(step.sigma);
+  return latents.map((value, i) => f(value + f(noise[i] * sigma)));
+}
+
+/** How many of `count` steps run at a strength, the last ones; none is refused. */
+export function keptSteps(count, strength) {
+  const kept = Math.min(Math.trunc(count * strength + 1e-6), count);
+  if (kept >= 1 && strength <= 1) return kept;
+  throw new Failure(`${count} steps at strength ${strength} leave no step to run`,
+    `${count} x ${strength} is not from 1 to ${count}`,
+    `take a strength from ${(1 / count).toFixed(2)} to 1`);
+}
+
 /** What the UNet is given of a sample. */
 export function modelInput(sample, step) {
   const scale = f(step.input_scale);

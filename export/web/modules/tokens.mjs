@@ -26,6 +26,6 @@ export class ClipTokens {
     ids[0] = BigInt(start);
     for (let i = 0; i < kept; i++) ids[i + 1] = BigInt(own[i]);
     ids[kept + 1] = BigInt(end);
-    return { ids, count: own.length + 2, cut: own.length > kept };
+    return { ids, count: own.length + 2 };
   }
 }

@@ -48,7 +48,8 @@ if (job.texts || job.draws) {
     answer.draws = [];
     for (const draw of job.draws) {
       try {
-        const { pixels, ...rest } = await pipeline.draw(draw);
+        const picture = draw.picture && new Uint8Array(Buffer.from(draw.picture, "base64"));
+        const { pixels, ...rest } = await pipeline.draw({ ...draw, picture });
         answer.draws.push({ ...rest, pixels: Buffer.from(pixels).toString("base64") });
       } catch (error) {
         answer.draws.push({ error: Failure.parts(error) });

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 import warnings
 from dataclasses import replace
@@ -20,8 +21,9 @@ from backends.pipeline.prompts import token_ids
 from core.errors import PreconditionError
 from core.files import ROOT, sha256_file
 from distill.evaluate import held_out
+from distill.shapes import draw
 from export.bundle import MANIFEST, Bundle
-from export.web import command, runtime, site
+from export.web import runtime, site
 from export.web.schedule import constants, require_euler
 
 DRIVER = Path(__file__).parent / "driver.mjs"
@@ -33,7 +35,8 @@ HOSTILE = (
     "caf\u00e9 cafe\u0301",
     "😀👩‍👩‍👧‍👦🏳️‍🌈", "红色的圆圈", "赤い円", "빨간 원", "دائرة حمراء كبيرة", "עיגול אדום",
     "İstanbul ß ẞ",
-    "ΑΣ ΣΟΦΟΣ", "<|endoftext|>", "<|startoftext|> a circle <|endoftext|>", "a<|endoftext|>b", "1234567 12.5%",
+    "ΑΣ ΣΟΦΟΣ", "<|endoftext|>", "<|startoftext|> a circle <|endoftext|>", "a<|endoftext|>b",
+    "1234567 12.5%",
     "!?!?...,,,;;;---___", "\u200b\u200d\ufeff", "a\u0000b", "\U0001f9ff" * 40, "\u00a0a\u2003b",
     "word " * 200, "x" * 500, "don't stop 'til you're '' 's", "¼ ² ﷺ Ⅷ",
     "a\u0301\u0302\u0303\u0304b",
@@ -65,7 +68,7 @@ def tarballs() -> None:
 @pytest.fixture(scope="session")
 def folder(shapes_bundle: Bundle, tarballs: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("web") / "site"
-    site.build_site(shapes_bundle, out)
+    site.build_site(shapes_bundle, out, {})
     return out
 
 
@@ -82,6 +85,11 @@ def in_node(node: list[str], folder: Path, **job: Any) -> dict[str, Any]:
 def decibels(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
     error = np.mean((one.astype(float) - other) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def picture_of(drawn: dict[str, Any]) -> NDArray[np.uint8]:
+    rgba = np.frombuffer(base64.b64decode(drawn["pixels"]), np.uint8)
+    return rgba.reshape(drawn["height"], drawn["width"], 4)[:, :, :3]
 
 
 # ---- the modules alone
@@ -115,14 +123,21 @@ def test_half_precision_without_the_browsers_own(node: list[str]) -> None:
     np.testing.assert_array_equal(back, expected.astype(float))
 
 
+def test_what_the_modules_decide(node: list[str]) -> None:
+    done = subprocess.run(
+        [*node, "--test", str(DRIVER.with_name("modules.test.mjs"))],
+        env=os.environ | {"MODULES": str(site.MODULES)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 # ---- a folder
 
 
 def test_tokens_are_those_of_transformers(
     node: list[str], folder: Path, shapes_bundle: Bundle
 ) -> None:
-    texts = [scene.caption for scene in held_out(600)]
-    texts = [text if isinstance(text, str) else text() for text in texts] + list(HOSTILE)
+    texts = [*(scene.caption for scene in held_out(600)), *HOSTILE]
     answer = in_node(node, folder, texts=texts)["tokens"]
     tokenizers = shapes_bundle.tokenizers()
     assert len(answer) == len(tokenizers)
@@ -149,20 +164,48 @@ def test_pictures_are_those_of_python(
         with load_pipeline(str(shapes_bundle.path), "ort", decoder) as pipe:
             for cell, drawn in zip(cells, draws, strict=True):
                 if cell["decoder"] == decoder:
-                    width, height = drawn["width"], drawn["height"]
-                    rgba = np.frombuffer(base64.b64decode(drawn["pixels"]), np.uint8)
-                    picture = rgba.reshape(height, width, 4)[:, :, :3]
                     assert drawn["nfe"] == cell["steps"]
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # words that the model does not know
                         output = pipe(cell["prompt"], steps=cell["steps"], seed=cell["seed"])
-                    levels.append(decibels(picture, output.images[0]))
+                    levels.append(decibels(picture_of(drawn), output.images[0]))
     # FP16 arithmetic is another rounding of every op; on the CPU it is emulated.
     assert min(levels) >= (LIMIT_DB if precision == "fp32" else 35.0), levels
 
 
+def test_pictures_from_a_picture_are_those_of_python(
+    node: list[str], folder: Path, shapes_bundle: Bundle
+) -> None:
+    start = draw(held_out(3)[:1], 0, shapes_bundle.size[0])[0]
+    rgba = np.dstack([start, np.full(start.shape[:2], 255, np.uint8)])
+    cells = [
+        {"prompt": PROMPTS[0], "seed": 5, "steps": steps, "decoder": decoder,
+         "strength": strength, "picture": base64.b64encode(rgba.tobytes()).decode()}
+        for decoder in ("vae", "taesd")
+        for steps, strength in ((2, 0.5), (4, 0.25), (4, 0.75), (1, 1.0))
+    ]  # fmt: skip
+    draws = in_node(node, folder, draws=cells)["draws"]
+    levels = []
+    for decoder in ("vae", "taesd"):
+        with load_pipeline(str(shapes_bundle.path), "ort", decoder) as pipe:
+            for cell, drawn in zip(cells, draws, strict=True):
+                if cell["decoder"] == decoder:
+                    output = pipe(
+                        PROMPTS[0], steps=cell["steps"], seed=5, images=start,
+                        strength=cell["strength"],
+                    )  # fmt: skip
+                    assert drawn["nfe"] == output.nfe
+                    levels.append(decibels(picture_of(drawn), output.images[0]))
+    assert min(levels) >= LIMIT_DB, levels
+
+
 def test_what_is_asked_wrongly_is_said_in_three_parts(node: list[str], folder: Path) -> None:
-    cells = [{"prompt": "a", "steps": 3}, {"prompt": "a", "decoder": "jpeg"}]
+    pixels = base64.b64encode(bytes(64 * 64 * 4)).decode()
+    cells = [
+        {"prompt": "a", "steps": 3},
+        {"prompt": "a", "decoder": "jpeg"},
+        {"prompt": "a", "steps": 1, "strength": 0.5, "picture": pixels},
+    ]
     for drawn in in_node(node, folder, draws=cells)["draws"]:
         assert all(drawn["error"][key] for key in ("what", "why", "next"))
 
@@ -215,22 +258,9 @@ def test_the_constants_are_those_of_diffusers(shapes_bundle: Bundle) -> None:
 # ---- the command
 
 
-def test_the_command_says_licence_and_size(
-    shapes_bundle: Bundle, tarballs: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "site"
-    assert command.main([str(shapes_bundle.path), str(out)]) == 0
-    said = capsys.readouterr().out
-    assert shapes_bundle.licence in said
-    assert f"{out}: " in said
-    first = (out / MANIFEST).read_bytes()
-    assert command.main([str(shapes_bundle.path), str(out)]) == 0, "it may be made again"
-    assert (out / MANIFEST).read_bytes() == first
-
-
 def refusal(bundle: Bundle, out: Path, ort: Path | None = None) -> PreconditionError:
     with pytest.raises(PreconditionError) as raised:
-        site.build_site(bundle, out, ort)
+        site.build_site(bundle, out, {}, ort)
     assert not out.exists() or not (out / MANIFEST).exists()
     assert raised.value.why
     assert raised.value.next
@@ -328,4 +358,4 @@ def test_no_file_of_the_runtime_is_part_of_the_checkout() -> None:
     assert not [file for file in tracked if Path(file).name in names - {"LICENSE"}]
     assert not [file for file in tracked if file.endswith(".wasm")]
     for module in site.MODULES.iterdir():
-        assert "http" not in module.read_text(), f"{module.name} asks another host"
+        assert "://" not in module.read_text(), f"{module.name} asks another host"

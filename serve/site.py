@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.cli import Parser
 from core.errors import EXIT_OK
+
+if TYPE_CHECKING:
+    from export.bundle import Bundle
 
 
 def parser() -> Parser:
@@ -28,15 +32,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from core.amounts import bytes_text
     from export.bundle import find_bundle
-    from export.web.site import build_site
+    from export.web.site import build_site, require_drawable
 
     bundle = find_bundle(args.bundle, args.weights, args.dtype)
     out: Path = args.out.expanduser().absolute()
-    manifest = build_site(bundle, out, args.ort and args.ort.expanduser())
+    require_drawable(bundle)
+    manifest = build_site(bundle, out, page_files(bundle), args.ort and args.ort.expanduser())
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     model = sum(
         entry["bytes"] for name, entry in manifest["files"].items() if name.startswith("model/")
     )
     print(f"licence: {bundle.licence}")
     print(f"{out}: {bytes_text(size)}, {bytes_text(model)} of them the model")
+    print(f"  next: addbench serve --static {out}")
     return EXIT_OK
+
+
+def page_files(bundle: Bundle) -> dict[str, bytes]:
+    """The server's own page, with the worker in place of the WebSocket, and what it must know."""
+    from dataclasses import replace
+
+    from core.files import json_bytes
+    from export.web.schedule import step_counts
+    from serve.model import served_model
+    from serve.pages import FOLDER, page_facts
+
+    files = {file.name: file.read_bytes() for file in FOLDER.iterdir() if file.is_file()}
+    socket, worker = b'data-transport="socket"', b'data-transport="transport.mjs"'
+    head, tag = b"</head>", b'<script src="opened.js"></script>\n</head>'
+    files["index.html"] = files["index.html"].replace(socket, worker).replace(head, tag)
+    model = served_model(bundle)
+    encoders = {f"{name}_encoder" for name in model.decoders}
+    facts = page_facts(replace(model, pictures=encoders <= set(bundle.parts)))
+    return files | {"page.json": json_bytes(facts | {"step_choices": step_counts(bundle)})}
