@@ -24,12 +24,12 @@ from backends.pipeline.pipeline import Pipeline
 from backends.pipeline.prompts import TOKENS
 from backends.pipeline.recipe import make_recipe
 from backends.pipeline.session import encoders
-from backends.pipeline.start import pairs
 from backends.registry import parse_backend
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT
 from distill.shapes import unknown_words
 from export.bundle import Bundle
+from serve.model import redraws
 
 QUICK_S = 0.5
 """A picture that takes no longer is worth drawing in batches where nobody said."""
@@ -106,20 +106,11 @@ class Artist:
             "sizes": self.sizes,
             "decoders": list(self.pipelines),
             "pictures": self.pictures,
-            "pairs": self.pairs() if self.pictures else [],
+            "pairs": redraws(self.first.bundle, self.first.recipe) if self.pictures else [],
             "remarks": self.remarks,
             "precision": self.backend.precision(self.first.bundle),
             "provenance": self.backend.provenance,
         }
-
-    def pairs(self) -> list[tuple[int, float]]:
-        """Steps and strengths with which a picture is redrawn on the model's own timesteps: for
-        each strength the fewest steps."""
-        fewest: dict[float, int] = {}
-        for strength in (0.25, 0.5, 0.75):
-            for steps, share, _ in pairs(self.first.bundle, self.first.recipe, 4, strength):
-                fewest[share] = min(steps, fewest.get(share, steps))
-        return [(fewest[share], share) for share in sorted(fewest)]
 
     def warm(self, chosen: bool) -> None:
         """Draw once at every batch size that will be used, and hold batches against single

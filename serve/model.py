@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from backends.pipeline.recipe import check_steps, make_recipe
+from backends.pipeline.recipe import Recipe, check_steps, make_recipe
 from backends.pipeline.session import check_decoder, decoders, encoders
+from backends.pipeline.start import pairs
 from core.errors import PreconditionError
 from export.bundle import Bundle
 
@@ -92,3 +94,20 @@ def served_model(
         hash=bundle.hash,
         bundle=bundle.path,
     )
+
+
+def redraws(
+    bundle: Bundle, recipe: Recipe, counts: Collection[int] | None = None
+) -> list[tuple[int, float]]:
+    """Steps and strengths with which a picture is redrawn on the model's own timesteps: for each
+    strength the fewest steps.
+
+    Args:
+        counts: steps that there may be; None for any.
+    """
+    fewest: dict[float, int] = {}
+    for strength in (0.25, 0.5, 0.75):
+        for steps, share, _ in pairs(bundle, recipe, 4, strength):
+            if counts is None or steps in counts:
+                fewest[share] = min(steps, fewest.get(share, steps))
+    return [(fewest[share], share) for share in sorted(fewest)]

@@ -52,16 +52,19 @@ def page_files(bundle: Bundle) -> dict[str, bytes]:
     """The server's own page, with the worker in place of the WebSocket, and what it must know."""
     from dataclasses import replace
 
+    from backends.pipeline.recipe import make_recipe
     from core.files import json_bytes
     from export.web.schedule import step_counts
-    from serve.model import served_model
+    from serve.model import redraws, served_model
     from serve.pages import FOLDER, page_facts
 
     files = {file.name: file.read_bytes() for file in FOLDER.iterdir() if file.is_file()}
     socket, worker = b'data-transport="socket"', b'data-transport="transport.mjs"'
     head, tag = b"</head>", b'<script src="opened.js"></script>\n</head>'
     files["index.html"] = files["index.html"].replace(socket, worker).replace(head, tag)
-    model = served_model(bundle)
+    model, counts = served_model(bundle), step_counts(bundle)
     encoders = {f"{name}_encoder" for name in model.decoders}
-    facts = page_facts(replace(model, pictures=encoders <= set(bundle.parts)))
-    return files | {"page.json": json_bytes(facts | {"step_choices": step_counts(bundle)})}
+    pairs = redraws(bundle, make_recipe(bundle), counts)
+    able = bool(pairs) and encoders <= set(bundle.parts)
+    facts = page_facts(replace(model, pictures=able, pairs=tuple(pairs)))
+    return files | {"page.json": json_bytes(facts | {"step_choices": counts})}
