@@ -21,6 +21,7 @@ from backends.pipeline.prompts import token_ids
 from core.errors import PreconditionError
 from core.files import ROOT, sha256_file
 from distill.evaluate import held_out
+from distill.judge import judge
 from distill.shapes import draw
 from export.bundle import MANIFEST, Bundle
 from export.web import runtime, site
@@ -197,6 +198,27 @@ def test_pictures_from_a_picture_are_those_of_python(
                     assert drawn["nfe"] == output.nfe
                     levels.append(decibels(picture_of(drawn), output.images[0]))
     assert min(levels) >= LIMIT_DB, levels
+
+
+def test_the_judge_reads_the_same_as_in_python(
+    node: list[str], folder: Path, shapes_bundle: Bundle
+) -> None:
+    scenes = held_out(100)
+    cells = [
+        {"prompt": scene.caption, "seed": seed, "steps": 1, "decoder": "vae"}
+        for seed, scene in enumerate(scenes)
+    ]
+    draws = in_node(node, folder, draws=cells)["draws"]
+    ours = sum(
+        judge(picture_of(drawn), scene).all_right
+        for drawn, scene in zip(draws, scenes, strict=True)
+    )
+    with load_pipeline(str(shapes_bundle.path), "ort", "vae") as pipe:
+        theirs = sum(
+            judge(pipe(scene.caption, steps=1, seed=seed).images[0], scene).all_right
+            for seed, scene in enumerate(scenes)
+        )
+    assert abs(ours - theirs) <= 1
 
 
 def test_what_is_asked_wrongly_is_said_in_three_parts(node: list[str], folder: Path) -> None:
