@@ -19,7 +19,7 @@ from core.errors import AddbenchError
 from serve.brief import FORMATS, Drawing, Ticket
 from serve.envelope import EnvelopeError, read_object
 from serve.errors import ApiError, api_error
-from serve.fields import EDIT, Generation, no_such_field, read_generation
+from serve.fields import EDIT, Generation, from_form, no_such_field, read_generation
 
 if TYPE_CHECKING:
     from serve.app import Application
@@ -178,7 +178,7 @@ async def read_form(request: Request, body: bytes) -> tuple[dict[str, Any], byte
                 raise refused(f"{name[:40]} stands twice", "a field has one value", "send it once",
                               name[:40])  # fmt: skip
             else:
-                fields[name] = value
+                fields[name] = from_form(name, value)
     if len(files) != 1 or not files[0]:
         raise refused(f"the form has {len(files)} pictures" if files else "there is no picture",
                       "one is redrawn", "send the file as image")  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.artifacts.child import HOME_PYTHON, environment_for
 from backends.base import Backend, Shapes, artifact_key
 from backends.pipeline.output import Output
 from backends.pipeline.pictures import read_picture
@@ -46,8 +47,10 @@ def load(job: Mapping[str, Any], progress: Callable[[str], None]) -> Artist:
     backend.probe().require(backend.name)
     if backend.interpreter and Path(backend.interpreter) != Path(sys.executable):
         os.chdir(ROOT)
-        os.execv(backend.interpreter, [str(backend.interpreter), "-m", "serve.worker",
-                                       *sys.argv[1:]])  # fmt: skip
+        home = Path(sys.executable)
+        variables = environment_for(backend.interpreter, home) | {HOME_PYTHON: str(home)}
+        python = str(backend.interpreter)
+        os.execve(python, [python, "-m", "serve.worker", *sys.argv[1:]], variables)
     bundle = Bundle.open(Path(job["bundle"]))
     fixed = one_batch_only(backend, bundle)
     batch = job["batch"] or (1 if fixed else BATCH)

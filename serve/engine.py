@@ -106,17 +106,11 @@ class Attendant:
         """Start the worker, again and again, until the engine closes."""
         in_a_row = 0
         while not self.engine.is_closed():
-            life = await self._start()
-            try:
-                error = await self._live(life)
-            finally:
-                self.life = None
-                life.writer.close()
-                end_group(life.process)
-            lived = 0.0 if life.ready_at is None else self.engine.now() - life.ready_at
+            ready_at, error = await self._one_life()
+            lived = 0.0 if ready_at is None else self.engine.now() - ready_at
             if self.engine.is_closed():
                 return
-            if life.ready_at is None and not self.facts:
+            if not self.facts:  # it was never ready
                 raise error
             self.deaths += 1
             self.engine.metrics.restarts.inc()
@@ -128,6 +122,21 @@ class Attendant:
             await asyncio.sleep(BACK_OFF_S[min(in_a_row, len(BACK_OFF_S)) - 1])
 
     # ---- a life
+
+    async def _one_life(self) -> tuple[float | None, AddbenchError]:
+        """Run a worker until it ends: when it was ready, and what it died of."""
+        try:
+            life = await self._start()
+        except OSError as failure:  # no memory for another process, most likely
+            words = ("the worker could not be started", str(failure), "free memory on this machine")
+            return None, WorkerDiedError(*words)
+        try:
+            error = await self._live(life)
+            return life.ready_at, error
+        finally:
+            self.life = None
+            life.writer.close()
+            end_group(life.process)
 
     async def _start(self) -> Life:
         ours, theirs = socket.socketpair()
@@ -398,6 +407,7 @@ class Engine:
                 ticket.fail(GoneError())
                 for attendant in self.attendants:
                     attendant.cancel(ticket)
+        self.waiting.forget_gone()
 
     def leave(self, connection: Hashable) -> None:
         """Drop what a live connection has waiting or in work: it is gone."""

@@ -18,6 +18,7 @@ MOST_PICTURES = 10
 LONGEST_PROMPT = 4000
 """Characters; a text encoder reads 77 tokens."""
 SEEDS = 2**63
+NUMBERS = ("n", "seed", "num_inference_steps", "guidance_scale", "strength")
 
 UNSUPPORTED = {
     "background": "pictures are opaque",
@@ -57,15 +58,22 @@ def no_such_field(name: str, known: tuple[str, ...]) -> NoReturn:
 
 
 def whole(name: str, value: object, least: int, most: int) -> int:
-    """A whole number; a form sends it as text."""
-    if isinstance(value, str) and re.fullmatch(r"-?\d{1,20}", value, re.ASCII):
-        value = int(value)
+    """A whole number."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         refuse(
             name, f"{name} = {repr(value)[:40]} is not understood",
             f"it is a whole number from {least} to {most}", f"send {name} = {least}",
         )  # fmt: skip
     return value
+
+
+def from_form(name: str, text: str) -> object:
+    """A form's field, which is a text, as JSON would have it."""
+    if name in NUMBERS and re.fullmatch(r"-?\d{1,20}", text, re.ASCII):
+        return int(text)
+    if name in NUMBERS and re.fullmatch(r"\d{0,3}\.\d{1,17}", text, re.ASCII):
+        return float(text)
+    return text
 
 
 def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
@@ -99,8 +107,6 @@ def steps_of(value: object, model: ServedModel, name: str = "num_inference_steps
 
 
 def strength_of(value: object) -> float:
-    if isinstance(value, str) and re.fullmatch(r"\d{0,3}\.?\d{1,17}", value, re.ASCII):
-        value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         refuse("strength", f"strength = {repr(value)[:40]} is not understood",
                "it is a number above 0 and at most 1", "send strength = 0.6")  # fmt: skip
@@ -158,11 +164,7 @@ def read_generation(
                f"{model.name} was exported for {model.size}",
                f"send {model.size}, or leave size out", "unsupported_value")  # fmt: skip
     scale = given.get("guidance_scale", model.guidance)
-    if (
-        isinstance(scale, bool)
-        or not isinstance(scale, int | float | str)
-        or (str(scale) != f"{model.guidance:g}" and scale != model.guidance)
-    ):
+    if isinstance(scale, bool) or scale != model.guidance:
         refuse("guidance_scale", f"guidance_scale = {repr(scale)[:40]} is not supported",
                f"this server draws with {model.guidance:g}", "leave guidance_scale out",
                "unsupported_parameter")  # fmt: skip

@@ -53,7 +53,7 @@ class Waiting:
         Raises:
             ApiError: there is no room (429).
         """
-        self._forget_gone()
+        self.forget_gone()
         if len(self.queue) + len(tickets) > self.limit:
             wait_s = (len(self.queue) + len(tickets)) * self.service_s()
             raise queue_full(len(self.queue), self.limit, wait_s)
@@ -107,7 +107,7 @@ class Waiting:
         """
         loop = asyncio.get_running_loop()
         while True:
-            self._forget_gone()
+            self.forget_gone()
             if next(self._candidates(), None):
                 if self.window_s and self._joinable() < sizes[-1]:
                     await asyncio.sleep(self.window_s)
@@ -122,7 +122,8 @@ class Waiting:
         while self.queue and now - self.queue[0].arrived > self.deadline_s:
             self.queue.popleft().fail(too_late(self.deadline_s))
 
-    def _forget_gone(self) -> None:
+    def forget_gone(self) -> None:
+        """Take out what nobody waits for any more."""
         if any(not ticket.open for ticket in self.queue):
             self.queue = deque(ticket for ticket in self.queue if ticket.open)
         for connection in [key for key, ticket in self.slots.items() if not ticket.open]:

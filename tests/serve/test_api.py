@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -76,6 +75,8 @@ REFUSED: list[tuple[dict[str, Any], str, str, int]] = [
     ({"prompt": "x", "n": 0}, "n", "invalid_value", 400),
     ({"prompt": "x", "n": 11}, "n", "invalid_value", 400),
     ({"prompt": "x", "n": True}, "n", "invalid_value", 400),
+    ({"prompt": "x", "n": "1"}, "n", "invalid_value", 400),
+    ({"prompt": "x", "seed": "7"}, "seed", "invalid_value", 400),
     ({"prompt": "x", "n": 1.0}, "n", "invalid_value", 400),
     ({"prompt": ["x"] * 4, "n": 3}, "n", "invalid_value", 400),
     ({"prompt": "x", "size": "1024x1024"}, "size", "unsupported_value", 400),
@@ -231,26 +232,29 @@ def test_requests_join_in_batches_and_each_gets_its_own(start: Start) -> None:
     assert server.metric("batch_size_count") < 20  # fewer calls than pictures
 
 
-def hang_up(server: Running, prompt: str, after: float) -> None:
-    """Ask for a picture, and leave."""
+def hang_up(server: Running, prompt: str, leave: threading.Event) -> None:
+    """Ask for a picture, and leave when told to."""
     body = json.dumps({"prompt": prompt}).encode()
     with socket.create_connection(("127.0.0.1", server.port), WAIT_S) as client:
         client.sendall(
             b"POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type:"
             b" application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         )
-        time.sleep(after)
+        leave.wait(WAIT_S)
 
 
 def test_a_client_that_leaves_costs_nothing_more(start: Start) -> None:
     server = start(draw_ms=20_000.0, sizes=[1]).wait_ready()
-    first = threading.Thread(target=hang_up, args=(server, "in work", 0.6))
-    second = threading.Thread(target=hang_up, args=(server, "waiting", 0.4))
+    leaves = [threading.Event(), threading.Event()]
+    first = threading.Thread(target=hang_up, args=(server, "in work", leaves[0]))
+    second = threading.Thread(target=hang_up, args=(server, "waiting", leaves[1]))
     first.start()
     until(lambda: server.metric("in_work") == 1)
     second.start()
     until(lambda: server.metric("queue_depth") == 1)
+    leaves[1].set()
     until(lambda: server.metric("queue_depth") == 0)
+    leaves[0].set()
     until(lambda: server.metric("in_work") == 0)  # long before the picture would be done
     first.join()
     second.join()
@@ -267,9 +271,11 @@ def test_a_batch_is_not_cancelled_while_somebody_waits_for_it(start: Start) -> N
         blocker = pool.submit(server.draw, prompt="blocker")
         until(lambda: server.metric("in_work") == 1)
         stays = pool.submit(server.draw, prompt="stays", seed=1)
-        leaves = pool.submit(hang_up, server, "leaves", 0.7)
+        leave = threading.Event()
+        leaves = pool.submit(hang_up, server, "leaves", leave)
         until(lambda: server.metric("queue_depth") == 2)
         assert blocker.result()[0] == 200
+        leave.set()
         assert is_picture_of(decoded(stays.result()[2])[0], "stays", 1)
         leaves.result()
 

@@ -144,6 +144,7 @@ def test_bad_messages_are_answered_on_the_open_socket(server: Running) -> None:
     with server.live() as typist:
         for header, param in [
             ({"id": 1}, "prompt"), ({"prompt": "x"}, "id"), ({"id": "1x", "prompt": "x"}, "id"),
+            ({"id": "1", "prompt": "x"}, "id"), ({"id": True, "prompt": "x"}, "id"),
             ({"id": 2, "prompt": "x", "seed": -1}, "seed"),
             ({"id": 3, "prompt": "x", "steps": 3}, "steps"),
             ({"id": 4, "prompt": "x", "n": 2}, "n"),
