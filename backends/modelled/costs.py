@@ -7,7 +7,7 @@ from functools import cache
 
 from export.bundle import Bundle
 from export.cost import Cost, budget_cost, part_cost, part_cost_at
-from export.models import find_model
+from export.models import PICTURE_PARTS, find_model
 
 LISTED = "sdxl-turbo"
 """The model of export/budget.csv."""
@@ -20,7 +20,11 @@ def bundle_costs(bundle: Bundle) -> Mapping[str, Cost]:
     """Counted in the graphs; one without graphs is traced."""
     if not bundle.has_graphs:
         return traced_costs(bundle.model.name, bundle.size)
-    return {name: part_cost(part.graph) for name, part in bundle.parts.items()}
+    return {
+        name: part_cost(part.graph)
+        for name, part in bundle.parts.items()
+        if name not in PICTURE_PARTS  # no card is modelled with one
+    }
 
 
 @cache
