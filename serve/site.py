@@ -25,6 +25,10 @@ def parser() -> Parser:
         "--ort", type=Path, metavar="FOLDER",
         help="where the runtime's packages lie, as `npm pack` writes them (npm brings them)",
     )  # fmt: skip
+    top.add_argument(
+        "--coi", action="store_true",
+        help="for a host that sends no headers: a service worker puts them on, for threads",
+    )  # fmt: skip
     return top
 
 
@@ -37,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     bundle = find_bundle(args.bundle, args.weights, args.dtype)
     out: Path = args.out.expanduser().absolute()
     require_drawable(bundle)
-    manifest = build_site(bundle, out, page_files(bundle), args.ort and args.ort.expanduser())
+    manifest = build_site(
+        bundle, out, page_files(bundle, args.coi), args.ort and args.ort.expanduser()
+    )
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     model = sum(
         entry["bytes"] for name, entry in manifest["files"].items() if name.startswith("model/")
@@ -48,8 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def page_files(bundle: Bundle) -> dict[str, bytes]:
-    """The server's own page, with the worker in place of the WebSocket, and what it must know."""
+def page_files(bundle: Bundle, coi: bool = False) -> dict[str, bytes]:
+    """The server's own page, with the worker in place of the WebSocket, and what it must know.
+
+    Args:
+        coi: let a service worker isolate it, where the host does not.
+    """
     from dataclasses import replace
 
     from backends.pipeline.recipe import make_recipe
@@ -60,8 +70,10 @@ def page_files(bundle: Bundle) -> dict[str, bytes]:
 
     files = {file.name: file.read_bytes() for file in FOLDER.iterdir() if file.is_file()}
     socket, worker = b'data-transport="socket"', b'data-transport="transport.mjs"'
-    head, tag = b"</head>", b'<script src="opened.js"></script>\n</head>'
-    files["index.html"] = files["index.html"].replace(socket, worker).replace(head, tag)
+    scripts = ("opened.js", *(("coi.js",) if coi else ()))
+    tags = "".join(f'<script src="{name}"></script>\n' for name in scripts).encode()
+    html = files["index.html"].replace(socket, worker)
+    files["index.html"] = html.replace(b"</head>", tags + b"</head>")
     model, counts = served_model(bundle), step_counts(bundle)
     encoders = {f"{name}_encoder" for name in model.decoders}
     pairs = redraws(bundle, make_recipe(bundle), counts)

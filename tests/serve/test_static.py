@@ -12,10 +12,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -220,6 +223,41 @@ def test_a_page_draws_what_python_draws(browser: Any, address: str, shapes_bundl
     page.goto(address + "?device=tpu")
     page.wait_for_selector("body[data-state=lost]")
     assert "there is no device tpu" in page.locator("#words").inner_text()
+
+
+class Plain(SimpleHTTPRequestHandler):
+    """A host that sends no headers of its own."""
+
+    def guess_type(self, path: Any) -> str:
+        return "text/javascript" if str(path).endswith(".mjs") else super().guess_type(path)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_host_without_headers(browser: Any, folder: Path, shapes_bundle: Bundle) -> None:
+    handler = partial(Plain, directory=str(folder))
+    files = site.page_files(shapes_bundle, coi=True)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{host.server_address[1]}/"
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("body[data-state=ready]", timeout=120_000)
+        assert page.evaluate("crossOriginIsolated") is False
+        assert "1 thread (the page is not isolated)" in page.locator("#words").inner_text()
+        assert "coi.js" not in page.content()
+        html = folder / "index.html"
+        before = html.read_bytes()
+        html.write_bytes(files["index.html"])
+        try:
+            page.goto(address)
+            page.wait_for_function("crossOriginIsolated", timeout=120_000)
+            page.wait_for_selector("body[data-state=ready]", timeout=120_000)
+            assert "not isolated" not in page.locator("#words").inner_text()
+        finally:
+            html.write_bytes(before)
+            host.shutdown()
 
 
 @pytest.mark.slow
