@@ -225,6 +225,24 @@ def test_a_page_draws_what_python_draws(browser: Any, address: str, shapes_bundl
     assert "there is no device tpu" in page.locator("#words").inner_text()
 
 
+def test_a_page_measures_itself(browser: Any, address: str, shapes_bundle: Bundle) -> None:
+    page = browser.new_page()
+    page.goto(address + "?bench=5&device=wasm&threads=1&steps=2&decoder=taesd")
+    page.wait_for_selector("#bench", timeout=120_000)
+    record = json.loads(page.locator("#bench").inner_text())
+    assert record["bundle"] == shapes_bundle.hash
+    assert record["provenance"] == "measured"
+    assert (record["steps"], record["decoder"]) == (2, "taesd")
+    assert (record["device"]["kind"], record["device"]["threads"]) == ("wasm", 1)
+    assert "Chrom" in record["browser"]
+    assert len(record["samples"]) == 5
+    for sample in record["samples"]:
+        stages = sample["text"] + sample["encode"] + sum(sample["unet"]) + sample["decode"]
+        assert sample["nfe"] == len(sample["unet"]) == 2
+        assert sample["text"] > 0.1, "no embedding is kept from another call"
+        assert 0.5 * sample["total"] <= stages <= sample["total"] + 1
+
+
 class Plain(SimpleHTTPRequestHandler):
     """A host that sends no headers of its own."""
 

@@ -11,6 +11,7 @@ import {
 } from "./scheduler.mjs";
 import { ClipTokens } from "./tokens.mjs";
 
+/** Prompts whose embeddings are kept. */
 const CACHED_PROMPTS = 64;
 
 export class Pipeline {
@@ -23,10 +24,12 @@ export class Pipeline {
    * @param Tokenizer the class of @huggingface/tokenizers
    * @param manifest of the folder
    * @param read gives the bytes of a file of the folder by its name
-   * @param options precision: `fp32` or `fp16`; session: options of every session
+   * @param options precision: `fp32` or `fp16`; session: options of every session; cached: prompts
+   *   whose embeddings are kept, 0 where a picture's whole time is measured
    */
-  constructor(ort, Tokenizer, manifest, read, { precision = "fp32", session = {} } = {}) {
-    Object.assign(this, { ort, Tokenizer, manifest, read, precision, session });
+  constructor(ort, Tokenizer, manifest, read, options = {}) {
+    const { precision = "fp32", session = {}, cached = CACHED_PROMPTS } = options;
+    Object.assign(this, { ort, Tokenizer, manifest, read, precision, session, cached });
   }
 
   get encoders() {
@@ -106,7 +109,7 @@ export class Pipeline {
     }
     const result = { states: sideBySide(hidden), pooled: last.text_embeds, count };
     this.#embeddings.set(prompt, result);
-    if (this.#embeddings.size > CACHED_PROMPTS) {
+    if (this.#embeddings.size > this.cached) {
       this.#embeddings.delete(this.#embeddings.keys().next().value);
     }
     return result;

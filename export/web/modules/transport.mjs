@@ -19,6 +19,7 @@ export class WorkerTransport {
   constructor(handlers, worker, query) {
     Object.assign(this, { handlers, worker });
     this.device = null;
+    this.measures = new URLSearchParams(query).has("bench");
     worker.onmessage = ({ data }) => this.#receive(data);
     worker.onerror = ({ message }) => handlers.status({
       state: "lost", words: `the page could not be started: ${message || "an old browser?"}`,
@@ -27,6 +28,7 @@ export class WorkerTransport {
   }
 
   send(request, picture = null) {
+    if (this.measures) return;
     if (this.#waiting) this.#skipped++;
     this.#waiting = { ...request, picture };
     this.#next();
@@ -43,7 +45,15 @@ export class WorkerTransport {
     this.#waiting = null;
   }
 
-  #receive({ type, header, pixels, device, ...status }) {
+  #receive({ type, header, pixels, device, record, ...status }) {
+    if (type === "bench") { // ?bench=N: figures in place of the page
+      globalThis.bench = record;
+      const text = document.createElement("pre");
+      text.id = "bench";
+      text.textContent = JSON.stringify(record, null, 1);
+      document.body.replaceChildren(text);
+      return;
+    }
     if (type === "device") {
       this.device = device;
       return;

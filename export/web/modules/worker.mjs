@@ -66,10 +66,35 @@ async function draw({ id, picture, ...request }) {
   }
 }
 
+/** Measure `count` pictures after one that is not counted; tell every sample, and where it ran. */
+async function measure(query) {
+  const count = Number(query.get("bench")) || 1;
+  const { manifest } = artist;
+  const steps = Number(query.get("steps") ?? manifest.steps);
+  const decoder = query.get("decoder") ?? manifest.decoders[0];
+  const samples = [];
+  for (let number = -1; number < count; number++) {
+    const prompt = manifest.prompts[(number + 1) % manifest.prompts.length];
+    const { ms, nfe } = await artist.draw({ prompt, seed: number + 1, steps, decoder });
+    if (number >= 0) samples.push({ ...ms, nfe });
+  }
+  const { device, remark } = artist;
+  const provenance = device.emulated ? "emulated" : "measured";
+  tell("bench", {
+    record: {
+      model: manifest.model, bundle: manifest.bundle, runtime: manifest.runtime, steps, decoder,
+      provenance, device, remark, browser: navigator.userAgent, cores: navigator.hardwareConcurrency,
+      samples,
+    },
+  });
+}
+
 onmessage = async ({ data }) => {
   if (data.type === "draw") return draw(data.request);
   try {
     await open(data.query);
+    const query = new URLSearchParams(data.query);
+    if (query.has("bench")) await measure(query);
   } catch (error) {
     console.error(error);
     const { what, why, next } = Failure.parts(error);
