@@ -135,7 +135,7 @@ def test_what_a_compile_needs_is_said_before_it_starts(
     with pytest.raises(Exception, match="wrote nothing"):
         backend.compile(tiny_bundle, "unet", shapes)
     assert (
-        "compiling tiny-sdxl unet for OpenVINO: about 0.3 GB of memory" in capsys.readouterr().err
+        "compiling tiny-sdxl unet for OpenVINO: about 270 MB of memory" in capsys.readouterr().err
     )
 
 

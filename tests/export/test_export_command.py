@@ -128,7 +128,7 @@ def test_too_small_a_disk_is_told_before_work_starts(small_disk: Path) -> None:
     process = start(*TINY, "--out", str(small_disk / "bundle"))
     _, stderr = process.communicate()
     assert process.returncode == EXIT_USAGE
-    assert "GB of disk" in stderr
+    assert "MB of disk" in stderr
     assert not (small_disk / "bundle").exists()
 
 

@@ -192,8 +192,9 @@ def test_a_message_that_is_too_large_ends_the_connection(server: Running) -> Non
     with server.live() as typist, pytest.raises(ConnectionClosed) as closed:
         typist.socket.send(b"x" * (LARGEST_MESSAGE + 1))
         typist.answer()
-    assert closed.value.rcvd is not None
-    assert closed.value.rcvd.code == 1009
+    # What of it is still under way when the server closes can cost the client the reason.
+    assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
+    assert server.draw(prompt="x")[0] == 200
 
 
 def test_other_origins_are_refused_at_the_handshake(server: Running) -> None:

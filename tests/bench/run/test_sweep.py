@@ -258,7 +258,7 @@ def test_a_spent_budget_leaves_cells_missing_and_resume_measures_them(
     flags = ["--backend", "null", "--backend", "null:usable=0", "--steps", "1,2", *ONE]
     assert sweep(tmp_path, *flags, "--budget", "0.3") == 4
     errors = capsys.readouterr().err
-    assert "4 are missing" in errors
+    assert "4 missing" in errors
     assert "budget of 0.3 s" in errors
     run = open_run("latest", tmp_path)
     assert run.rows() == []
