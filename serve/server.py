@@ -41,7 +41,9 @@ class Listener:
             PreconditionError: the address is taken, or none of this machine's.
         """
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        bound = socket.socket(family, socket.SOCK_STREAM)
+        # By its protocol asyncio knows connections of it as TCP's, and sends without waiting for
+        # what was sent before: a body that does costs 40 ms behind its head.
+        bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # connections have it of their listener

@@ -48,14 +48,24 @@ def over_http(job: Mapping[str, Any], url: str) -> Callable[[], Draw]:
     def connect() -> Draw:
         client = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=600)
 
+        def ask(body: str) -> int:
+            client.request("POST", "/v1/images/generations", body,
+                           {"Content-Type": "application/json"})  # fmt: skip
+            response = client.getresponse()
+            response.read()
+            return response.status
+
         def draw(prompt: str, seed: int) -> int:
             body = json.dumps({"prompt": prompt, "seed": seed, **fields})
+            idle = client.sock is not None
             try:
-                client.request("POST", "/v1/images/generations", body,
-                               {"Content-Type": "application/json"})  # fmt: skip
-                response = client.getresponse()
-                response.read()
-                return response.status
+                try:
+                    return ask(body)
+                except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
+                    if not idle:
+                        raise
+                    client.close()  # the server ends connections that nobody uses for seconds
+                    return ask(body)
             except (OSError, http.client.HTTPException):
                 client.close()
                 return 599  # no answer
