@@ -159,8 +159,6 @@ class Backend(ABC):
     resident: str = ""
     """Why a pipeline of it holds all parts as long as it lives; "" where it may load each when it
     is needed and release it after."""
-    row_flags: tuple[str, ...] = ()
-    """What a reader of its rows should know of this machine: flags of `bench.rows.fields`."""
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
         given = dict(options or {})
@@ -181,6 +179,11 @@ class Backend(ABC):
             for key, text in self.texts.items()
         }
         """Every option as a value."""
+
+    @property
+    def row_flags(self) -> tuple[str, ...]:
+        """What a reader of its rows should know of this machine: flags of `bench.rows.fields`."""
+        return ()
 
     def effective_options(self) -> dict[str, str]:
         """Every option with the value that counts here: defaults filled in, `auto` resolved."""

@@ -246,7 +246,7 @@ class OrtBackend(Backend):
         return "" if self.plain or self.own_operators else operators.no_compiler()
 
     @property
-    def row_flags(self) -> tuple[str, ...]:  # type: ignore[override]
+    def row_flags(self) -> tuple[str, ...]:
         return ("no_compiler",) if self.no_compiler else ()
 
     def pipeline(self, bundle: Bundle, decoder: str, shapes: Shapes, **rest: Any) -> Pipeline:

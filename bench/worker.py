@@ -21,7 +21,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -210,22 +210,21 @@ class Worker:
                 return result | failure(error)
         if self.rule.quality and result["status"] in (OK, "mismatch"):
             try:
-                result["quality"] = self.quality(
-                    cell, lambda count: report.judging(number, count, self.rule.quality)
+                root = self.bundle.checkpoint().root
+                result["quality"] = measure_quality(
+                    self.pipe,
+                    cell,
+                    self.rule.quality,
+                    root / "fid",
+                    lambda count: report.judging(number, count, self.rule.quality),
                 )
             except Exception as error:
                 traceback.print_exc()
                 return result | failure(error)
-            root = self.bundle.checkpoint().root
             if result["status"] == "mismatch" and judge_accepts(result["quality"], root, cell):
                 result["flags"].append("below_gate")
                 result |= {"status": OK, "error": None}
         return result
-
-    def quality(self, cell: Cell, on_pictures: Callable[[int], None]) -> dict[str, Any]:
-        """What the judge reads from this cell's pictures of held-out captions."""
-        fid = self.bundle.checkpoint().root / "fid"
-        return measure_quality(self.pipe, cell, self.rule.quality, fid, on_pictures)
 
     def judge(self, cell: Cell, measured: Measurement) -> dict[str, Any]:
         """Image 0 against the bundle's reference: a fast wrong image is a failed cell.

@@ -382,12 +382,15 @@ def _export_command(
 ) -> str:
     from export.models import MODELS, default_weights
 
-    name, _, lora = model.partition("+")
+    name, *fused = model.split("+")
     if weights is None:
         weights = default_weights(MODELS[name]) if name in MODELS else "hub"
     words = f"addbench export --model {name} --weights {weights} --dtype {dtype or 'fp16'}"
     words += f" --size {size_text(size)}" if size else ""
-    return words + (f" --lora {lora}.safetensors" if lora else "")
+    for piece in fused:
+        skipped = piece.removeprefix("clip-skip-")
+        words += f" --clip-skip {skipped}" if skipped != piece else f" --lora {piece}.safetensors"
+    return words
 
 
 def export_again(bundle: Bundle) -> str:

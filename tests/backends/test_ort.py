@@ -16,6 +16,7 @@ from backends.check.gate import gate_for, image_distance
 from backends.load import load_pipeline
 from backends.onnxrt import operators, session
 from backends.registry import parse_backend
+from bench.rows.fields import FLAGS
 from core.errors import PreconditionError
 from export.bundle import Bundle
 
@@ -175,6 +176,9 @@ def test_the_operators_are_built_once_and_where_they_can_be(
     assert (found.options["norms"], found.options["attention"]) == ("layer", "multihead")
     assert "no C++ compiler" in found.probe().what
     assert "operators" not in found.fingerprint()
+    assert found.row_flags == ("no_compiler",)
+    assert set(found.row_flags) <= set(FLAGS)
+    assert parse_backend("ort:graph=canonical").row_flags == ()  # it asked for no operators
     with pytest.raises(BackendError, match="(?s)no C\\+\\+ compiler.*apt install"):
         operators.library()
 

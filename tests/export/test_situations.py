@@ -356,6 +356,9 @@ def test_a_checkpoint_with_more_fused_in_finds_its_bundle(
     monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
     skipped = opened(sd, bundle_path(f"{sd.name}+clip-skip-1", "folder", "fp32"), clip_skip=1)
     assert "--clip-skip 1" in export_again(skipped)
+    with pytest.raises(PreconditionError, match="there is no bundle") as gone:
+        find_bundle("sd15+style+clip-skip-2")
+    assert gone.value.next.endswith("--lora style.safetensors --clip-skip 2")
     assert find_bundle(str(sd)).path == skipped.path
     other = Path(shutil.copytree(skipped.path, tmp_path / "build" / f"{sd.name}+style-folder-fp32"))
     with pytest.raises(PreconditionError, match="2 bundles of") as caught:

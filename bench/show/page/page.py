@@ -108,7 +108,7 @@ def render(target: Run, base: Run | None = None) -> str:
         notes=notes(lines),
         flags={name: FLAGS[name] for name in FLAGS if any(name in r["flags"] for r in rows)},
         brief=brief(lines),
-        full=ordered(column for column in columns.COLUMNS if column_says(column, lines)),
+        full=ordered(column for column in columns.COLUMNS if column.says(lines)),
         lines=lines,
         failures=failures(lines),
         missing=target.missing(rows),
@@ -194,10 +194,6 @@ def counts(target: Run, rows: Sequence[Row], lines: Sequence[CellRounds]) -> str
 # ---- the table
 
 
-def column_says(column: Column, lines: Sequence[CellRounds]) -> bool:
-    return any(column.text(line) != EMPTY for line in lines)
-
-
 FIRST = ("backend", "options", "decoder", "batch", "steps", "status", "flags", "base (ms)",
          "head (ms)", "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)", "period (ms)",
          "images/s", "images/J", "images/J at TDP", "change", "verdict", "reason", "numerics",
@@ -215,9 +211,7 @@ def brief(lines: Sequence[CellRounds]) -> list[Column]:
     shown = {column.header for column in columns.brief_columns(lines)}
     shown |= set(columns.CONDITIONS) - {column.header for column in columns.columns_for(lines)[1]}
     return ordered(
-        column
-        for column in columns.COLUMNS
-        if column.header in shown and column_says(column, lines)
+        column for column in columns.COLUMNS if column.header in shown and column.says(lines)
     )
 
 

@@ -243,9 +243,11 @@ def test_rows_that_are_missing_or_disturbed_are_noted(both: Any, base: Run, tmp_
     rows = rows_of([1, 1, 1], rounds=7, seed=1)
     rows[4]["flags"] = ["unstable", "disturbed"]
     rows[5]["flags"] = ["unstable"]
+    rows[6]["flags"] = ["no_compiler"]
     found = both(base, make_run(tmp_path, rows, rounds=8))
     notes = found.json["notes"]
     assert "HEAD: 1 of 21 rows are flagged disturbed or throttled" in notes
+    assert "HEAD: 1 of 21 rows ran without the operators that a compiler builds" in notes
     assert "HEAD is not complete: 3 of its planned rows are missing" in notes
     assert found.code == 0
 
