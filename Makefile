@@ -69,8 +69,10 @@ image: export
 serve: export
 	$(PY) -m addbench serve --model '$(MODEL)' $(if $(WEIGHTS),--weights '$(WEIGHTS)') --dtype $(DTYPE) --backend $(BACKEND) $(if $(DECODER),--decoder $(DECODER)) $(SERVE_FLAGS)
 
+# What hangs, or takes its worker down, ends the run and is named: after a worker crash xdist hands
+# out finished files again and can wait forever.
 test: $(READY)
-	$(PY) -m pytest -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(PY) -m pytest -m 'not slow' --numprocesses auto --maxprocesses 8 --dist loadfile --max-worker-restart 0 --timeout 900
 
 test-slow: $(READY)
 	$(PY) -m pytest -m 'slow or hypothesis'

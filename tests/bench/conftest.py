@@ -50,15 +50,26 @@ def sweep(tiny_bundle: Bundle) -> Sweep:
 
 
 class Started:
-    """A sweep in a process and a process group of its own, to be killed."""
+    """A sweep, or a search, in a process and a process group of its own, to be killed."""
 
-    def __init__(self, bundle: Bundle, log: Path, out: Path, *arguments: str) -> None:
+    def __init__(
+        self, bundle: Bundle, log: Path, out: Path, *arguments: str, module: str = "bench.sweep"
+    ) -> None:
         self.out, self.log = out, log
-        command = [sys.executable, "-m", "bench.sweep", "--model", str(bundle.path)]
-        command += ["--patience", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            *module.split(),
+            "--model",
+            str(bundle.path),
+            "--runs",
+            str(out),
+        ]
+        if module == "bench.sweep":
+            command += ["--patience", "0"]
         with log.open("wb") as stream:
             self.process = subprocess.Popen(
-                [*command, "--out", str(out), *arguments],
+                [*command, *arguments],
                 cwd=ROOT,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -92,9 +103,9 @@ def start(
 ) -> Iterator[Callable[..., Started]]:
     started: list[Started] = []
 
-    def begin(out: Path, *arguments: str) -> Started:
+    def begin(out: Path, *arguments: str, **rest: str) -> Started:
         log = tmp_path_factory.mktemp("log") / "out.txt"
-        started.append(Started(tiny_bundle, log, out, *arguments))
+        started.append(Started(tiny_bundle, log, out, *arguments, **rest))
         return started[-1]
 
     yield begin

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from made import cell, make_run, row
 from bench.commands.choose import main
 from bench.rows.cell import Cell
 from bench.rows.fields import OK
-from bench.rows.store import Row, open_run
+from bench.rows.store import open_run
 from bench.run import search as searching
 from bench.run.estimate import Past
 from bench.run.plan import Plan, groups
@@ -246,24 +245,16 @@ def test_a_search_on_workers(
     assert shell(main, [run.name, "--runs", str(tmp_path / "runs"), "--best", "memory"]) == 0
 
 
-def test_a_search_that_was_killed_goes_on(
-    choose: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    from bench.run.runner import Runner
-
+def test_a_search_that_was_ended_goes_on(
+    choose: Callable[..., int], start: Callable[..., Any], tmp_path: Path
+) -> None:
     other = ["--backend", "null:unet_ms=1000"]
-    rows = Runner.rows
-
-    def interrupted(self: Runner, turn: Any) -> Iterator[tuple[Cell, Row]]:
-        yield from rows(self, turn)
-        signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Runner, "rows", interrupted)
-    assert choose(*FAST, *other) == 130
-    assert "go on with addbench choose --resume" in capsys.readouterr().out
-    monkeypatch.undo()
+    victim = start(tmp_path / "runs", *FAST, *other, module="addbench choose")
+    victim.wait_for(victim.rows)
+    victim.process.terminate()
+    assert victim.process.wait(timeout=60) == 130
     run = open_run("latest", tmp_path / "runs")
+    assert f"go on with addbench choose --resume {run.argument}" in victim.text()
     first = run.rows()
     assert [each["status"] for each in first] == [OK]
     assert choose("--resume", run.name) == 0
