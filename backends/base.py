@@ -307,7 +307,7 @@ class CompilesAlone(Protocol):
     """A backend whose compiler may be where its device is not."""
 
     def probe_compiler(self) -> Capability:
-        """As `probe`, for compiling alone."""
+        """Return what `probe` returns, for compiling alone."""
 
 
 @runtime_checkable

@@ -323,7 +323,7 @@ def checkpoint_bytes(bundle: Bundle) -> int:
 
 
 def write_checkpoint(bundle: Bundle, folder: Path) -> None:
-    """In the project's environment: the bundle's checkpoint as a diffusers folder, part by part."""
+    """Write a bundle's checkpoint as a diffusers folder, in the project's environment."""
     import torch
     from safetensors.torch import save_file
 
@@ -364,7 +364,7 @@ def write_checkpoint(bundle: Bundle, folder: Path) -> None:
 
 
 def export_pipeline(checkpoint: Path, folder: Path) -> None:
-    """In optimum's environment: what `from_pretrained(..., export=True)` does, into `folder`."""
+    """Do what `from_pretrained(..., export=True)` does, into `folder`, in optimum's environment."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from optimum.exporters.onnx import main_export
 

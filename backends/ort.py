@@ -59,12 +59,12 @@ if TYPE_CHECKING:
     from export.lower.convolutions import Sizes
 
 FUSED = replace(CPU, name="ort", attention="multihead", norms="layer")
-"""With kernels that onnxruntime has: attention that reads heads where they lie, in place of three
+"""The kernels that onnxruntime has: attention that reads heads where they lie, in place of three
 transposes before it and one after; LayerNormalization, in place of nine operators a group norm."""
 SMALL = 64 * 2**20
 """Fixed memory of a compile or load beside the weights (bytes)."""
 COPIES = 700 * 10**6
-"""Of the largest weights while they are laid out for operators of our own, and of libraries."""
+"""Bytes for the largest weights while they are laid out for own operators, and for libraries."""
 
 
 PLAIN_KERNELS = (
@@ -333,7 +333,7 @@ class OrtBackend(Backend):
         return convolutions.sizes(bundle.source(part).graph, form.convolutions, bf16=bf16)
 
     def _weight_bytes(self, bundle: Bundle, part: str) -> int:
-        """Of a compiled part."""
+        """Return the bytes of a compiled part's weights."""
         from export.lower import linear
 
         added = self._laid_out(bundle, part).added

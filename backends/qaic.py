@@ -47,8 +47,8 @@ RECIPE = Profile(
     dtype="float32",
     constants="fp16-range",
 )
-"""As torch exported at opset 16: FP32, which the compiler converts to FP16. The batch stays a named
-axis, which the compiler is given a number for."""
+"""The form that torch exported at opset 16: FP32, which the compiler converts to FP16. The batch
+stays a named axis, which the compiler is given a number for."""
 HALF_MAX = 65504.0
 SMALL = 64 * 2**20
 """Bytes that a compile writes beside the weights."""
@@ -82,7 +82,7 @@ class QaicBackend(Backend):
 
     @property
     def card(self) -> str:
-        """Whose presets: as asked for, or by the first device's SKU, else the Ultra's."""
+        """The card whose presets count: as asked for, by the first device's SKU, else the Ultra."""
         if self.options["card"] != "auto":
             return str(self.options["card"])
         there = self.found.card(self.devices[0])
@@ -181,7 +181,7 @@ class QaicBackend(Backend):
         return {"qaic-compiler": self.compiler_version}
 
     def compile(self, bundle: Bundle, part: str, shapes: Shapes) -> Artifact:
-        """As every backend; an artifact from the cache that is no QPC is made again, once."""
+        """Compile as every backend; what the cache holds and is no QPC is made again, once."""
         from backends.artifacts.cache import ArtifactCache
 
         self._require_half_range(bundle, part)

@@ -65,7 +65,7 @@ class TorchSession(Session):
         dtype = DTYPES[backend.dtype]
 
         def computed(spec: Spec) -> Spec:
-            """As in the graph's signature, in the dtype that is computed in here."""
+            """Return the graph's own input in the dtype that is computed in here."""
             fixed = spec.dtype == "int64" or spec.name in ALWAYS_FLOAT32
             return spec if fixed else replace(spec, dtype=dtype)
 

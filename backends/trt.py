@@ -250,7 +250,7 @@ class TrtBackend(Backend):
         return write(self, bundle, parts, folder)
 
     def compile(self, bundle: Bundle, part: str, shapes: Shapes) -> Artifact:
-        """As every backend; a comparison that a plan was built without is made once it can be."""
+        """Compile as every backend; a comparison that a plan lacks is made once it can be."""
         artifact = super().compile(bundle, part, shapes)
         record = artifact.folder / PARITY
         if artifact.cached and record.exists() and "skipped" in read_json(record):
@@ -316,7 +316,7 @@ class TrtBackend(Backend):
     # ---- running
 
     def load(self, bundle: Bundle, artifact: Artifact) -> Session:
-        """As every backend; a plan that TensorRT does not take is built again, once."""
+        """Load as every backend; a plan that TensorRT does not take is built again, once."""
         loaded_version()
         from backends.artifacts.cache import ArtifactCache
         from backends.tensorrt.session import StalePlanError

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 PROTOCOL = 1
 IMAGE_ONLY = StopRule(min_samples=0, min_time=0.0, warmup=0)
-"""For a device whose figures come from a model of it: the cold call, which makes the image."""
+"""The rule for a device whose figures are modelled: the cold call, which makes the image."""
 LAST_STATUSES = ("oom", "failed", "skipped")
 """After one of these the worker ends."""
 NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "bad_alloc", "out of memory",

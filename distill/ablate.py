@@ -140,7 +140,7 @@ def directions(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return float(np.mean(sample)) if sample else float("nan")
 
     def variance(choice: Choice, key: str, error: Callable[[dict[str, Any]], float]) -> float:
-        """Of the mean over seeds."""
+        """Return the variance of the mean over seeds."""
         mine = [r for r in rows if (r["group"], r["choice"]) == (choice.group, choice.name)]
         sampled = float(np.mean([error(r) ** 2 for r in mine])) / len(mine)
         spread = float(np.var(values(choice, key), ddof=1)) / len(mine) if len(mine) > 1 else 0.0

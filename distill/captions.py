@@ -32,9 +32,9 @@ CHECKED: dict[Wording, float] = {"full": 0.4, "loose": 0.3, "cut": 0.3}
 """What sample grids are drawn of while a stage trains."""
 
 PLAIN_COLOURS = ("red", "blue", "yellow", "green", "purple", "white")
-"""Of the first, second and third object where nothing is said; each passes over the background."""
+"""Colours of the first, second and third object where nothing is said, less the background."""
 PLAIN_PLACES = ("left", "right", "top", "bottom")
-"""Of one of several objects where nothing is said; a single one is in the middle."""
+"""Places of several objects where nothing is said; a single one is in the middle."""
 PLAIN_SHARE = 0.7
 """Share of captions of which what is not said is drawn plainly."""
 ACROSS = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}

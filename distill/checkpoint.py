@@ -41,7 +41,7 @@ class Embedded:
 
 
 @dataclass
-class Checkpoint:
+class FrozenModel:
     """A diffusion model, loaded and frozen; `unet` is None where another model teaches.
 
     `zeros_for_empty`: the empty caption is embedded as zeros (SDXL), not by the text encoders.
@@ -80,7 +80,7 @@ class Checkpoint:
         return output.float()
 
 
-def open_checkpoint(context: Context, which: str = "checkpoint") -> Checkpoint:
+def open_checkpoint(context: Context, which: str = "checkpoint") -> FrozenModel:
     """The model that a run starts from, or with `which` = `teacher` the one that teaches it.
 
     Raises:
@@ -135,7 +135,7 @@ def open_checkpoint(context: Context, which: str = "checkpoint") -> Checkpoint:
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     drawn = context.config.data.kind == "shapes"
     latents = Latents(context, vae, cache=which == "checkpoint" and drawn)
-    return Checkpoint(context, folder, tokenizers, text, unet, latents, config, zeros)
+    return FrozenModel(context, folder, tokenizers, text, unet, latents, config, zeros)
 
 
 def load_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -71,7 +71,7 @@ class Networks:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageConfig:
     """What every stage has: how long, how many at once, how fast."""
 
     iterations: int
@@ -85,7 +85,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Autoencoder(Stage):
+class Autoencoder(StageConfig):
     """Weights of the loss beside L1: `square` of the squared error, `edges` of the L1 between
     neighbouring pixels' differences, `kl` of the KL term per latent element, `objects` (the tiny
     one's) of the L1 where a picture is not background.
@@ -104,7 +104,7 @@ class Autoencoder(Stage):
 
 
 @dataclass(frozen=True)
-class Teacher(Stage):
+class Teacher(StageConfig):
     """`empty`: share of captions replaced by the empty one, which guidance needs."""
 
     empty: float = 0.1
@@ -115,7 +115,7 @@ class Teacher(Stage):
 
 
 @dataclass(frozen=True)
-class Student(Stage):
+class Student(StageConfig):
     """Adversarial diffusion distillation.
 
     Attributes:
@@ -180,8 +180,8 @@ class Config:
     networks: Networks = field(default_factory=Networks)
     autoencoder: Autoencoder = Autoencoder(iterations=1, batch=1, learning_rate=1e-3)
     tiny_autoencoder: Autoencoder = Autoencoder(iterations=1, batch=1, learning_rate=1e-3)
-    features: Stage = Stage(iterations=1, batch=1, learning_rate=1e-3)
-    fid: Stage = Stage(iterations=1, batch=1, learning_rate=1e-3)
+    features: StageConfig = StageConfig(iterations=1, batch=1, learning_rate=1e-3)
+    fid: StageConfig = StageConfig(iterations=1, batch=1, learning_rate=1e-3)
     teacher: Teacher = Teacher(iterations=1, batch=1, learning_rate=1e-3)
     student: Student = Student(iterations=1, batch=1, learning_rate=1e-4)
     evaluate_captions: int = 600

@@ -37,7 +37,7 @@ class Source(Protocol):
         ...
 
 
-class Shapes:
+class ScenePool:
     """A pool of drawn training scenes; `scenes` and `layouts` say what each picture shows."""
 
     def __init__(self, data: Data) -> None:
@@ -83,7 +83,7 @@ class Folder:
         )
 
 
-class Shards:
+class TarShards:
     """webdataset tar files: members `key.jpg` (or .png, .webp) with `key.txt` or `key.json`.
 
     The index of every shard is read once, then members by their offset.
@@ -134,10 +134,10 @@ class Shards:
 
 def open_source(data: Data) -> Source:
     if data.kind == "shapes":
-        return Shapes(data)
+        return ScenePool(data)
     if data.kind == "folder":
         return Folder(Path(data.path), data.size)
-    return Shards(Path(data.path), data.size)
+    return TarShards(Path(data.path), data.size)
 
 
 def read_picture(content: bytes, name: str, size: int) -> Tensor:

@@ -15,7 +15,7 @@ from core.files import write_atomic
 from distill.context import Context
 
 
-class Log:
+class TrainingLog:
     """Rows in `log.jsonl`: stage, step, seconds, s_per_step and the losses' means since the last.
 
     Only the main process writes.

@@ -19,7 +19,7 @@ from core.files import staged_folder, write_json
 from core.git import revision
 from distill import checkpointing
 from distill.context import DONE, Context
-from distill.log import Log
+from distill.log import TrainingLog
 from distill.sharding import Shards, shard
 
 GRIDS = 8
@@ -198,7 +198,7 @@ def run_stage(
     state = state or checkpointing.State(0, 0.0, config)
     total, step = trainer.settings.iterations, state.step
     clock = _Clock(accelerator, state.seconds, minutes)
-    log = Log(context, trainer.name, step, total)
+    log = TrainingLog(context, trainer.name, step, total)
     saved_at = clock.seconds
 
     def save() -> None:

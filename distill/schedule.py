@@ -28,7 +28,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: dict[str, Any], device: torch.device | str = "cpu") -> Self:
-        """From a diffusers scheduler's config.
+        """Read a diffusers scheduler's config.
 
         Raises:
             PreconditionError: epsilon prediction on a schedule that ends in pure noise.

@@ -17,7 +17,7 @@ from export.models import DEFAULT_MODEL, MODELS, Model, default_weights, find_mo
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from export.request import Request
+    from export.request import ExportRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,7 +163,7 @@ def _export(args: argparse.Namespace) -> int:
 def _build(
     dtype: str,
     model: Model,
-    request: Request,
+    request: ExportRequest,
     size: tuple[int, int],
     asked: dict[str, Any],
     target: Path,

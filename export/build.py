@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BATCH = 2
-"""Of the example inputs. The graph names the axis; 1 would be traced as a constant."""
+"""The batch of the example inputs. The graph names the axis; 1 would be traced as a constant."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ExportPlan:
 
     @property
     def name(self) -> str:
-        """Of the model, and of what is fused into it."""
+        """The name of the model with that of what is fused into it."""
         source = self.checkpoint.source
         added = (*source.get("loras", ()), *source.get("embeddings", ()))
         names = [self.checkpoint.model.name, *(entry["name"] for entry in added)]
@@ -205,7 +205,7 @@ def describe(plan: ExportPlan, part: str, module: Any, scale: int) -> dict[str, 
 
 
 def licence(checkpoint: Checkpoint) -> str:
-    """Of everything that is in the bundle's graphs."""
+    """Return the licences of everything that is in the bundle's graphs."""
     names = [lora["name"] for lora in checkpoint.source.get("loras", ())]
     rest = f"; beside it the terms of the LoRA weights {', '.join(names)}" if names else ""
     return checkpoint.model.licence + rest

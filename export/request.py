@@ -36,7 +36,7 @@ class Place:
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Place:
-        """From a manifest, which may hold more and, if it is older, fewer fields."""
+        """Read a manifest's fields, which may be more and, in an older one, fewer."""
         known: dict[str, Any] = {
             key: fields.get(key) for key in ("kind", "id", "revision", "path", "file")
         }
@@ -71,7 +71,7 @@ class LoraPlace:
         return stem if self.weight == 1 else f"{stem}@{self.weight:g}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest's source."""
+        """Return what the manifest's source says."""
         return {"name": self.name, "place": asdict(self.place), "weight": self.weight}
 
 
@@ -89,12 +89,12 @@ class EmbeddingPlace:
         return re.sub(r"[^\w.-]", "", Path(source).name.removesuffix(".safetensors")) or "token"
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest's source."""
+        """Return what the manifest's source says."""
         return {"name": self.name, "place": asdict(self.place), "token": self.token}
 
 
 @dataclass(frozen=True)
-class Request:
+class ExportRequest:
     """One checkpoint as asked for, before any file of it is looked at.
 
     Attributes:
@@ -115,7 +115,7 @@ class Request:
     clip_skip: int = 0
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest, with a fingerprint of the local files (names, sizes, times)."""
+        """Return what the manifest says, local files with a fingerprint (names, sizes, times)."""
         fields = asdict(self)
         for key in ("loras", "embeddings"):
             fields[key] = list(fields[key]) or None
@@ -136,7 +136,7 @@ def make_request(
     embeddings: Sequence[str] = (),
     variant: str | None = None,
     clip_skip: int = 0,
-) -> Request:
+) -> ExportRequest:
     """Read `--weights` and the flags beside it. CheckpointError for what they cannot mean."""
     if weights == "random":
         place = Place("random")
@@ -152,7 +152,7 @@ def make_request(
         place = Place("hub", model.checkpoint)
     else:
         place = find_place(weights, "--weights", files=True)
-    return Request(
+    return ExportRequest(
         place,
         find_place(vae, "--vae", files=True) if vae else None,
         find_place(taesd, "--taesd", files=True) if taesd else None,

@@ -148,13 +148,6 @@ def test_importing_a_room_imports_nothing_heavy(room: str) -> None:
 
 # ---- names and words
 
-SHARED = {
-    "Card", "Checkpoint", "Entry", "Estimate", "Fit", "Header", "Job", "Layer", "Log", "Option",
-    "Origin", "Place", "Reader", "Request", "Sample", "Schedule", "Scheme", "Shapes", "Shards",
-    "Sizes", "Source", "Stage", "Verdict", "Work",
-}  # fmt: skip
-"""Class names that still stand for two things."""
-
 
 def test_a_class_name_stands_for_one_thing() -> None:
     homes = defaultdict(list)
@@ -163,13 +156,9 @@ def test_a_class_name_stands_for_one_thing() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes[node.name].append(name)
     twice = {name: where for name, where in homes.items() if len(where) > 1}
-    assert not set(twice) - SHARED, twice
-    assert not SHARED - set(twice), f"mended; take them off the list: {SHARED - set(twice)}"
+    assert not twice, twice
 
 
-WORDED = ("addbench", "core", "backends/commands", "serve", "bench/harness",
-          "bench/verdict")  # fmt: skip
-"""Folders whose docstrings all stand alone; the others follow."""
 GENITIVE = re.compile(r"(Of|As|From|For|By|In|At|With|Whose|Per) ")
 
 
@@ -188,11 +177,11 @@ def described(file: Path) -> Iterator[tuple[str, str]]:
                 yield ast.unparse(value).split("=")[0], str(text.value.value)
 
 
-@pytest.mark.parametrize("folder", WORDED)
-def test_a_docstring_stands_alone(folder: str) -> None:
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_docstring_stands_alone(room: str) -> None:
     bare = [
         f"{file.relative_to(ROOT)} {name}: {text.splitlines()[0]}"
-        for file in sorted((ROOT / folder).rglob("*.py"))
+        for file in sorted((ROOT / room).rglob("*.py"))
         for name, text in described(file)
         if GENITIVE.match(text)
     ]

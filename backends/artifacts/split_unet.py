@@ -41,7 +41,7 @@ def form_of(part: str, context: str) -> Literal["inline", "input", "output"]:
 
 
 def stored_bytes(bundle: Bundle, part: str, context: str) -> int:
-    """Of the weights that the graph of `part` holds, as the bundle stores them."""
+    """Return the bytes of the weights that the graph of `part` holds, as the bundle stores them."""
     from export.lower.context import weight_bytes
 
     info, form = bundle.source(part), form_of(part, context)

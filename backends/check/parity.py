@@ -243,7 +243,7 @@ def compiled(bundle: Bundle, backend: str) -> str:
 
 
 def record_name(bundle: Bundle, backend: str) -> str:
-    """Of integer weights apart: the bundle's own record vouches for its export."""
+    """Return the record's name; integer weights have theirs: the bundle's is of its export."""
     from backends.registry import parse_backend
     from export.bundle import PARITY
 

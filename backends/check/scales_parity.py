@@ -21,10 +21,10 @@ from core.files import write_json
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
-    from export.quantize.calibration import Origin
+    from export.quantize.calibration import CalibrationOrigin
 
 PARITY = "parity.json"
-"""In the cache for itself, and beside a plan that was built with the scales."""
+"""The file in the cache for itself, and beside a plan that was built with the scales."""
 IMAGES = 4
 LARGE_BYTES = 1e9
 """A UNet of more draws one image: each step takes seconds."""
@@ -46,7 +46,9 @@ def report(record: Mapping[str, Any]) -> str:
     )
 
 
-def compare(bundle: Bundle, scales: Path, origin: Origin, threads: str = "auto") -> dict[str, Any]:
+def compare(
+    bundle: Bundle, scales: Path, origin: CalibrationOrigin, threads: str = "auto"
+) -> dict[str, Any]:
     """Relative error of the UNet's output, PSNR and SSIM of whole images with new seeds.
 
     Both are over the same inputs: what went into the UNet as it is, while it drew the images.

@@ -51,7 +51,7 @@ HALF = {
 
 
 @dataclass(frozen=True)
-class Job:
+class CompileJob:
     """One program: `name` is that of its folders."""
 
     name: str
@@ -140,7 +140,7 @@ def write(
     return lines
 
 
-def run_command(runner: Path, job: Job) -> list[str]:
+def run_command(runner: Path, job: CompileJob) -> list[str]:
     """Time one program on device 0, one inference after the other."""
     activations = ["-t", str(job.spec.binary_dir), "-a", "1", "-S", "1"]
     return [str(runner), *activations, "-n", str(ITERATIONS), "-d", "0"]
@@ -166,7 +166,7 @@ def make_jobs(
     decoders: Sequence[str],
     batches: Sequence[int],
     encoders: Sequence[str] = (),
-) -> list[Job]:
+) -> list[CompileJob]:
     parts = tuple(bundle.parts) if bundle else PARTS
     entry = bundle.model if bundle else MODELS[model]
     size = bundle.size if bundle else (entry.size, entry.size)
@@ -199,11 +199,13 @@ def make_jobs(
                 }
             )
             chosen = preset_for(backend.preset(part, batch), entry.name, size)
-            jobs.append(Job(name, part, batch, spec, chosen, buffers))
+            jobs.append(CompileJob(name, part, batch, spec, chosen, buffers))
     return jobs
 
 
-def write_graphs(backend: QaicBackend, bundle: Bundle, jobs: Sequence[Job], folder: Path) -> None:
+def write_graphs(
+    backend: QaicBackend, bundle: Bundle, jobs: Sequence[CompileJob], folder: Path
+) -> None:
     """Lower every graph into the folder, with weights of its own."""
     need = sum(bundle.parts[job.part].weight_bytes for job in jobs)
     require_disk(folder, need, f"the graphs of {bundle.path.name}")

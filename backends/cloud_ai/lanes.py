@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from export.bundle import Bundle
 
 FEWEST_CALLS = 3
-"""Of each lane, to tell a rate."""
+"""The fewest calls of each lane that tell a rate."""
 
 
 class Lane(Pipeline):
@@ -118,7 +118,7 @@ class LanesPipeline(Lane):
         return self
 
     def _draw(self, call: ImageCall) -> Output:
-        """As every pipeline; the lanes work at the same time."""
+        """Draw as every pipeline; the lanes work at the same time."""
         count = len(call.prompts)
         if self.split != "pipelines":
             if count != self.shapes.batch:

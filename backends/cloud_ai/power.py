@@ -37,12 +37,12 @@ class Board:
     whole: bool
 
     def watts(self) -> float | None:
-        """Of the whole card, now; None where its sensors do not say."""
+        """Return the power of the whole card, now; None where its sensors do not say."""
         told = [value for each in self.sensors if (value := sensor(each, "power1_input", MICRO))]
         return statistics.mean(told) if told and self.whole else None
 
     def temperature_c(self) -> float | None:
-        """Of its hottest SoC."""
+        """Return the temperature of its hottest SoC."""
         told = [value for each in self.sensors if (value := sensor(each, "temp2_input", MILLI))]
         return max(told, default=None)
 

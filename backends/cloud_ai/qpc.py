@@ -23,13 +23,13 @@ class QpcError(BackendError):
 
 
 @dataclass(frozen=True)
-class Header:
+class QpcHeader:
     major: int
     minor: int
     size: int
 
 
-def read_header(folder: Path) -> Header:
+def read_header(folder: Path) -> QpcHeader:
     """Check `folder`/programqpc.bin.
 
     Raises:
@@ -55,4 +55,4 @@ def read_header(folder: Path) -> Header:
             f"its format is {major}.{minor}, the runtime reads {MAJOR}.x",
             "compile it with the Apps SDK of the same version as the Platform SDK",
         )
-    return Header(major, minor, size)
+    return QpcHeader(major, minor, size)

@@ -16,7 +16,7 @@ from backends.check.gate import QUANTISED
 from core.cli import Parser, add_model_arguments
 from core.errors import EXIT_OK, PreconditionError
 from export.models import DEFAULT_MODEL, SCHEDULERS
-from export.quantize.calibration import Calibration, Origin, calibration_path, join, save
+from export.quantize.calibration import Calibration, CalibrationOrigin, calibration_path, join, save
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +130,7 @@ def record(
     seeds = check_seeds(seed, len(prompts))
     packages = {package: version(package) for package in ("torch", "diffusers")}
     key = ",".join(f"{name}={value}" for name, value in backend.given.items())
-    origin = Origin(
+    origin = CalibrationOrigin(
         model=bundle.name,
         weights=bundle.weights,
         dtype=bundle.dtype,

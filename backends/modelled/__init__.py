@@ -1,7 +1,7 @@
 """A card that is not here: images from the CPU, times and energy from a model of the card."""
 
 VERSION = 3
-"""Of the model, in every row that it makes. Rows of an older one are superseded.
+"""The model's version, in every row that it makes. Rows of an older one are superseded.
 
 1: fitted to the Standard card alone. Where SDXL was then found to have been measured, at 1024 px on
    Pro and Ultra cards, it was 2.5 to 2.7 times too fast.

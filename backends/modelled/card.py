@@ -44,8 +44,8 @@ from backends.modelled.program import (
     HOST_S,
     SHARES,
     SWITCH_S,
+    Hardware,
     Parameters,
-    Place,
     Vector,
     Work,
     floor_seconds,
@@ -91,7 +91,7 @@ class Interval:
 
     @classmethod
     def of(cls, drawn: Vector) -> Interval:
-        """From one value for the central assumptions and then one for each draw."""
+        """Read one value for the central assumptions and then one for each draw."""
         low, high = (float(each) for each in np.quantile(drawn[1:], INTERVAL))
         return cls(low, float(drawn[0]), high)
 
@@ -192,7 +192,7 @@ class Times(Pace):
 
 
 @dataclass(frozen=True)
-class Estimate(Times):
+class CallEstimate(Times):
     """`stages` of a call: `text`, `unet_step` (one timestep), `decode`, `rest` (host)."""
 
     stages: Mapping[str, Interval]
@@ -208,7 +208,7 @@ def part_seconds(cost: Cost, batch: int, device: Device) -> Vector:
     drawn, work = draws(), Work.of(cost, batch)
     share = work.conv_share
     off = drawn.error["matmul"] ** (1 - share) * drawn.error["conv"] ** share
-    took = seconds(work, Place.soc(device), drawn.parameters, drawn.ddr) * off
+    took = seconds(work, Hardware.soc(device), drawn.parameters, drawn.ddr) * off
     return np.asarray(np.maximum(took, floor_seconds(cost, batch, device)))
 
 
@@ -279,7 +279,7 @@ def spread(device: Device, batch: int, parts: Sequence[tuple[Cost, int]], encode
                  period_floor=max(floors))  # fmt: skip
 
 
-def estimate(device: Device, costs: Mapping[str, Cost], call: Call) -> Estimate:
+def estimate(device: Device, costs: Mapping[str, Cost], call: Call) -> CallEstimate:
     """The model of one call on one card. `costs`: of every part at batch 1, FP16.
 
     Raises:
@@ -307,7 +307,7 @@ def estimate(device: Device, costs: Mapping[str, Cost], call: Call) -> Estimate:
         "decode": part_seconds(decoder, images, device),
     }
     found = {name: Interval.of(turns * seconds) for name, seconds in stages.items()}
-    return Estimate(**vars(times), stages={**found, "rest": times.rest})
+    return CallEstimate(**vars(times), stages={**found, "rest": times.rest})
 
 
 def check_guidance(device: Device, call: Call) -> None:

@@ -30,7 +30,7 @@ within 1.5, and an operator of theirs takes 5 to 7 microseconds in place of 13. 
 theirs is a parameter of its own.
 
 What the DDR delivers cannot be told from these rows: it is assumed, and all is fitted anew for each
-assumption. Rows whose weights cannot stay on the chip are a check of it, see `Sample.streamed`.
+assumption. Rows whose weights cannot stay on the chip are a check of it, see `CardRow.streamed`.
 
 No rate passes `fastest_share`: what the fastest published program of these cards reaches. What
 rests on a bound says little of the card: `Fit.at_bounds` has the names.
@@ -71,8 +71,8 @@ from backends.modelled.program import (
     HOST_S,
     SHARES,
     SWITCH_S,
+    Hardware,
     Parameters,
-    Place,
     Vector,
     Work,
     core_peak,
@@ -93,13 +93,13 @@ DDR = (0.60, 0.75, 0.90)
 WIDE = 640
 """Hidden size of the narrowest transformer block of SDXL's UNet."""
 LINK_GB_PER_S = 5.0
-"""Of FP16 input: above it the smallest networks all give out the same images/s."""
+"""The link's rate of FP16 input, at which the smallest networks all give out the same images/s."""
 SDXL_SIZE, SDXL_STEPS = 1024, 20
 SPLIT_OF_GUIDANCE = "guidance"
 
 
 @dataclass(frozen=True)
-class Sample:
+class CardRow:
     """One published row of the Standard card: `seconds` for one inference of each instance.
 
     Attributes:
@@ -148,10 +148,10 @@ class Sample:
         )
 
     @property
-    def place(self) -> Place:
-        chip, peak = Place.soc(devices()[CARD]), core_peak(CARD) * self.cores
+    def place(self) -> Hardware:
+        chip, peak = Hardware.soc(devices()[CARD]), core_peak(CARD) * self.cores
         alone = float(self.instances == 1)
-        return Place(peak, chip.clock, chip.bandwidth, float(self.instances), alone)
+        return Hardware(peak, chip.clock, chip.bandwidth, float(self.instances), alone)
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
-def samples(measured: Path = MEASURED, architectures: Path = ARCHITECTURES) -> list[Sample]:
+def samples(measured: Path = MEASURED, architectures: Path = ARCHITECTURES) -> list[CardRow]:
     """Every row of a known architecture that the host link does not bound, narrow ones included."""
     known = {row["model"]: row for row in table(architectures)}
     rows = []
@@ -228,7 +228,7 @@ def samples(measured: Path = MEASURED, architectures: Path = ARCHITECTURES) -> l
             weights, scores = float(about["params_m"]) * 2e6, 0.0
             moved = float(about["activation_mb"]) * 1e6
         rows.append(
-            Sample(
+            CardRow(
                 model=row["model"],
                 family=about["family"],
                 kind="conv" if about["kind"] == "conv" else "matmul",
@@ -287,7 +287,7 @@ class Rows:
         weights: of the rows where errors are counted; they add up to 1.
     """
 
-    def __init__(self, fitted: Sequence[Sample], sdxl: Sequence[Diffusion]) -> None:
+    def __init__(self, fitted: Sequence[CardRow], sdxl: Sequence[Diffusion]) -> None:
         self.names = [each.model for each in fitted] + [each.id for each in sdxl]
         self.families = [each.family for each in fitted] + [f"SDXL on {x.card}" for x in sdxl]
         self.kinds: list[Kind] = [each.kind for each in fitted]
@@ -306,9 +306,9 @@ class Rows:
             for work, count in each.parts:
                 times[place, len(works)] = count
                 works.append(work)
-                places.append(Place.soc(devices()[each.card]))
+                places.append(Hardware.soc(devices()[each.card]))
         self.work = Work(*np.array([list(vars(work).values()) for work in works]).T)
-        self.place = Place(*np.array([list(vars(place).values()) for place in places]).T)
+        self.place = Hardware(*np.array([list(vars(place).values()) for place in places]).T)
         self.times = times
         # Host, and the middle of what a turn through SDXL's four programs may switch.
         beside = sum(HOST_S) / 2 + sum(switches(4)) / 2 * sum(SWITCH_S) / 2
@@ -384,7 +384,7 @@ START = [0.5, 0.65, 0.1, 0.1, 3.0, 10.0, 100.0, 5.0]
 SCALE = np.array([0.1, 0.1, 0.3, 0.3, 10.0, 10.0, 30.0, 10.0])
 
 
-def fastest_share(fitted: Sequence[Sample]) -> float:
+def fastest_share(fitted: Sequence[CardRow]) -> float:
     """The most of a card's peak that any published program reached: no rate is above it.
 
     It is a network of dense convolutions, and products run on the same units.
@@ -538,5 +538,5 @@ def quantile(values: Vector, weights: Vector, share: float) -> float:
 
 
 def factor(errors: Vector, weights: Vector, share: float) -> float:
-    """By which factor the model is off, at most, in `share` of the weight; 1 is no error."""
+    """Return the largest factor that the model is off by in `share` of the weight; 1: no error."""
     return float(np.exp(quantile(np.abs(np.log(errors)), weights, share)))

@@ -36,7 +36,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """What of SDXL's time at 1024 px beside its multiply-adds may be the scores of attention; the rest
 is the exchange of what matrix products and attention move."""
 CORES = {"ai100-standard": 14, "ai100-pro": 16, "ai100-ultra": 16}
-"""Of one SoC, by the maker's documentation."""
+"""The cores of one SoC, by the maker's documentation."""
 HOST_S = (0.002, 0.010)
 """Seconds of the host an image: tokens, noise, scheduler, uint8."""
 SWITCH_S = (0.100, 0.200)
@@ -113,7 +113,7 @@ class Work:
 
     @classmethod
     def of(cls, cost: Cost, batch: int = 1) -> Self:
-        """Of a part whose cost is that of batch 1."""
+        """Return the work of a part whose cost at batch 1 is `cost`."""
         return cls(
             matmul_flops=batch * (cost.by_kind["linear"] + cost.by_kind["attention"]),
             conv_flops=batch * cost.by_kind["conv"],
@@ -127,12 +127,12 @@ class Work:
 
     @property
     def conv_share(self) -> Number:
-        """Of the FLOPs."""
+        """The share of convolutions in the FLOPs."""
         return self.conv_flops / np.maximum(1.0, self.matmul_flops + self.conv_flops)
 
 
 @dataclass(frozen=True)
-class Place:
+class Hardware:
     """What a program runs on.
 
     Attributes:
@@ -162,8 +162,8 @@ def core_peak(card: str) -> float:
     return device.fp16_tflops_dense * 1e12 / device.socs / CORES[card]
 
 
-def seconds(work: Work, place: Place, found: Parameters, ddr: Number) -> Vector:
-    """Of one evaluation; whatever are vectors are of one length.
+def seconds(work: Work, place: Hardware, found: Parameters, ddr: Number) -> Vector:
+    """Return the seconds of one evaluation; whatever are vectors are of one length.
 
     Args:
         ddr: share of the DDR's bandwidth.
@@ -186,8 +186,8 @@ def seconds(work: Work, place: Place, found: Parameters, ddr: Number) -> Vector:
 
 
 def floor_seconds(cost: Cost, batch: int, device: Device) -> float:
-    """At the peak of one SoC, or for the weights at full bandwidth if that is longer."""
-    place = Place.soc(device)
+    """Return the time at one SoC's peak, or for the weights at full bandwidth if that is longer."""
+    place = Hardware.soc(device)
     return float(max(batch * cost.flops / place.peak, cost.weight_bytes / place.bandwidth))
 
 

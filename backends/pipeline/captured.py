@@ -25,7 +25,7 @@ from torch import Tensor
 from backends.base import BackendError, UnsupportedError
 from backends.nvidia.gpu import first_cause, memory_errors, ran_out
 from backends.pipeline.conditioning import Conditioning
-from backends.pipeline.linear import Schedule, read_schedule
+from backends.pipeline.linear import LinearSchedule, read_schedule
 from backends.pipeline.output import Output, Timings
 from backends.pipeline.pipeline import Pipeline, non_finite
 from backends.pipeline.prompts import TOKENS, ImageCall
@@ -62,7 +62,7 @@ class DevicePipeline(Pipeline):
         self._side: Any = None
         self._pool: Any = None
         self._slots: dict[tuple[int, int, int, bool], Slot] = {}
-        self._schedules: dict[tuple[int, int], Schedule] = {}
+        self._schedules: dict[tuple[int, int], LinearSchedule] = {}
         self._readable: dict[tuple[int, int], bool] = {}
         self._constants: dict[tuple[Any, ...], Tensor] = {}
 
@@ -97,7 +97,7 @@ class DevicePipeline(Pipeline):
             total = (time.perf_counter_ns() - started) / 1e9
         return Output(images, Timings(None, [], None, None, total), nfe=slot.nfe)
 
-    def schedule(self, steps: int, first: int = 0) -> Schedule:
+    def schedule(self, steps: int, first: int = 0) -> LinearSchedule:
         """The scheduler's arithmetic at `steps` from the `first` that runs, read once.
 
         Raises:
@@ -254,7 +254,7 @@ class DevicePipeline(Pipeline):
         return samples[-1]
 
     def unet_inputs(self, conditioning: Conditioning) -> dict[str, Tensor]:
-        """As `Pipeline` has them, the constant ones on the device: a capture copies nothing in."""
+        """Return `Pipeline`'s, the constant ones on the device: a capture copies nothing in."""
         of_prompt = (
             conditioning.hidden_states,
             conditioning.text_embeds,

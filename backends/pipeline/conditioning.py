@@ -45,7 +45,7 @@ class EmbeddingCache:
         self.size = size
         self._kept: OrderedDict[str, Conditioning] = OrderedDict()
         self.zeros: dict[int, Conditioning] = {}
-        """By batch, what stands for the empty prompt where a model takes zeros for it."""
+        """What stands for the empty prompt where a model takes zeros for it, by batch."""
 
     def encode(
         self,

@@ -22,8 +22,8 @@ KINDS: tuple[Kind, ...] = ("sample", "output", "noise")
 NUMBERS = 4096
 """Elements of a probe: rounding errors of FP32 average out over them."""
 TOLERANCE = 1e-4
-"""Of the relative error of a prediction. FP32 rounding stays below 1e-5; what is not linear, far
-above."""
+"""The relative error that a prediction may have. FP32 rounding stays below 1e-5; what is not
+linear, far above."""
 NEGLIGIBLE = 1e-6
 """A term this small beside the result's is rounding (the probe's own error is about 1e-8)."""
 LOUD = 20.0
@@ -57,7 +57,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class LinearSchedule:
     """All steps of one image; the first sample is standard noise times `first`, and the latents of
     the picture that it starts from times `picture`."""
 
@@ -94,7 +94,7 @@ class Schedule:
         return torch.zeros_like(samples[index]) if total is None else total
 
 
-def read_schedule(scheduler: Any, steps: int, begin: int = 0) -> Schedule:
+def read_schedule(scheduler: Any, steps: int, begin: int = 0) -> LinearSchedule:
     """The numbers of `scheduler`, a diffusers scheduler of its own (its state is used), at `steps`.
 
     Args:
@@ -132,7 +132,7 @@ def read_schedule(scheduler: Any, steps: int, begin: int = 0) -> Schedule:
             read.append(Step(float(timestep), scale, terms, draws))
         # Of the timesteps that are set now.
         first, picture = start or (float(scheduler.init_noise_sigma), 0.0)
-        return Schedule(first, tuple(read), picture)
+        return LinearSchedule(first, tuple(read), picture)
 
 
 def read_start(scheduler: Any, steps: int, begin: int) -> tuple[float, float]:
@@ -244,7 +244,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def require_linear(scheduler: Any, probe: Probe, index: int, terms: Sequence[Term]) -> None:
-    schedule = Schedule(1.0, (Step(0.0, 1.0, tuple(terms), False),) * (index + 1))
+    schedule = LinearSchedule(1.0, (Step(0.0, 1.0, tuple(terms), False),) * (index + 1))
     found = schedule.next_sample(index, probe.samples, probe.outputs, probe.noises)
     wrong = relative(found, probe.results[index])
     if not wrong < TOLERANCE:  # NaN too

@@ -97,7 +97,7 @@ class Pipeline:
         self._embedding_cache = EmbeddingCache(embedding_cache) if embedding_cache else None
         self.low_memory = False
         self.encoder: str | None = None
-        """Of pictures: `vae` or `taesd`; None until one is asked for."""
+        """What encodes pictures, `vae` or `taesd`; None until one is asked for."""
         self._turn = threading.Lock()
         self._loading_ns = 0
 
@@ -122,8 +122,8 @@ class Pipeline:
         return sum(session.load_s for session in self._sessions.values())
 
     def use_low_memory(self) -> Self:
-        """From now on a call loads each part when it needs it, and releases it after: the peak is
-        that of the largest part, and the call takes as much longer as `Timings.load` says.
+        """Let each call load a part when it needs it and release it after, from now on: the peak is
+        that of the largest part, and a call takes as much longer as `Timings.load` says.
 
         Raises:
             UnsupportedError: the backend does not do that.
@@ -133,8 +133,8 @@ class Pipeline:
         return self
 
     def use_encoder(self, encoder: str | None = None) -> Self:
-        """From now on the pipeline holds an encoder of pictures: `prepare` loads it, else the first
-        call that starts from one.
+        """Let the pipeline hold an encoder of pictures from now on; `prepare` loads it, else the
+        first call that starts from one.
 
         Args:
             encoder: `vae` or `taesd`; None for the one that is there, else the decoder's.
@@ -190,7 +190,7 @@ class Pipeline:
         return session
 
     def _release(self) -> None:
-        """In low memory: give back what is loaded, for the next part to be alone."""
+        """Give back what is loaded, in low memory, for the next part to be alone."""
         if self.low_memory and self._sessions:
             started = time.perf_counter_ns()
             cyclic = any(session.cyclic for session in self._sessions.values())

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from backends.pipeline.linear import Schedule
+from backends.pipeline.linear import LinearSchedule
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Slot:
         nfe: UNet evaluations of one image, counted when it was last launched op by op.
     """
 
-    schedule: Schedule
+    schedule: LinearSchedule
     host_ids: Tensor
     ids: Tensor
     host_refused: Tensor
@@ -46,7 +46,7 @@ class Slot:
     @classmethod
     def make(
         cls,
-        schedule: Schedule,
+        schedule: LinearSchedule,
         *,
         ids: tuple[int, ...],
         latents: tuple[int, ...],

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NEAREST = 4
 """Pairs of steps and strength that a refusal lists."""
 MOST_STEPS = 8
-"""Of a pair that is proposed for a model without a grid of its own."""
+"""The most steps of a pair that is proposed for a model without a grid of its own."""
 _warned: set[tuple[str, int, int]] = set()
 
 

@@ -22,7 +22,7 @@ from export.lower import CPU, lower, storage
 from export.models import PICTURE_PARTS
 from export.quantize import Scheme
 from export.quantize.layers import Layer, find_layers
-from export.quantize.measure import Sample, add_probes, relative_errors, samples
+from export.quantize.measure import LayerSample, add_probes, relative_errors, samples
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from export.bundle import Bundle
 
 STEPS = 4
-"""Of the image, where the model may be drawn with any number: early, middle and late timesteps."""
+"""Steps of the image where a model may be drawn with any number: early, middle, late timesteps."""
 
 
 def measure(
@@ -94,7 +94,7 @@ class RecordingBackend(OrtBackend):
         super().__init__({"threads": threads})
         self.part, self.measured, self.folder = part, scheme, folder
         self.layers: list[Layer] = []
-        self.evaluations: list[dict[str, Sample]] = []
+        self.evaluations: list[dict[str, LayerSample]] = []
 
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         graph = self.folder / artifact.part / MODEL

@@ -20,7 +20,7 @@ from core.files import read_json, require_disk, sha256_json
 from core.memory import require_memory
 from export.quantize.calibration import Calibration, calibration_path, command
 from export.quantize.modelopt import modelopt_version
-from export.quantize.qdq import Scheme, scheme_of
+from export.quantize.qdq import QdqScheme, scheme_of
 
 if TYPE_CHECKING:
     from export.bundle import Bundle
@@ -37,7 +37,7 @@ class Quantisation:
         modelopt: its version.
     """
 
-    scheme: Scheme
+    scheme: QdqScheme
     calibration: Calibration
     modelopt: str
 

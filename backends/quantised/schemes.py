@@ -146,7 +146,7 @@ def quantise(job: Mapping[str, Any], graph: Path, out: Path) -> None:
 
 
 def weight_bytes(bundle: Bundle, part: str, scheme: Scheme) -> int:
-    """Of a compiled part, if no layer is left out; of half a UNet: of the whole."""
+    """Return a compiled part's weight bytes, no layer left out; of half a UNet the whole's."""
     from export.quantize.layers import sizes
 
     return sizes(bundle.source(part).graph, scheme).weights

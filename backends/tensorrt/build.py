@@ -13,7 +13,7 @@ from backends.base import BackendError
 from backends.tensorrt import timing
 from backends.tensorrt.log import Log
 from backends.tensorrt.probe import release
-from backends.tensorrt.request import Request
+from backends.tensorrt.request import PlanRequest
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SHOWN_ERRORS = 12
 
 
-def build(request: Request, graph: Path, plan: Path, cache: Path, log: Log) -> None:
+def build(request: PlanRequest, graph: Path, plan: Path, cache: Path, log: Log) -> None:
     """Build the plan of `request` from the lowered `graph`, and write it to `plan`.
 
     Raises:
@@ -100,7 +100,7 @@ def loosen_attention(network: trt.INetworkDefinition) -> None:
             layer.attention.decomposable = True
 
 
-def configure(builder: trt.Builder, request: Request, log: Log) -> trt.IBuilderConfig:
+def configure(builder: trt.Builder, request: PlanRequest, log: Log) -> trt.IBuilderConfig:
     config = builder.create_builder_config()
     config.builder_optimization_level = request.level
     config.clear_flag(trt.BuilderFlag.TF32)  # a row that says fp32 means it

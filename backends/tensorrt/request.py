@@ -94,7 +94,7 @@ def profile_for(part: str, release: tuple[int, int], options: Mapping[str, Any])
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """One plan.
 
     Attributes:
@@ -122,11 +122,11 @@ class Request:
 
 def make_request(
     bundle: Bundle, part: str, shapes: Shapes, options: Mapping[str, Any], release: tuple[int, int]
-) -> Request:
+) -> PlanRequest:
     batch = options["batch"]
     profile = profile_for(part, release, options)
     workspace = options["workspace"]
-    return Request(
+    return PlanRequest(
         part=part,
         profile=profile if batch else replace(profile, batch=shapes.batch),
         shapes=ranges(inputs(bundle.source(part), profile), batch) if batch else {},
@@ -198,7 +198,7 @@ def scales_command(graph: Path, scheme: str, calibration: Path, folder: Path) ->
 
 
 def trtexec(
-    request: Request, release: tuple[int, int], graph: Path, plan: Path, timing: Path
+    request: PlanRequest, release: tuple[int, int], graph: Path, plan: Path, timing: Path
 ) -> list[str]:
     """The command that builds the plan of `request` (options as in trtexec 10.1 to 11.1)."""
     words = ["trtexec", f"--onnx={graph}", f"--saveEngine={plan}", "--skipInference", "--noTF32"]

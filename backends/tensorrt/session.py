@@ -78,7 +78,7 @@ class Binding:
             )
 
     def launch(self) -> None:
-        """As `enqueue`, from a CUDA graph that the first call captures."""
+        """Do what `enqueue` does, from a CUDA graph that the first call captures."""
         if self._replay is None:
             self.enqueue()  # what it does the first time only cannot be captured
             self._replay = self._device.capture(self.enqueue)

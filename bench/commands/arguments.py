@@ -26,7 +26,7 @@ from core.errors import PreconditionError
 from export.models import DEFAULT_MODEL, SCHEDULERS
 
 FRAMES = 100
-"""For `--frames`."""
+"""The number of frames that `--frames` asks for by itself."""
 
 
 def positive(text: str) -> float:

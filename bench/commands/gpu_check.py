@@ -37,7 +37,7 @@ from core.files import ROOT, build_root, write_atomic, write_json
 from export.models import DECODERS
 
 if TYPE_CHECKING:
-    from bench.gpu.job import Job, Result
+    from bench.gpu.job import GpuJob, Result
     from export.bundle import Bundle
 
 NEEDED = ("torch", "diffusers", "transformers")
@@ -138,7 +138,7 @@ def require_machine(device: str) -> dict[str, str]:
 
 
 def usable_backends(asked: Sequence[str] | None, device: str, skipped: dict[str, str]) -> list[str]:
-    """As asked for, or the torch modes and every other NVIDIA backend that can be used here.
+    """Return what was asked for, or the torch modes and all other NVIDIA backends usable here.
 
     Raises:
         PreconditionError: none of those that were asked for can be used: minutes of checks would
@@ -225,11 +225,11 @@ def export(model: str) -> bool:
 # ---- checks
 
 
-def job_of(args: argparse.Namespace, bundle: Bundle) -> Job:
+def job_of(args: argparse.Namespace, bundle: Bundle) -> GpuJob:
     """What the checks' process is to do."""
-    from bench.gpu.job import Job
+    from bench.gpu.job import GpuJob
 
-    return Job(
+    return GpuJob(
         bundle=str(bundle.path),
         device=args.device,
         decoders=args.decoder,
@@ -240,7 +240,7 @@ def job_of(args: argparse.Namespace, bundle: Bundle) -> Job:
     )
 
 
-def checks(job: Job, *, fresh: bool) -> dict[str, Result]:
+def checks(job: GpuJob, *, fresh: bool) -> dict[str, Result]:
     """The stages of bench.gpu in a process of their own.
 
     Args:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bench.gpu import parity, profile, sanity
-from bench.gpu.job import Job, Result
+from bench.gpu.job import GpuJob, Result
 from core.errors import AddbenchError
 from core.files import read_json, write_json
 from core.process import die_with_parent
@@ -22,7 +22,7 @@ from core.process import die_with_parent
 STAGES = ("sanity", "parity", "profile")
 
 
-def stage_functions() -> Mapping[str, Callable[[Job, Mapping[str, Result]], Result]]:
+def stage_functions() -> Mapping[str, Callable[[GpuJob, Mapping[str, Result]], Result]]:
     return {"sanity": sanity.check, "parity": parity.check, "profile": profile.check}
 
 
@@ -35,7 +35,7 @@ def known(out: Path) -> dict[str, Result]:
     return found
 
 
-def run(job: Job) -> dict[str, Result]:
+def run(job: GpuJob) -> dict[str, Result]:
     """Every stage that `job.out` does not hold yet. A stage that fails is a result too."""
     out = Path(job.out)
     results = known(out)
@@ -62,7 +62,7 @@ def run(job: Job) -> dict[str, Result]:
 
 def main() -> int:
     die_with_parent()
-    run(Job(**json.loads(sys.stdin.read())))
+    run(GpuJob(**json.loads(sys.stdin.read())))
     return 0
 
 

@@ -9,7 +9,7 @@ Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class GpuJob:
     """What the child is to do.
 
     Attributes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from backends.check.gate import GATES
 from backends.check.parity import SEED, seeded_inputs
-from bench.gpu.job import Job, Result
+from bench.gpu.job import GpuJob, Result
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     Image = NDArray[np.uint8]
 
 SAME_DB = 40.0
-"""Of two orders of the same FP16 arithmetic: sums are taken in another order. Where FP16 itself is
+"""PSNR of two orders of the same FP16 arithmetic: sums are taken otherwise. Where FP16 itself is
 farther from FP32, two roundings need not be nearer to each other than that."""
 
 
-def check(job: Job, _: Mapping[str, Result]) -> Result:
+def check(job: GpuJob, _: Mapping[str, Result]) -> Result:
     """Parts' relative errors, and the PSNR of every image."""
     from export.bundle import Bundle, write_references
 
@@ -70,7 +70,7 @@ def check(job: Job, _: Mapping[str, Result]) -> Result:
     return {"status": "ok" if good else "failed", "dtype": half, "parts": parts, "images": images}
 
 
-def opened(job: Job, bundle: Any, decoder: str, mode: str, dtype: str) -> Pipeline:
+def opened(job: GpuJob, bundle: Any, decoder: str, mode: str, dtype: str) -> Pipeline:
     from backends.base import Shapes
     from backends.registry import parse_backend
 
@@ -108,7 +108,7 @@ def relative_errors(
 
 
 def psnr(image: Image, reference: Image) -> float:
-    """In dB, at most 100 (equal images). By hand: scikit-image may be missing where this runs."""
+    """Return dB, at most 100 (equal images); by hand, as scikit-image may be missing here."""
     import numpy as np
 
     error = float(np.mean((image.astype(np.float64) - reference) ** 2))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.check.parity import SEED, seeded_inputs
-from bench.gpu.job import Job, Result
+from bench.gpu.job import GpuJob, Result
 from bench.gpu.parity import opened
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ NAME = 100
 """Characters of a kernel's name that are kept: templates go on for thousands."""
 
 
-def check(job: Job, results: Mapping[str, Result]) -> Result:
+def check(job: GpuJob, results: Mapping[str, Result]) -> Result:
     """Milliseconds of each part beside its floor, and of each kernel of whole images."""
     from export.bundle import Bundle
 
@@ -50,7 +50,7 @@ def check(job: Job, results: Mapping[str, Result]) -> Result:
 # ---- by part
 
 
-def part_time(pipe: Pipeline, part: str, job: Job) -> dict[str, Any]:
+def part_time(pipe: Pipeline, part: str, job: GpuJob) -> dict[str, Any]:
     """Median milliseconds of `part` on seeded inputs at `job.batch`."""
     import statistics
 
@@ -121,7 +121,7 @@ def floor_of(
 # ---- by kernel
 
 
-def kernels(pipe: Pipeline, steps: int, job: Job) -> dict[str, Any]:
+def kernels(pipe: Pipeline, steps: int, job: GpuJob) -> dict[str, Any]:
     """The kernels (on the CPU: torch's ops) of whole images by their time, per call."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bench.gpu.job import Job, Result
+from bench.gpu.job import GpuJob, Result
 
 QUICK_S = 0.1
 SIDE = 512
 TOLERANCE = 2e-3
-"""Of an FP16 product of SIDE terms, accumulated in FP32, against FP64: rounding the inputs and the
-result costs some 5e-4."""
+"""The tolerance of an FP16 product of SIDE terms, accumulated in FP32, against FP64: rounding the
+inputs and the result costs some 5e-4."""
 
 
-def check(job: Job, _: Mapping[str, Result]) -> Result:
+def check(job: GpuJob, _: Mapping[str, Result]) -> Result:
     """Facts, small checks with a known answer, and the ceilings by dtype and kind."""
     import torch
 
@@ -46,7 +46,7 @@ def facts(device: str) -> dict[str, Any]:
     }
 
 
-def ceilings(job: Job) -> dict[str, Any]:
+def ceilings(job: GpuJob) -> dict[str, Any]:
     from bench.machine.ceilings import Ceilings, copy_rate, measure_dtype, measure_gpu
 
     seconds = QUICK_S if job.quick else None

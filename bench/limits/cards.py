@@ -22,7 +22,7 @@ from core.errors import PreconditionError
 from core.table import Column, console, markdown_lines, terminal_table
 
 if TYPE_CHECKING:
-    from backends.modelled.card import Estimate, Pace
+    from backends.modelled.card import CallEstimate, Pace
     from backends.modelled.fit import Fit
     from core.devices import Device
     from export.cost import Cost
@@ -65,7 +65,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Option:
+class CardSetup:
     """One way to run a call on one card, with what the model says of it."""
 
     device: Device
@@ -73,7 +73,7 @@ class Option:
     steps: int
     split: str
     batch: int
-    found: Estimate
+    found: CallEstimate
 
     def pace(self, switching: str) -> Pace:
         """The pace of a call: `resident`, or by a name of `SWITCHING`."""
@@ -97,7 +97,7 @@ class Option:
         return self.per_joule(self.pace(switching).period.mid)
 
     def columns(self, target_ms: float) -> dict[str, Any]:
-        """As JSON; milliseconds."""
+        """Return the setup's figures as JSON, times in milliseconds."""
         from bench.limits.modelled import ms, pace
 
         switched = {
@@ -125,7 +125,7 @@ class Option:
         }
 
 
-def options(question: Question) -> list[Option]:
+def options(question: Question) -> list[CardSetup]:
     """Every card, decoder, step count and split that there is."""
     from backends.base import UnsupportedError
     from backends.modelled.backend import VENDOR
@@ -155,13 +155,13 @@ def options(question: Question) -> list[Option]:
                         one = estimate(device, costs, call)
                     except UnsupportedError:
                         continue  # fewer SoCs than parts
-                    found.append(Option(device, decoder, steps, split, question.batch, one))
+                    found.append(CardSetup(device, decoder, steps, split, question.batch, one))
     return found
 
 
-def best(found: Sequence[Option]) -> list[Option]:
+def best(found: Sequence[CardSetup]) -> list[CardSetup]:
     """The split with the shortest period for each card, decoder and step count."""
-    kept: dict[tuple[str, str, int], Option] = {}
+    kept: dict[tuple[str, str, int], CardSetup] = {}
     for one in found:
         key = (one.device.name, one.decoder, one.steps)
         if key not in kept or one.found.period.mid < kept[key].found.period.mid:
@@ -169,7 +169,7 @@ def best(found: Sequence[Option]) -> list[Option]:
     return list(kept.values())
 
 
-def resident_words(found: Sequence[Option], question: Question) -> str:
+def resident_words(found: Sequence[CardSetup], question: Question) -> str:
     """Whether all parts could be resident, as far as memory goes."""
     costs = question.costs()
     weights = sum(cost.weight_bytes for cost in costs.values()) / 1e9
@@ -230,10 +230,10 @@ class Section:
     title: str
     lines: Sequence[str]
     columns: Sequence[Column] = ()
-    rows: Sequence[Option] = ()
+    rows: Sequence[CardSetup] = ()
 
 
-def sections(found: Sequence[Option], question: Question) -> list[Section]:
+def sections(found: Sequence[CardSetup], question: Question) -> list[Section]:
     from backends.modelled.card import ASSUMPTIONS
     from core.devices import find_device
 
@@ -287,8 +287,8 @@ def show(found: Sequence[Section]) -> None:
         drawn_on.print()
 
 
-def report(found: Sequence[Option], question: Question) -> dict[str, Any]:
-    """As JSON."""
+def report(found: Sequence[CardSetup], question: Question) -> dict[str, Any]:
+    """Return the setups as JSON."""
     from backends.modelled import VERSION
     from backends.modelled.card import ASSUMPTIONS, INTERVAL
     from backends.modelled.fit import (

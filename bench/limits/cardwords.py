@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from backends.modelled.card import Interval
     from backends.modelled.fit import Fit, Kind
-    from bench.limits.cards import Option
+    from bench.limits.cards import CardSetup
     from core.devices import Device
     from export.cost import Cost
 
@@ -30,14 +30,14 @@ def span(interval: Interval, digits: int = 0) -> str:
     return f"{mid:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def joule_span(option: Option) -> str:
+def joule_span(option: CardSetup) -> str:
     """Images per joule at the TDP; the long end of the period is the low one."""
     period = option.found.period
     mid, low, high = (option.per_joule(each) for each in (period.mid, period.high, period.low))
     return f"{mid:.3f} ({low:.3f} to {high:.3f})"
 
 
-def answer(found: Sequence[Option], target_ms: float) -> list[str]:
+def answer(found: Sequence[CardSetup], target_ms: float) -> list[str]:
     """Which ways make the target plausible, in a sentence for each verdict."""
     lines = []
     for switching, title in (
@@ -45,7 +45,7 @@ def answer(found: Sequence[Option], target_ms: float) -> list[str]:
         ("once", "if a turn of a pipeline switches programs once"),
         ("each", "if it switches at each of its programs"),
     ):
-        by_verdict: dict[str, dict[str, list[Option]]] = {}
+        by_verdict: dict[str, dict[str, list[CardSetup]]] = {}
         for one in found:
             ways = by_verdict.setdefault(one.verdict(target_ms, switching), {})
             ways.setdefault(one.split, []).append(one)
@@ -57,7 +57,7 @@ def answer(found: Sequence[Option], target_ms: float) -> list[str]:
     return lines
 
 
-def ways_words(ways: Mapping[str, Sequence[Option]]) -> str:
+def ways_words(ways: Mapping[str, Sequence[CardSetup]]) -> str:
     """`pipelines (2 steps vae, 2 steps taesd); ...`"""
     return "; ".join(
         f"{split} ({', '.join(f'{named(one.steps)} {one.decoder}' for one in those)})"
@@ -65,7 +65,7 @@ def ways_words(ways: Mapping[str, Sequence[Option]]) -> str:
     )
 
 
-def decoder_words(found: Sequence[Option]) -> list[str]:
+def decoder_words(found: Sequence[CardSetup]) -> list[str]:
     """What the tiny decoder buys on each card: an image after the other on each SoC."""
     lines = []
     known = {
@@ -95,8 +95,8 @@ def named(steps: int) -> str:
     return f"{steps} step{'s' * (steps != 1)}"
 
 
-def decode_span(option: Option) -> str:
-    """Of one image."""
+def decode_span(option: CardSetup) -> str:
+    """Return the time of one image's decode."""
     from backends.modelled.card import Interval
 
     turns = -(-option.batch // option.device.socs)
@@ -159,7 +159,7 @@ def fit_words() -> list[str]:
 
 
 def card_left_out(fit: Fit) -> float:
-    """By how much SDXL's time on either card is missed where that card was not fitted, at most."""
+    """Return how far SDXL's time on a card is missed, at most, where that card was not fitted."""
     from backends.modelled.fit import rows
 
     return max(math.exp(abs(math.log(error))) for error in fit.held_out[rows().is_sdxl]) - 1
@@ -173,13 +173,13 @@ def reading_words(device: Device, unet: Cost, size: tuple[int, int]) -> list[str
         size: width and height that are asked about.
     """
     from backends.modelled.fit import DDR, SDXL_SIZE, fits, weights
-    from backends.modelled.program import SHARES, Place, Work, seconds
+    from backends.modelled.program import SHARES, Hardware, Work, seconds
 
     counts, asked = weights(), "{}x{}".format(*size)
     steps = []
     for share in SHARES:
         took = [
-            1e3 * float(seconds(Work.of(unet), Place.soc(device), each.parameters, each.ddr))
+            1e3 * float(seconds(Work.of(unet), Hardware.soc(device), each.parameters, each.ddr))
             for each in (fits()[share, ddr] for ddr in DDR)
         ]
         weight = sum(counts[share, ddr] for ddr in DDR)

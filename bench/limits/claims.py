@@ -48,7 +48,7 @@ class Finding:
 
     @property
     def joules_at_most(self) -> float | None:
-        """Of one image: the card's power limit over the published time. An upper bound.
+        """The energy of one image: the card's power limit over the published time. An upper bound.
 
         None of a figure that is of a part of the work: the rest takes energy too.
         """
@@ -62,7 +62,7 @@ class Finding:
         return device.tdp_w * time / 1e3 / self.claim.batch
 
     def columns(self) -> dict[str, Any]:
-        """As JSON. `images_per_joule` is measured, of the nearest cell of ours."""
+        """Return the line as JSON. `images_per_joule` is measured, of the nearest cell of ours."""
         near, most = self.nearest, self.joules_at_most
         return {
             **asdict(self.claim),

@@ -152,7 +152,7 @@ class Group:
 
 
 def groups(lines: Sequence[Held], name: Callable[[Held], str]) -> list[Group]:
-    """By name, the most figures first."""
+    """Return the lines by name, the most figures first."""
     names = Counter(name(line) for line in lines)
     return [
         Group(each, [line for line in lines if name(line) == each])

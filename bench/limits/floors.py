@@ -36,9 +36,10 @@ BY_PARTS = {"fp32": 16 / 3}
 """How many times as fast as its own units a product can be on those of another precision: three
 products of BF16, each 16 times as fast."""
 ERROR = 0.05
-"""Of a ceiling, and of the time of a stage."""
+"""The relative error of a ceiling, and of the time of a stage."""
 SPLIT_UNET = "unet of context"
-"""In a survey's costs: what is left of the UNet for every step where CONTEXT_PART is split off."""
+"""The name in a survey's costs of what is left of the UNet for every step where CONTEXT_PART is
+split off."""
 
 
 @dataclass(frozen=True)
@@ -131,22 +132,23 @@ def ceilings_of(surveyed: Mapping[str, Any]) -> dict[str, Ceilings]:
 
 
 def batch_of(part: str, cell: Cell) -> int:
-    """Of one evaluation of a part: guidance as one batch gives the UNet two inputs an image."""
+    """Return the batch of an evaluation: guidance as one batch gives the UNet two inputs each."""
     doubled = part in ("unet", SPLIT_UNET) and cell.guidance_mode == "batch"
     return 2 * cell.batch if doubled else cell.batch
 
 
 def evaluations_of(part: str, cell: Cell) -> int:
-    """Of a part in its stage: guidance asks the UNet twice as two calls, the context in any case.
+    """Return a part's evaluations in its stage: guidance as two calls asks the UNet twice.
 
-    The text encoders count once, though some models encode the empty prompt too: a floor.
+    The context is asked twice by guidance in any case. The text encoders count once, though some
+    models encode the empty prompt too: a floor.
     """
     asked_twice = {"unet": ("calls",), SPLIT_UNET: ("calls",), CONTEXT_PART: ("batch", "calls")}
     return 2 if cell.guidance_mode in asked_twice.get(part, ()) else 1
 
 
 @dataclass(frozen=True)
-class Work:
+class StageWork:
     """What one stage does: FLOPs, bytes at least, floor in ms. Of the UNet: at one timestep.
 
     `least_ms`: what no algorithm that is known here goes below, under the same ceilings.
@@ -158,7 +160,7 @@ class Work:
     least_ms: float = 0.0
 
 
-def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
+def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, StageWork]:
     """Work of `text`, `unet_step` and `decode` of a cell, and of `encode` where it starts from a
     picture; empty where no ceiling is known."""
     from export.cost import Cost
@@ -183,7 +185,7 @@ def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
             for _ in range(evaluations_of(part, cell))
         ]
         floors = [floor(cost, ceilings, graph_dtype, cell.precision) for cost in costs]
-        found[stage] = Work(
+        found[stage] = StageWork(
             sum(cost.flops for cost in costs),
             sum(moved_bytes(cost, graph_dtype, cell.precision) for cost in costs),
             sum(each.ms for each in floors if each is not None),
@@ -192,14 +194,14 @@ def stage_work(cell: Cell, surveyed: Mapping[str, Any]) -> dict[str, Work]:
     return found
 
 
-def call_work(cell: Cell, works: Mapping[str, Work]) -> Work:
+def call_work(cell: Cell, works: Mapping[str, StageWork]) -> StageWork:
     """What one pipeline call does, of what its stages do."""
     calls = {"text": 1, "encode": 1, "unet_step": cell.kept, "decode": 1}
 
     def total(name: str) -> float:
         return sum(calls[stage] * getattr(work, name) for stage, work in works.items())
 
-    return Work(total("flops"), total("moved"), total("floor_ms"), total("least_ms"))
+    return StageWork(total("flops"), total("moved"), total("floor_ms"), total("least_ms"))
 
 
 def call_floor_s(cell: Cell, surveyed: Mapping[str, Any]) -> float | None:
@@ -228,7 +230,7 @@ def of_row(
     } or None
 
 
-def achieved(work: Work, ms: float) -> dict[str, float]:
+def achieved(work: StageWork, ms: float) -> dict[str, float]:
     """Rates reached in `ms`, the floor, and the fraction of it."""
     return {
         "tflops": round(work.flops / ms / 1e9, 5),
@@ -249,7 +251,7 @@ def share_of_floor(fraction: float | None) -> float | None:
 
 
 FIRST = "first_ceilings"
-"""In a survey whose ceilings were measured again: those of the first look."""
+"""The key of the first look's ceilings in a survey whose ceilings were measured again."""
 
 
 def beaten(rows: Sequence[Mapping[str, Any]], surveyed: Mapping[str, Any]) -> dict[str, float]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from export.cost import Cost
 
 STAND_IN = "sd15"
-"""Whose UNet and decoder every method of the table shares: they were all distilled from it."""
+"""The model whose UNet and decoder all methods of the table share: it is what they distil."""
 SIZE, BATCH, DECODER = (512, 512), 1, "vae"
 MEASURED, MODELLED = "measured", "modelled"
 
@@ -51,7 +51,7 @@ class Method:
 
     @property
     def evaluations(self) -> int:
-        """Of the stand-in's UNet, for an image."""
+        """The evaluations of the stand-in's UNet for an image."""
         return self.nfe * self.unets
 
 

@@ -163,7 +163,7 @@ class Ours:
     median_ms: float
     period_ms: float | None
     joules: float | None
-    """Of one call."""
+    """The energy of one call."""
     nfe: float | None = None
 
     @property

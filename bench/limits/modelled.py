@@ -17,7 +17,7 @@ from export.bundle import Bundle
 
 if TYPE_CHECKING:
     from backends.modelled.backend import ModelledBackend
-    from backends.modelled.card import Estimate, Interval, Pace
+    from backends.modelled.card import CallEstimate, Interval, Pace
 
 Result = dict[str, Any]
 
@@ -52,7 +52,7 @@ def figures(cells: Sequence[Cell], bundle: Path | None) -> dict[Cell, Result]:
     return found
 
 
-def columns(cell: Cell, modelled: Estimate, split: str, tdp_w: float) -> Result:
+def columns(cell: Cell, modelled: CallEstimate, split: str, tdp_w: float) -> Result:
     """A modelled call as the figures of a row, in milliseconds."""
     stages = {name: ms(each)["mid_ms"] for name, each in modelled.stages.items()}
     latency, period = ms(modelled.latency), ms(modelled.period)

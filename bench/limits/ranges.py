@@ -103,7 +103,7 @@ def can_model(device: Device) -> bool:
 
 @cache
 def costs_512px() -> dict[str, dict[str, Cost]]:
-    """By model, as `export.cost.part_cost_at` counts them: tracing takes seconds each time."""
+    """Return each model's costs as `export.cost.part_cost_at` has them: tracing takes seconds."""
     return {
         model: {part: Cost(**columns) for part, columns in parts.items()}
         for model, parts in read_json(COSTS).items()

@@ -206,7 +206,7 @@ def best_rate(
 
 
 def wait() -> None:
-    """For the device, where there is one that works on its own."""
+    """Wait for the device, where there is one that works on its own."""
     import torch
 
     if torch.cuda.is_initialized():

@@ -31,7 +31,7 @@ LOOK_S = 0.2
 SHORTEST_S = 1.0
 """NVML's energy counter moves some ten times a second: a shorter window says nothing at 10%."""
 THROTTLED_BELOW = 0.75
-"""Of the highest clock that the GPU can be set to."""
+"""The share of the highest clock that the GPU can be set to."""
 DISTURBED_ABOVE = 0.05
 POWERCAP = Path("/sys/class/powercap")
 GAP_S = 1.0
@@ -49,7 +49,7 @@ class Reading:
     memory_mb: float | None = None
 
 
-class Source(Protocol):
+class PowerSource(Protocol):
     """What can be read, and whose it is."""
 
     accelerator: bool
@@ -239,7 +239,9 @@ def readable(file: Path) -> bool:
 class Gauge:
     """Readings while one cell is sampled."""
 
-    def __init__(self, source: Source | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, source: PowerSource | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.source, self.clock = source, clock
         self.looks: list[tuple[float, int, Reading]] = []
         """(when, samples taken so far, what was read)"""
@@ -308,7 +310,7 @@ def give_device_memory_back() -> None:
         torch.cuda.empty_cache()
 
 
-def source_of(device: str) -> Source | None:
+def source_of(device: str) -> PowerSource | None:
     """What can be read of a row's device; None where nothing can. Never raises."""
     if device.partition(":")[0] == "cuda":
         return nvml_source()
@@ -368,7 +370,7 @@ def first_bus_id() -> bytes | None:
 
 
 def accelerators() -> dict[str, Any]:
-    """For a run's environment: the GPU behind the device `cuda`, and what was set on it.
+    """Return for a run's environment the GPU behind the device `cuda`, and what was set on it.
 
     `accelerators` maps the rows' device to the driver's name for it, `accelerator_state` has
     driver, memory, power limit and highest clock; null where there is no GPU.

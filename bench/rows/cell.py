@@ -70,7 +70,7 @@ class Cell:
 
     @property
     def backend_text(self) -> str:
-        """As `--backend` takes it."""
+        """The backend with its options as `--backend` takes it."""
         return f"{self.backend}:{self.options}" if self.options else self.backend
 
     @property

@@ -84,7 +84,7 @@ OFF_THE_LINE = 0.10
 
 
 @dataclass(frozen=True)
-class Fit:
+class StepFit:
     """latency_ms ~ fixed_ms + per_step_ms * steps.
 
     Attributes:
@@ -105,7 +105,7 @@ class Fit:
 
 def fit_steps(
     points: Sequence[tuple[int, float]], errors_ms: Sequence[float] | None = None
-) -> Fit | None:
+) -> StepFit | None:
     """Least squares of latency [ms] on steps; None with fewer than two step counts.
 
     Through two step counts the line is exact, and `worst` 0 says nothing: what it is worth is in
@@ -134,7 +134,7 @@ def fit_steps(
         )
         for parts in (pulls, lifts)
     )
-    return Fit(
+    return StepFit(
         line.slope,
         line.intercept,
         len(points),

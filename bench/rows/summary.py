@@ -15,7 +15,7 @@ from bench.rows.store import Row
 SUPERSEDED = "superseded"
 """What a row is whose card has a newer model by now: no flag of its own, for it cannot know."""
 UNKNOWN = 0.10
-"""Of a latency whose spread nobody saw, or that other processes disturbed in every round."""
+"""The error of a latency whose spread nobody saw, or that others disturbed in every round."""
 
 
 @dataclass(frozen=True)

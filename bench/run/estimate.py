@@ -20,7 +20,7 @@ from core.errors import AddbenchError
 WORKER_START_S = 5.0
 """Python, torch, diffusers and scikit-image, imported on two cores."""
 TYPICAL_FRACTION = 0.6
-"""Of the floor that a CPU backend reaches over a whole call, roughly."""
+"""The share of the floor that a CPU backend reaches over a whole call, roughly."""
 JUDGE_S = 0.01
 """What the judge and the network of the FID take for a picture, roughly."""
 SHORT_ROUND_S = 60.0

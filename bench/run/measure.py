@@ -49,8 +49,8 @@ class StopRule:
     frames: int = 0
 
     def columns(self) -> dict[str, Any]:
-        """For headers and workers; without what is asked for afterwards where it is not, as before
-        it was."""
+        """Return the columns for headers and workers; what came later is left out where it is not
+        asked for, as before it was."""
         later = ("quality", "frames")
         return {name: value for name, value in vars(self).items() if value or name not in later}
 
@@ -59,7 +59,7 @@ class StopRule:
         return self if round_ == 0 else replace(self, quality=0)
 
     def enough(self, count: int, elapsed_s: float) -> bool:
-        """At least `min_samples` and `min_time`; `max_time` wins once 3 samples exist."""
+        """Whether `min_samples` and `min_time` are reached; `max_time` wins after 3 samples."""
         if count >= self.min_samples and elapsed_s >= self.min_time:
             return True
         return count >= FEWEST_SAMPLES and elapsed_s >= self.max_time

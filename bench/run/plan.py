@@ -40,12 +40,12 @@ class Candidate:
 
     @property
     def provenance(self) -> str:
-        """Of rows that say nothing else: those of cells that failed too."""
+        """The provenance of rows that say nothing else: those of cells that failed too."""
         return self.backend.provenance if self.backend else "measured"
 
     @property
     def key(self) -> str:
-        """As `Cell.backend_text` writes it: options sorted."""
+        """The candidate as `Cell.backend_text` writes it: options sorted."""
         if self.backend is None:
             return self.text
         given = ",".join(f"{key}={value}" for key, value in self.backend.given.items())

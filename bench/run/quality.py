@@ -130,7 +130,7 @@ def measure_change(
 CHANGES = ("reshape", "recolour")
 """What is asked for of a drawn picture, in turn."""
 NEAR_PX = 4.0
-"""By how much an object may move that kept its place, of 64: less than half of the smallest."""
+"""How far an object may move that kept its place, of 64: less than half of the smallest."""
 
 
 def changes(count: int) -> list[tuple[Scene, Scene, str]]:

@@ -79,7 +79,7 @@ class Revision:
             ).returncode
 
     def versions(self) -> dict[str, str]:
-        """Of the packages that a run's header names, in the side's environment."""
+        """Return the versions in the side's environment of the packages that headers name."""
         asked = [str(self.interpreter), "-c", VERSIONS, *PACKAGES]
         done = subprocess.run(asked, cwd=self.tree, capture_output=True, text=True, check=True)
         found: dict[str, str] = json.loads(done.stdout)

@@ -57,7 +57,7 @@ HUES = {
 }
 """One colour a backend, in every plot of the project."""
 NEUTRAL = "#555555"
-"""Of a mark that stands for no backend."""
+"""The colour of a mark that stands for no backend."""
 DARK, PLAIN, LIGHT = -0.45, 0.0, 0.5
 SHADES = {
     "": PLAIN,

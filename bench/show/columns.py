@@ -49,7 +49,7 @@ def images_per_joule(line: CellRounds) -> float | None:
 
 
 def images_per_joule_at_tdp(line: CellRounds) -> float | None:
-    """Of a modelled card only: at its power limit over the period."""
+    """Return a modelled card's images per joule at its power limit over the period, else None."""
     energy = line.median("energy_j") if line.provenance == MODELLED else None
     return line.cell.batch / energy if energy else None
 

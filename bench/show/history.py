@@ -17,7 +17,7 @@ from bench.verdict.history import FEWEST_RUNS, Band
 from bench.verdict.outcome import FASTER, SLOWER, Line, Outcome
 
 ALARM = "#B00020"
-"""Of what is slower or faster than its past."""
+"""The colour of what is slower or faster than its past."""
 
 
 def draw(target: Run, outcome: Outcome, bands: Mapping[Cell, Band]) -> list[Path]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.rows.fields import MODELLED
-from bench.rows.stats import Fit, fit_steps
+from bench.rows.stats import StepFit, fit_steps
 from bench.rows.summary import CellRounds
 from bench.show.canvas import RUN_MARKERS, SHAPES, Look, look_of
 
@@ -75,7 +75,7 @@ class Series:
         return sorted((place, value) for place, value in values if value is not None)
 
     @property
-    def line(self) -> Fit | None:
+    def line(self) -> StepFit | None:
         """The line through its points, whatever it is worth; None at one step count."""
         timed = [line for line in self.lines if line.median("median_ms") is not None]
         ordered = sorted(timed, key=self.place)
@@ -83,7 +83,7 @@ class Series:
         return fit_steps(points, [line.error_ms for line in ordered])
 
     @property
-    def fit(self) -> Fit | None:
+    def fit(self) -> StepFit | None:
         """The line where its points support it: what a plot draws and a page says."""
         line = self.line
         return None if line is None or line.refused else line

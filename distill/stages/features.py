@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from core.errors import PreconditionError
 from core.files import write_json
-from distill.data import Shapes
+from distill.data import ScenePool
 from distill.features import FidFeatures, PictureFeatures
 from distill.loop import Trainer
 from distill.shapes import (
@@ -85,10 +85,10 @@ class Answers(nn.Module):
         return self.network.answer(x)
 
 
-def drawn_source(trainer: Trainer) -> Shapes:
+def drawn_source(trainer: Trainer) -> ScenePool:
     """The pool of drawn pictures, which alone knows what stands where."""
     source = trainer.context.source
-    if not isinstance(source, Shapes):
+    if not isinstance(source, ScenePool):
         raise PreconditionError(
             f"the {trainer.name} stage learns from drawn shapes only",
             f"data.kind is {trainer.config.data.kind}, which says nothing of what stands where",

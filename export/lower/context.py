@@ -26,7 +26,7 @@ from export.lower.edit import Edit, static_dim
 
 PROMPT = "encoder_hidden_states"
 NAME = "context"
-"""Of the first tensor that is handed over; others are `context_2`, `context_3`, ..."""
+"""The name of the first tensor that is handed over; others are `context_2`, `context_3`, ..."""
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 

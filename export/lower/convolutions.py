@@ -50,7 +50,7 @@ NARROWEST = 16
 WEIGHTS = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 """G: the weights of a tile are G w Gt."""
 ENLARGED = WEIGHTS[[0, 1, 3]]
-"""In an enlarged image the rows 1 and 2 of a tile are one: what the third makes of it is zero."""
+"""The rows that count in an enlarged image: 1 and 2 of a tile are one, the third makes zero."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def convolve(model: ir.Model, folder: Path, kind: Kind, *, bf16: bool = False) -
 
 
 def sizes(graph: Path, kind: Kind, *, bf16: bool = False) -> Sizes:
-    """Of a canonical graph; its weights are not read."""
+    """Return the sizes for a canonical graph, whose weights are not read."""
     plain = laid_out = 0
     for node in storage.reopen(graph).graph.all_nodes():
         if form := _form(node, kind, bf16):

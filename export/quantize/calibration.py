@@ -29,7 +29,7 @@ META = "addbench-calibration"
 
 
 @dataclass(frozen=True)
-class Origin:
+class CalibrationOrigin:
     """What made a calibration file.
 
     Attributes:
@@ -59,7 +59,7 @@ class Origin:
         return sha256_json(asdict(self))
 
     @classmethod
-    def of(cls, record: Mapping[str, Any]) -> Origin:
+    def of(cls, record: Mapping[str, Any]) -> CalibrationOrigin:
         lists = {"prompts": tuple(record["prompts"]), "seeds": tuple(record["seeds"])}
         return cls(**{**record, **lists})
 
@@ -67,7 +67,7 @@ class Origin:
 class Calibration:
     """A calibration file that was opened and is whole."""
 
-    def __init__(self, path: Path, origin: Origin, samples: int) -> None:
+    def __init__(self, path: Path, origin: CalibrationOrigin, samples: int) -> None:
         self.path, self.origin, self.samples = path, origin, samples
 
     @classmethod
@@ -100,11 +100,11 @@ class Calibration:
             raise _foreign(path, again) from error
         if record.get("schema") != SCHEMA or len(sizes) != 1:
             raise _foreign(path, again)
-        return cls(path, Origin.of(record["origin"]), sizes.pop())
+        return cls(path, CalibrationOrigin.of(record["origin"]), sizes.pop())
 
     @cached_property
     def hash(self) -> str:
-        """Of the file's content."""
+        """The hash of the file's content."""
         return sha256_file(self.path)
 
     def require(self, bundle: Bundle) -> None:
@@ -140,7 +140,7 @@ def command(bundle: Bundle | None = None) -> str:
     return f"addbench calibrate --model {bundle.path}{drawn}"
 
 
-def save(path: Path, origin: Origin, samples: Mapping[str, torch.Tensor]) -> None:
+def save(path: Path, origin: CalibrationOrigin, samples: Mapping[str, torch.Tensor]) -> None:
     """Write a calibration file, or a part of one, atomically.
 
     Args:
@@ -153,7 +153,7 @@ def save(path: Path, origin: Origin, samples: Mapping[str, torch.Tensor]) -> Non
     write_atomic(path, to_bytes(content, metadata={META: record}))
 
 
-def join(path: Path, origin: Origin, parts: Sequence[Path]) -> None:
+def join(path: Path, origin: CalibrationOrigin, parts: Sequence[Path]) -> None:
     """One file out of `parts`, which have the same tensors each."""
     import torch
     from safetensors.torch import load_file

@@ -112,7 +112,7 @@ def _layer(node: ir.Node) -> Layer | None:
 
 
 def _plain_convolution(node: ir.Node) -> bool:
-    """In two dimensions, one group, no holes in its windows, padding given in numbers."""
+    """Whether it has two dimensions, one group, no holes in windows, padding given in numbers."""
     return (
         attribute(node, "group", 1) == 1
         and set(attribute(node, "dilations", [1])) == {1}
@@ -140,7 +140,7 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class SchemeSizes:
     """Bytes of a part under a scheme, if no layer of it is left out.
 
     Attributes:
@@ -158,7 +158,7 @@ class Sizes:
         return self.quantised + self.rest
 
 
-def sizes(graph: Path, scheme: Scheme) -> Sizes:
+def sizes(graph: Path, scheme: Scheme) -> SchemeSizes:
     """What a canonical graph comes to; its weights are not read."""
     model = storage.reopen(graph)
     layers = find_layers(model, scheme)
@@ -170,7 +170,7 @@ def sizes(graph: Path, scheme: Scheme) -> Sizes:
     largest = max((sum(map(_elements, (*n.inputs, *n.outputs))) for n in model.graph), default=0)
     bits = 8 * 4 / scheme.block if scheme.block else 0.0
     bits += 8 if scheme.dynamic else scheme.bits
-    return Sizes(
+    return SchemeSizes(
         quantised=int(sum(layer.elements for layer in layers) * bits / 8),
         rest=4 * rest,
         activations=4 * largest,

@@ -27,7 +27,7 @@ WINDOW = 10
 
 
 @dataclass(frozen=True)
-class Sample:
+class LayerSample:
     """What one evaluation fed a layer: rows [rows, channels], or of a convolution a window
     [batch, channels, height, width]; the range of the whole tensor."""
 
@@ -64,17 +64,17 @@ def add_probes(model: ir.Model, layers: Sequence[Layer]) -> None:
             graph.outputs.append(output)
 
 
-def samples(outputs: Mapping[str, np.ndarray], layers: Sequence[Layer]) -> dict[str, Sample]:
+def samples(outputs: Mapping[str, np.ndarray], layers: Sequence[Layer]) -> dict[str, LayerSample]:
     """What one evaluation of a graph with probes gave: name of a tensor -> its sample."""
     found = {}
     for name in {layer.source.name or "" for layer in layers}:
         low, high = outputs[f"{name}/extent"]
-        found[name] = Sample(outputs[f"{name}/values"], float(low), float(high))
+        found[name] = LayerSample(outputs[f"{name}/values"], float(low), float(high))
     return found
 
 
 def relative_errors(
-    layers: Sequence[Layer], evaluations: Sequence[Mapping[str, Sample]], scheme: Scheme
+    layers: Sequence[Layer], evaluations: Sequence[Mapping[str, LayerSample]], scheme: Scheme
 ) -> dict[str, float]:
     """Name of a layer -> its relative error: L2 norm of its output's error over that of its output.
 
@@ -93,7 +93,9 @@ def relative_errors(
     return found
 
 
-def _error(layer: Layer, sample: Sample, weight: Floats, rounded: Floats, dynamic: bool) -> float:
+def _error(
+    layer: Layer, sample: LayerSample, weight: Floats, rounded: Floats, dynamic: bool
+) -> float:
     rows = windows(layer, sample.values) if layer.node.op_type == "Conv" else sample.values
     exact = rows @ weight
     fed = round_activations(rows, sample.low, sample.high) if dynamic else rows

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import AddbenchError, PreconditionError
 from core.files import sha256_file
-from export.quantize.qdq import SCALES, SCHEMES, Layer, Scheme, write_scales
+from export.quantize.qdq import SCALES, SCHEMES, LayerScales, QdqScheme, write_scales
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,13 +118,13 @@ def without(module: str) -> Iterator[None]:
 
 
 def quantise(
-    source: Path, out: Path, scheme: Scheme, recorded: Calibration, wanted: list[str]
+    source: Path, out: Path, scheme: QdqScheme, recorded: Calibration, wanted: list[str]
 ) -> None:
     """modelopt's own call; the names that it is given are taken as patterns of a name's start."""
     from modelopt.onnx.quantization import quantize
     from onnxruntime.quantization.calibrate import CalibrationDataReader
 
-    class Reader(CalibrationDataReader):
+    class SampleReader(CalibrationDataReader):
         """The recorded samples, as modelopt reads them."""
 
         def __init__(self) -> None:
@@ -147,7 +147,7 @@ def quantise(
         quantize(
             str(source),
             quantize_mode=scheme.mode,
-            calibration_data_reader=Reader(),
+            calibration_data_reader=SampleReader(),
             calibration_method=METHOD,
             calibration_eps=["cpu"],
             op_types_to_quantize=["Conv", "MatMul"],
@@ -240,7 +240,7 @@ def is_large(node: ir.Node) -> bool:
     return not SKIPPED.search(weight.name or "")
 
 
-def harvest(graph: Path, names: dict[str, str]) -> dict[str, Layer]:
+def harvest(graph: Path, names: dict[str, str]) -> dict[str, LayerScales]:
     """The scales of a graph with Q/DQ pairs: canonical node name -> its layer's."""
     import onnx
 
@@ -263,5 +263,5 @@ def harvest(graph: Path, names: dict[str, str]) -> dict[str, Layer]:
         activation, weight = pair(node.input[0]), pair(node.input[1])
         if activation is not None and weight is not None:
             scale = weight[0].reshape(-1)
-            layers[names[node.name]] = Layer(float(activation[0]), scale, weight[1])
+            layers[names[node.name]] = LayerScales(float(activation[0]), scale, weight[1])
     return layers

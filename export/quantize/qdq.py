@@ -24,7 +24,7 @@ META = "addbench-scales"
 
 
 @dataclass(frozen=True)
-class Scheme:
+class QdqScheme:
     """How numbers are stored between Q and DQ.
 
     Attributes:
@@ -42,14 +42,14 @@ class Scheme:
 SCHEMES = {
     scheme.name: scheme
     for scheme in (
-        Scheme("qdq-fp8", "fp8", "fp8", "float8_e4m3fn"),
-        Scheme("qdq-int8", "int8", "int8", "int8"),
+        QdqScheme("qdq-fp8", "fp8", "fp8", "float8_e4m3fn"),
+        QdqScheme("qdq-int8", "int8", "int8", "int8"),
     )
 }
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerScales:
     """Scales of one layer: a number for its input, a number per channel (`axis`) of its weight."""
 
     activation: float
@@ -57,12 +57,12 @@ class Layer:
     axis: int
 
 
-def scheme_of(precision: str) -> Scheme:
+def scheme_of(precision: str) -> QdqScheme:
     """`fp8` -> qdq-fp8."""
     return next(scheme for scheme in SCHEMES.values() if scheme.precision == precision)
 
 
-def write_scales(path: Path, layers: dict[str, Layer], facts: dict[str, Any]) -> None:
+def write_scales(path: Path, layers: dict[str, LayerScales], facts: dict[str, Any]) -> None:
     """One file: `<node>.activation` and `<node>.weight`, float32; the axes with the facts."""
     import numpy as np
     from safetensors.numpy import save
@@ -75,7 +75,7 @@ def write_scales(path: Path, layers: dict[str, Layer], facts: dict[str, Any]) ->
     write_atomic(path, save(arrays, {META: json.dumps(facts | {"axes": axes})}))
 
 
-def read_scales(path: Path) -> tuple[dict[str, Layer], dict[str, Any]]:
+def read_scales(path: Path) -> tuple[dict[str, LayerScales], dict[str, Any]]:
     """Layers by canonical node name, and what made them."""
     from safetensors import safe_open
 
@@ -83,7 +83,7 @@ def read_scales(path: Path) -> tuple[dict[str, Layer], dict[str, Any]]:
         facts = json.loads(file.metadata()[META])
         axes = facts.pop("axes")
         layers = {
-            name: Layer(
+            name: LayerScales(
                 float(file.get_tensor(f"{name}.activation")),
                 file.get_tensor(f"{name}.weight"),
                 axis,

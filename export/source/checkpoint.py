@@ -18,9 +18,9 @@ from core.files import read_json
 from export.models import PICTURE_PARTS, Model
 from export.request import (
     EmbeddingPlace,
+    ExportRequest,
     LoraPlace,
     Place,
-    Request,
     find_place,
     length,
     make_request,
@@ -445,7 +445,7 @@ def open_checkpoint(
     return open_request(model, request, dtype)
 
 
-def open_request(model: Model, request: Request, dtype: str) -> Checkpoint:
+def open_request(model: Model, request: ExportRequest, dtype: str) -> Checkpoint:
     """`open_checkpoint` of what was asked for in its own form."""
     place, asked_unet = request.weights, request.unet
     model = replace(model, clip_skip=request.clip_skip)
@@ -588,7 +588,7 @@ def reopen(model: Model, source: dict[str, Any], dtype: str) -> Checkpoint:
         return None if place is None or place.kind in ("own", "random") else place
 
     loras = (LoraPlace(Place.of(lora["place"]), lora["weight"]) for lora in source.get("loras", ()))
-    request = Request(
+    request = ExportRequest(
         weights=Place.of(source),
         vae=other("vae"),
         taesd=other("taesd"),

@@ -21,7 +21,7 @@ SD, SDXL, LCM = (
     "LatentConsistencyModelPipeline",
 )
 IGNORED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
-"""Of a pipeline: they judge an image, or read one that is put in; none of them draws."""
+"""Components of a pipeline that judge an image, or read one that is put in; none of them draws."""
 INDEX_SETTINGS = ("force_zeros_for_empty_prompt", "requires_safety_checker")
 
 NEEDS_INPUT = "the UNet would take another input, which no prompt gives"

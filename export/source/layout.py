@@ -12,9 +12,9 @@ from core.errors import AddbenchError, PreconditionError
 from core.files import read_json
 
 TOKENIZER_FILES = ("*.json", "*.txt")
-"""Of a tokenizer's folder: all that transformers may read, learned tokens included."""
+"""All that transformers may read of a tokenizer's folder, learned tokens included."""
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-"""As diffusers and PEFT save them."""
+"""The names under which diffusers and PEFT save a LoRA."""
 
 
 class CheckpointError(PreconditionError):
@@ -31,7 +31,7 @@ class Component:
 
     @property
     def stem(self) -> str:
-        """Of the weights' file names."""
+        """How the names of the weights' files begin."""
         return "model" if self.library == "transformers" else "diffusion_pytorch_model"
 
 
@@ -50,7 +50,7 @@ FOLDERS = (
     *dict.fromkeys(part.folder for part in COMPONENTS.values()),
     *("scheduler", "tokenizer", "tokenizer_2"),
 )
-"""Of a whole checkpoint."""
+"""The folders of a whole checkpoint."""
 
 
 @dataclass(frozen=True)

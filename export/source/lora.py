@@ -35,7 +35,7 @@ UP = re.compile(r"(lora_B|[._]up)(\.default)?\.weight$")
 
 
 @dataclass(frozen=True)
-class Entry:
+class LayerDelta:
     """What is added to one layer: up [out, rank, ...] @ down [rank, in, ...], times a scale."""
 
     down: Tensor
@@ -123,7 +123,7 @@ def flat(name: str) -> str:
     return name
 
 
-def read_lora(file: Path, unet: Mapping[str, Any]) -> dict[str, dict[str, Entry]]:
+def read_lora(file: Path, unet: Mapping[str, Any]) -> dict[str, dict[str, LayerDelta]]:
     """part -> flattened layer name -> entry.
 
     Args:
@@ -170,7 +170,7 @@ def read_lora(file: Path, unet: Mapping[str, Any]) -> dict[str, dict[str, Entry]
 PEFT, NESTED = "base_model.model.", ("base_model.model.unet.", "base_model.model.text_encoder")
 """How PEFT begins every key, and how it does where the model was a whole pipeline's part."""
 SETTINGS = {"lora_alpha", "use_rslora", "alpha_pattern", "r", "rank_pattern"}
-"""Of adapter_config.json: what decides the scale. Ranks are read off the tensors."""
+"""What decides the scale in adapter_config.json. Ranks are read off the tensors."""
 WITHOUT_EFFECT = {
     "peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version",
     "inference_mode", "target_modules", "exclude_modules", "lora_dropout", "layers_to_transform",
@@ -254,7 +254,7 @@ def _entries(
     named: Mapping[str, Tensor],
     alphas: dict[str, Any],
     settings: Mapping[str, Mapping[str, Any]],
-) -> dict[str, dict[str, Entry]]:
+) -> dict[str, dict[str, LayerDelta]]:
     pieces: dict[tuple[str, str], dict[str, Any]] = {}
     unknown = []
     for key, value in (*named.items(), *alphas.items()):
@@ -270,7 +270,7 @@ def _entries(
         layer = bare.removeprefix(start)
         piece = pieces.setdefault((part, flat(layer)), {"layer": layer})
         piece[kind] = float(value) if kind == "alpha" else value
-    entries: dict[str, dict[str, Entry]] = {}
+    entries: dict[str, dict[str, LayerDelta]] = {}
     for (part, name), piece in pieces.items():
         if not {"up", "down"} <= piece.keys():
             unknown.append(f"{part} {name}, of which one half is missing")
@@ -280,7 +280,7 @@ def _entries(
             scale = piece["alpha"] / rank
         else:
             scale = scale_of(settings.get(part, {}), piece["layer"], rank)
-        entries.setdefault(part, {})[name] = Entry(piece["down"], piece["up"], scale)
+        entries.setdefault(part, {})[name] = LayerDelta(piece["down"], piece["up"], scale)
     if unknown or not entries:
         raise CheckpointError(
             f"{file.name} does not hold LoRA weights",

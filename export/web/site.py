@@ -23,7 +23,7 @@ SCHEMA = 1
 KIND = "addbench-web"
 MODULES = Path(__file__).parent / "modules"
 WEB = Profile("web", dtype="float32", attention="matmul", norms="layer", batch=1)
-"""In these forms the WebGPU kernels of onnxruntime-web take all: Attention and GroupNormalization
+"""The forms that onnxruntime-web's WebGPU kernels all take: Attention and GroupNormalization
 are left to the CPU or inlined, and its MultiHeadAttention is less exact."""
 PROFILES = {"fp32": WEB, "fp16": replace(WEB, name="web-fp16", dtype="as-is")}
 """Precision of the arithmetic -> profile. Both read the same weights."""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends.base import UnsupportedError
-from backends.pipeline.linear import TOLERANCE, Schedule, read_schedule, relative
+from backends.pipeline.linear import TOLERANCE, LinearSchedule, read_schedule, relative
 from export.models import SCHEDULERS
 from export.source.scheduler import step_arguments
 
@@ -31,7 +31,9 @@ def made(name: str, **more: Any) -> Any:
     return getattr(diffusers, name).from_config({**SDXL, **more})
 
 
-def own_steps(scheduler: Any, schedule: Schedule, steps: int, scale: float, seed: int) -> float:
+def own_steps(
+    scheduler: Any, schedule: LinearSchedule, steps: int, scale: float, seed: int
+) -> float:
     """The worst relative difference to diffusers, over a whole image of arbitrary outputs."""
     shape = (2, 4, 8, 8)
     source = torch.Generator().manual_seed(seed)

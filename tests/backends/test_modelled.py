@@ -25,7 +25,7 @@ from backends.modelled.card import (
     INTERVAL,
     SPLITS,
     Call,
-    Estimate,
+    CallEstimate,
     Pace,
     default_split,
     draws,
@@ -385,12 +385,12 @@ def low_high(card: Device, decoder: str, steps: int, batch: int, **more: Any) ->
     return [value for each in (found.latency, found.period) for value in vars(each).values()]
 
 
-def ordered(found: Estimate) -> bool:
+def ordered(found: CallEstimate) -> bool:
     intervals = [each for pace in paces(found) for each in (pace.latency, pace.period)]
     return all(each.low <= each.mid <= each.high for each in [*intervals, *found.stages.values()])
 
 
-def paces(found: Estimate) -> list[Pace]:
+def paces(found: CallEstimate) -> list[Pace]:
     return [found, found.once, found.each]
 
 

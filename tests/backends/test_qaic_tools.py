@@ -398,7 +398,7 @@ def test_a_file_that_is_no_program_is_refused(
 def test_a_programs_header_is_read(tmp_path: Path) -> None:
     (tmp_path / qpc.FILE).write_bytes(header() + b"...")
     assert (tmp_path / qpc.FILE).read_bytes()[:4] == bytes.fromhex("7ccda100")
-    assert qpc.read_header(tmp_path) == qpc.Header(0, 1, 99)
+    assert qpc.read_header(tmp_path) == qpc.QpcHeader(0, 1, 99)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from PIL import Image
 
 from core.errors import AddbenchError, PreconditionError
 from distill.config import Data
-from distill.data import Shapes, batch_indices, open_source
+from distill.data import ScenePool, batch_indices, open_source
 
 
 def png(colour: tuple[int, int, int], size: tuple[int, int] = (30, 20)) -> bytes:
@@ -148,7 +148,7 @@ def test_drawn_pictures_and_their_captions() -> None:
     from distill.shapes import parse_caption
 
     data = Data(pool=60, loose=0.0, cut=0.0)
-    source = Shapes(data)
+    source = ScenePool(data)
     pictures = source.pictures(range(60))
     assert pictures.shape == (60, 3, 64, 64)
     as_uint8 = ((pictures + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
@@ -157,11 +157,11 @@ def test_drawn_pictures_and_their_captions() -> None:
         for picture, caption in zip(as_uint8, source.captions, strict=True)
     ]
     assert np.mean(right) >= 0.98
-    assert torch.equal(Shapes(data).pictures([5]), source.pictures([5]))
+    assert torch.equal(ScenePool(data).pictures([5]), source.pictures([5]))
 
 
 def test_the_pool_has_captions_of_every_wording_and_no_held_out_scene() -> None:
-    source = Shapes(Data(pool=400))
+    source = ScenePool(Data(pool=400))
     assert not any(scene.held_out for scene in source.scenes)
     plain = sum(
         text == scene.caption for text, scene in zip(source.captions, source.scenes, strict=True)

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from core.errors import PreconditionError
 from export.bundle import Bundle
-from export.quantize.calibration import Calibration, Origin, join, save
+from export.quantize.calibration import Calibration, CalibrationOrigin, join, save
 
-ORIGIN = Origin(
+ORIGIN = CalibrationOrigin(
     "tiny-sdxl", "hub", "fp16", "0" * 64, ("a fox", "a hen"), (0, 1), 4, "Euler", 3.0, 2, "ort", {}
 )
 

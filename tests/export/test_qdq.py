@@ -24,12 +24,12 @@ from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT, sha256_file
 from export.bundle import Bundle
 from export.lower import CPU, Profile, lower
-from export.quantize.calibration import Origin, save
+from export.quantize.calibration import CalibrationOrigin, save
 from export.quantize.modelopt import calibration_graph, make_scales, modelopt_version
 from export.quantize.qdq import (
     SCALES,
     SCHEMES,
-    Layer,
+    LayerScales,
     insert,
     read_scales,
     scheme_of,
@@ -37,7 +37,9 @@ from export.quantize.qdq import (
 )
 
 STANDIN = ROOT / "tests" / "doubles" / "modelopt_standin"
-ORIGIN = Origin("m", "folder", "fp16", "0" * 64, ("p",), (0,), 1, "Euler", 0.0, 1, "ort", {})
+ORIGIN = CalibrationOrigin(
+    "m", "folder", "fp16", "0" * 64, ("p",), (0,), 1, "Euler", 0.0, 1, "ort", {}
+)
 
 
 @pytest.fixture
@@ -137,7 +139,7 @@ def test_a_layer_computes_with_rounded_numbers(scheme: object, seed: int, spread
         most = 127 if dtype == "int8" else 448
         activation = np.float16(abs(feed["sample"]).max() / most)
         weight = (abs(stored["conv"]).max((1, 2, 3)) / most).astype(np.float16)
-        layers = {"node_1": Layer(float(activation), weight, 0)}
+        layers = {"node_1": LayerScales(float(activation), weight, 0)}
         facts = {"scheme": scheme.name, "graph": sha256_file(graph)}  # type: ignore[attr-defined]
         write_scales(folder / SCALES, layers, facts)
         insert(graph, folder / SCALES, folder / "pairs" / "model.onnx")

@@ -48,7 +48,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Card:
+class Headline:
     """A headline number with all that it must not be quoted without: `lines` are its cells."""
 
     title: str
@@ -149,7 +149,7 @@ def with_interval(line: CellRounds) -> str:
     return f"{line.cell}; a call takes {ends}"
 
 
-def headlines(lines: Sequence[CellRounds]) -> list[Card]:
+def headlines(lines: Sequence[CellRounds]) -> list[Headline]:
     """The best of the cells that are ok: shortest call, most images, cheapest step."""
     good = [line for line in lines if line.median("median_ms") is not None]
     if not good:
@@ -159,8 +159,8 @@ def headlines(lines: Sequence[CellRounds]) -> list[Card]:
     shortest = figures.duration(fastest.median("median_ms") or 0.0)
     rate = digits(most.median("images_per_s") or 0.0), "images/s"
     cards = [
-        Card("Shortest call", *shortest, [fastest], with_interval(fastest)),
-        Card("Most images", *rate, [most], with_interval(most)),
+        Headline("Shortest call", *shortest, [fastest], with_interval(fastest)),
+        Headline("Most images", *rate, [most], with_interval(most)),
     ]
     fits = [
         (series.fit.per_step_ms, batch, series)
@@ -171,7 +171,9 @@ def headlines(lines: Sequence[CellRounds]) -> list[Card]:
     if fits:
         per_step_ms, batch, series = min(fits, key=lambda each: each[0])
         detail = f"{legend_text(series)}, batch {batch}"
-        cards.append(Card("Cheapest step", *figures.duration(per_step_ms), series.lines, detail))
+        cards.append(
+            Headline("Cheapest step", *figures.duration(per_step_ms), series.lines, detail)
+        )
     return cards
 
 
@@ -362,7 +364,7 @@ def claimed(target: Run) -> Claims:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ComparisonTable:
     """A comparison: its columns, and what all its lines share."""
 
     outcome: Outcome
@@ -370,12 +372,12 @@ class Verdict:
     above: str
 
 
-def verdict(base: Run, head: Run) -> Verdict:
+def verdict(base: Run, head: Run) -> ComparisonTable:
     from bench.verdict.rules import RUN_SLOWDOWN
 
     found = compare(base, head, RUN_SLOWDOWN, allow_other_machine=True)
     columns, above = outcome.printed(found.lines)
-    return Verdict(found, ordered(columns), above)
+    return ComparisonTable(found, ordered(columns), above)
 
 
 # ---- environment

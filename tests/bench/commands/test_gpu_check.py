@@ -58,10 +58,10 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def checks_in_process(command: Any, *, input: str, **_: Any) -> SimpleNamespace:
     """Stands for the checks' process: importing torch and diffusers once more takes seconds."""
     from bench.gpu.checks import run
-    from bench.gpu.job import Job
+    from bench.gpu.job import GpuJob
 
     assert command[1:] == ["-m", "bench.gpu.checks"]
-    run(Job(**json.loads(input)))
+    run(GpuJob(**json.loads(input)))
     return SimpleNamespace(returncode=0)
 
 
@@ -119,9 +119,9 @@ def test_it_is_cut_off_and_goes_on(
 
 def test_a_stage_that_fails_is_a_result(tmp_path: Path) -> None:
     from bench.gpu.checks import known, run
-    from bench.gpu.job import Job
+    from bench.gpu.job import GpuJob
 
-    job = Job(str(tmp_path), "cpu", ["vae"], [1], 1, True, str(tmp_path / "out.json"))
+    job = GpuJob(str(tmp_path), "cpu", ["vae"], [1], 1, True, str(tmp_path / "out.json"))
     (tmp_path / "out.json").write_text(json.dumps({"sanity": {"status": "ok"}}))
     found = run(job)
     assert found["sanity"] == {"status": "ok"}, "not run again"
