@@ -1,7 +1,7 @@
 """Latency and images/s against steps, as SVG and PNG.
 
 A column per batch. Colour says the backend, its shade (or a hollow mark) the options and recipe,
-marker and dash the decoder; with one step count, series lie beside each other. Thin bars span all
+marker and dash the decoder; one step count makes another picture (`dots`). Thin bars span all
 samples, a cross lies over what the machine disturbed. The line through the points is the fit
 `fixed cost + steps x cost per step`, drawn to zero steps, where it meets the fixed cost; dotted
 where it fits badly or through too little, and the legend says how far the worst point is off.
@@ -25,16 +25,9 @@ from bench.rows.stats import OFF_THE_LINE
 from bench.rows.store import Row, Run, is_timed
 from bench.rows.summary import CellRounds, by_cell
 from bench.show.canvas import STYLE, digits, save, scale_of
+from bench.show.dots import one_place, panels
 from bench.show.notes import one_process
-from bench.show.series import (
-    AXES,
-    Series,
-    doubts,
-    places_of,
-    series_of,
-    shift,
-    side_by_side,
-)
+from bench.show.series import AXES, Series, doubts, places_of, series_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,15 +43,20 @@ def figure(shown: Sequence[Shown], axis: str = "steps") -> Figure | None:
     if not columns:
         return None
     with style.context(STYLE):
+        cautious = any(series.doubted for found in columns.values() for series in found)
+        cautious |= one_process([line for found in lines.values() for line in found])
+        head_in = 0.95 if cautious else 0.75
+        if one_place(columns):
+            drawn = panels(columns, head_in)
+            heading(drawn, shown, drawn.get_figheight())
+            return drawn
         entries = max(len(found) for found in columns.values())
         single = len(columns) == 1
         longest = max(len(legend_text(series)) for found in columns.values() for series in found)
         legend_width = 0.9 + 0.08 * longest  # a column is as wide as its legend wants
         width = 9.6 if single else max(9.6, max(4.8, legend_width) * len(columns))
         legend_in = 0.205 * (entries + 1) + 0.25
-        cautious = any(series.doubted for found in columns.values() for series in found)
-        cautious |= one_process([line for found in lines.values() for line in found])
-        head_in, panel_in = 0.95 if cautious else 0.75, 3.3
+        panel_in = 3.3
         height = head_in + (panel_in if single else 2 * panel_in) + legend_in
         drawn = Figure(figsize=(width, height))
         heading(drawn, shown, height)
@@ -136,9 +134,8 @@ def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
     for series in found:
         points = series.points("median_ms")
         steps = [x for x, _ in points]
-        aside = shift(series, found)
         axes.plot(
-            [x + aside for x in steps],
+            steps,
             [y / unit_ms for _, y in points],
             linestyle="none",
             markersize=6.5,
@@ -147,7 +144,7 @@ def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
             **series.look,
         )
         for line in series.lines:
-            at = series.place(line) + aside
+            at = series.place(line)
             rounds = [row["median_ms"] / unit_ms for row in line.good if is_timed(row)]
             samples = [ms / unit_ms for row in line.good for ms in row["samples_ms"]]
             if len(samples) > 1:  # every call
@@ -155,7 +152,7 @@ def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
                 axes.plot([at, at], ends, color=series.colour, linewidth=1.0, alpha=0.6, zorder=2)
             if len(rounds) > 1:  # every round beside its median
                 axes.plot([at] * len(rounds), rounds, "_", color=series.colour)
-        crosses(axes, series, aside, "median_ms", unit_ms)
+        crosses(axes, series, "median_ms", unit_ms)
         intervals(axes, series, found, lambda line, ms: ms / unit_ms)
         if series.fit:
             reach = np.array([0, max(steps)])
@@ -171,12 +168,12 @@ def latency(axes: Axes, found: Sequence[Series], batch: int) -> None:
     frame(axes, found, f"Latency, batch {batch}", f"latency ({unit})", from_zero=True)
 
 
-def crosses(axes: Axes, series: Series, aside: float, column: str, unit: float) -> None:
+def crosses(axes: Axes, series: Series, column: str, unit: float) -> None:
     """A cross over each point whose time is that of a disturbed machine."""
     for line in series.doubted:
         value = line.median(column)
         if value is not None:
-            axes.plot([series.place(line) + aside], [value / unit], "x", color="#222222",
+            axes.plot([series.place(line)], [value / unit], "x", color="#222222",
                       markersize=8, markeredgewidth=1.3, zorder=4, clip_on=False)  # fmt: skip
 
 
@@ -203,7 +200,7 @@ def throughput(axes: Axes, found: Sequence[Series], batch: int) -> None:
     for series in found:
         points = series.points("images_per_s")
         axes.plot(
-            [x + shift(series, found) for x, _ in points],
+            [x for x, _ in points],
             [y for _, y in points],
             linestyle=series.dash,
             linewidth=1.5,
@@ -212,7 +209,7 @@ def throughput(axes: Axes, found: Sequence[Series], batch: int) -> None:
             zorder=3,
             **series.look,
         )
-        crosses(axes, series, shift(series, found), "images_per_s", 1.0)
+        crosses(axes, series, "images_per_s", 1.0)
         intervals(axes, series, found, lambda line, ms: 1e3 * line.cell.batch / ms)
     frame(axes, found, f"Images per second, batch {batch}", "images/s", from_zero=False)
 
@@ -224,11 +221,10 @@ def frame(axes: Axes, found: Sequence[Series], title: str, label: str, *, from_z
     axes.set_title(f"{title}{modelled}", loc="left")
     axes.set_ylabel(label)
     axes.set_xlabel(AXES[found[0].axis])
-    beside = side_by_side(found)
-    places = [0, *steps] if from_zero and not beside else steps
+    places = [0, *steps] if from_zero else steps
     axes.set_xticks(places, spread(places))
-    margin = 0.5 if beside else 0.06 * max(steps)
-    axes.set_xlim(0 if from_zero and not beside else min(steps) - margin, max(steps) + margin)
+    margin = 0.06 * max(steps)
+    axes.set_xlim(0 if from_zero else min(steps) - margin, max(steps) + margin)
     axes.set_ylim(0, 1.04 * axes.get_ylim()[1])
 
 

@@ -146,13 +146,3 @@ def series_of(
 
 def places_of(found: Sequence[Series]) -> list[int]:
     return sorted({series.place(line) for series in found for line in series.lines})
-
-
-def side_by_side(found: Sequence[Series]) -> bool:
-    """Whether the x axis tells series apart: there is one step count, and no bars beside points."""
-    return len(places_of(found)) == 1 < len(found) and not any(s.modelled for s in found)
-
-
-def shift(series: Series, found: Sequence[Series]) -> float:
-    """How far beside its place a series lies, in the order of the legend."""
-    return 0.8 * ((found.index(series) + 0.5) / len(found) - 0.5) if side_by_side(found) else 0.0

@@ -25,7 +25,7 @@ from bench.run.progress import Display
 from bench.show import canvas, columns, publish, table
 from bench.show import latency as plot
 from bench.show.blocks import Drawn, Published, disagreements, fill, since_then
-from bench.show.series import series_of, shift
+from bench.show.series import series_of
 from bench.show.sums import SUMS
 from core import files
 from core.cli import run as shell
@@ -168,18 +168,24 @@ def test_series_can_be_told_apart(made: Run) -> None:
         assert len(looks) == len(batch)
 
 
-def test_many_series_of_one_step_count_can_be_told_apart(made: Run) -> None:
-    """More backends than there are colours; and none covers another."""
+def test_many_series_of_one_step_count_are_named_line_by_line(made: Run) -> None:
+    """More backends than there are colours: fastest above, each with its own figures."""
     rows = [row for row in made.rows() if row["steps"] == 1 and row["batch"] == 1]
     many = [row | {"options": f"delay={number}"} for number in range(9) for row in rows]
     (found,) = series_of({"": by_cell(many)}).values()
     assert len(found) == 9 * len({row["decoder"] for row in rows})
     assert len({str(sorted(series.look.items())) for series in found}) == len(found)
-    places = [1 + shift(series, found) for series in found]
-    assert len(set(places)) == len(places)
-    assert 0.5 < min(places) < max(places) < 1.5
-    assert shift(found[0], found[:1]) == 0
-    assert plot.figure([(made, many)]) is not None
+    drawn = plot.figure([(made, many)])
+    assert drawn is not None
+    (axes,) = drawn.axes
+    named = [label.get_text() for label in axes.get_yticklabels()]
+    assert sorted(named) == sorted(series.label for series in found)
+    medians = {series.label: series.points("median_ms")[0][1] for series in found}
+    assert [medians[name] for name in named] == sorted(medians.values(), reverse=True)
+    assert [text.get_text().split(" ms")[0] for text in axes.texts] == [
+        plot.digits(medians[name]) for name in named
+    ]
+    assert not drawn.legends
 
 
 def marks(drawn: Figure, marker: str) -> list[Line2D]:
