@@ -30,7 +30,7 @@ from bench.rows.fields import OK
 from bench.rows.store import LATEST, is_noisy
 from bench.run.request import CAPTIONS, QUICK, SWEEP
 from core.amounts import count_text
-from core.cli import Parser, count, run
+from core.cli import Parser, add_recipe_argument, count, run
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 
 if TYPE_CHECKING:
@@ -45,10 +45,7 @@ def parser() -> Parser:
         description="Measure a model over backends, steps, batches and decoders.",
     )
     add_axis_arguments(top)
-    top.add_argument(
-        "--recipe", type=Path, metavar="FILE",
-        help="of addbench choose --save: the model and its one cell",
-    )  # fmt: skip
+    add_recipe_argument(top)
     how = top.add_argument_group("how to measure")
     add_method_arguments(how, SWEEP, "5 where one takes less than a minute, else 1")
     how.add_argument(
@@ -139,8 +136,7 @@ def follow(args: argparse.Namespace) -> None:
 
     locked = LockedRecipe.read(args.recipe)
     refuse_beside(f"--{FLAGS.get(name, name.replace('_', '-'))}" for name in axes_of(args))
-    for name, value in locked.axes().items():
-        setattr(args, name, value)
+    vars(args).update(locked.axes())
     if text := locked.elsewhere():
         print(f"note: {text}", file=sys.stderr)
 

@@ -181,6 +181,14 @@ def add_published_argument(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
+def add_recipe_argument(parser: argparse._ActionsContainer) -> None:
+    """`--recipe FILE`: what `addbench choose --save` wrote, in place of the flags it speaks for."""
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE",
+        help="of addbench choose --save: model, backend, decoder, batch, steps and how to run them",
+    )  # fmt: skip
+
+
 def add_out_argument(
     parser: argparse._ActionsContainer, metavar: str = "FILE", help: str = "write it there"
 ) -> None:

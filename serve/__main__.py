@@ -14,6 +14,7 @@ from core.cli import (
     Parser,
     add_backend_argument,
     add_model_arguments,
+    add_recipe_argument,
     count,
     duration,
     image_size,
@@ -42,10 +43,7 @@ def parser() -> Parser:
     top.add_argument("--size", type=image_size, metavar="PIXELS|WxH", help="of the bundle")
     top.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (the model's)")
     top.add_argument("--guidance", type=float, metavar="SCALE", help="default: the model's own")
-    top.add_argument(
-        "--recipe", type=Path, metavar="FILE",
-        help="of addbench choose with --save: it says all of that, the batch and the steps",
-    )  # fmt: skip
+    add_recipe_argument(top)
     top.add_argument(
         "--static", type=Path, metavar="FOLDER",
         help="serve a folder of `addbench export web` instead, which draws in the browser",
@@ -123,8 +121,7 @@ def follow(args: argparse.Namespace) -> LockedRecipe:
     says |= {"backend": [locked.backend], "decoder": [locked.decoder]}
     del says["low_memory"], says["guidance_mode"]
     refuse_beside(f"--{name}" for name in says if getattr(args, name))
-    for name, value in says.items():
-        setattr(args, name, value)
+    vars(args).update(says)
     return locked
 
 

@@ -16,6 +16,7 @@ from core.cli import (
     Parser,
     add_model_arguments,
     add_precision_argument,
+    add_recipe_argument,
     image_size,
     png_file,
 )
@@ -52,9 +53,7 @@ def parser() -> Parser:
     made.add_argument(
         "--low-memory", action="store_true", help="load each part when it is needed, then drop it"
     )
-    made.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="of addbench choose --save: it says all of that"
-    )
+    add_recipe_argument(made)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=png_file, default=Path("image.png"), metavar="FILE.png")
     return made
@@ -79,8 +78,7 @@ def recipe_of(args: argparse.Namespace) -> LockedRecipe:
     says = locked.arguments() | {"steps": locked.steps, "precision": None}
     del says["batch"]  # one prompt
     refuse_beside(f"--{name.replace('_', '-')}" for name in says if getattr(args, name))
-    for name, value in says.items():
-        setattr(args, name, value)
+    vars(args).update(says)
     return locked
 
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from backends.base import Artifact, Session, Shapes
+from backends.base import Artifact, Backend, Capability, Option, Session, Shapes, thread_count
 from backends.check.parity import SEED
-from backends.onnxrt.session import MODEL, session_options, translate
-from backends.ort import OrtBackend
+from backends.onnxrt.session import MODEL, OrtSession, session_options
 from backends.pipeline.pictures import Picture
 from core.memory import give_memory_back
-from export.lower import CPU, lower, storage
+from export.lower import CPU, Profile, lower, storage
 from export.models import PICTURE_PARTS
 from export.quantize import Scheme
 from export.quantize.layers import Layer, find_layers
@@ -85,10 +83,15 @@ def draw(pipeline: Pipeline, part: str) -> None:
             pipeline.encode_pictures([Picture(image, ())], 1)
 
 
-class RecordingBackend(OrtBackend):
-    """onnxruntime over lowered graphs, unoptimised; the sessions of one part keep samples."""
+class RecordingBackend(Backend):
+    """onnxruntime over lowered graphs, unoptimised; the session of one part keeps samples."""
 
+    name = "ort"
+    summary = "ONNX Runtime on the CPU, recording what layers read"
     keeps_artifacts = False
+    option_types: ClassVar[Mapping[str, Option]] = {
+        "threads": Option("auto", "intra-op threads (auto: physical cores)", thread_count)
+    }
 
     def __init__(self, part: str, scheme: Scheme, folder: Path, threads: str) -> None:
         super().__init__({"threads": threads})
@@ -96,57 +99,51 @@ class RecordingBackend(OrtBackend):
         self.layers: list[Layer] = []
         self.evaluations: list[dict[str, LayerSample]] = []
 
+    def probe(self) -> Capability:
+        return Capability(True, self.summary, devices=("cpu",))
+
+    def profile(self, part: str) -> Profile:
+        return CPU
+
+    def precision(self, bundle: Bundle) -> str:
+        return "fp32"
+
+    def fingerprint(self) -> dict[str, str]:
+        return {}
+
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         graph = self.folder / artifact.part / MODEL
         lower(bundle.parts[artifact.part].graph, CPU, graph)
-        recorded = artifact.part == self.part
-        if recorded:
-            model = storage.reopen(graph)
-            self.layers = find_layers(model, self.measured)
-            add_probes(model, self.layers)
-            graph = self.folder / "probes" / MODEL
-            storage.save(model, graph)
-        session = open_recording(graph, self.options)
-        return RecordingSession(session, bundle, artifact.part, self if recorded else None)
+        if artifact.part != self.part:
+            return OrtSession(open_recording(graph, self.options), bundle, artifact.part)
+        model = storage.reopen(graph)
+        self.layers = find_layers(model, self.measured)
+        add_probes(model, self.layers)
+        graph = self.folder / "probes" / MODEL
+        storage.save(model, graph)
+        return RecordingSession(open_recording(graph, self.options), bundle, self)
 
 
 def open_recording(graph: Path, options: Mapping[str, Any]) -> Any:
     """A session that runs `graph` as it is, its weights mapped."""
     import onnxruntime
 
-    made = session_options({**options, "arena": False}, optimise=False)
-    made.add_session_config_entry("session.disable_prepacking", "1")
-    return onnxruntime.InferenceSession(str(graph), made, ["CPUExecutionProvider"])
+    plain = {"spin": "in-call", **options, "arena": False}
+    settings = session_options(plain, optimise=False)
+    settings.add_session_config_entry("session.disable_prepacking", "1")
+    return onnxruntime.InferenceSession(str(graph), settings, ["CPUExecutionProvider"])
 
 
-class RecordingSession(Session):
-    """A session of the lowered graph of a part; `recorder` gets what its probes gave."""
+class RecordingSession(OrtSession):
+    """A session of the graph with probes; `recorder` gets what they gave."""
 
-    def __init__(
-        self, session: Any, bundle: Bundle, part: str, recorder: RecordingBackend | None
-    ) -> None:
-        self.session, self.recorder = session, recorder
-        info = bundle.parts[part]
-        self.inputs, self.outputs = (
-            {
-                spec.name: replace(spec, dtype=spec.dtype.replace("float16", "float32"))
-                for spec in specs
-            }
-            for specs in (info.inputs, info.outputs)
-        )
+    def __init__(self, session: Any, bundle: Bundle, recorder: RecordingBackend) -> None:
+        super().__init__(session, bundle, recorder.part)
+        self.recorder = recorder
+        self.names = [spec.name for spec in bundle.parts[recorder.part].outputs]
 
     def _run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        import torch
-
-        names = [output.name for output in self.session.get_outputs()]
-        arrays = {name: tensor.contiguous().numpy() for name, tensor in inputs.items()}
-        try:
-            found = dict(zip(names, self.session.run(None, arrays), strict=True))
-        except Exception as error:
-            raise translate(error, "recording what the layers read") from error
-        if self.recorder is not None:
-            self.recorder.evaluations.append(samples(found, self.recorder.layers))
-        return {name: torch.from_numpy(found[name]) for name in self.outputs}
-
-    def close(self) -> None:
-        del self.session
+        gave = super()._run(inputs)
+        arrays = {name: tensor.numpy() for name, tensor in gave.items()}
+        self.recorder.evaluations.append(samples(arrays, self.recorder.layers))
+        return {name: gave[name] for name in self.names}
