@@ -59,6 +59,7 @@ def parser() -> Parser:
         ("--unet", "UNet2DConditionModel"),
     ):
         says = f"{what} to use instead of the model's: a folder, or one .safetensors file"
+        says += ", or taesd_decoder.pth" * (flag == "--taesd")
         top.add_argument(flag, metavar="ID|PATH", help=says)
     top.add_argument(
         "--lora",

@@ -13,6 +13,7 @@ from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT, read_json, sha256_json
 from export.models import MODELS, SOLVERS, Model
 from export.source.layout import FOLDERS, LORA_FILES, CheckpointError
+from export.source.taesd import encoder_of
 
 HUB_ID = re.compile(
     r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<file>[\w./-]+\.safetensors))?(@(?P<revision>[\w./-]+))?"
@@ -172,7 +173,7 @@ FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 def files_read(flag: str) -> tuple[str, ...]:
     """Return how the files that a flag takes may end."""
-    return FILES if flag == "--embedding" else (".safetensors",)
+    return {"--embedding": FILES, "--taesd": (".safetensors", ".pth")}.get(flag, FILES[:1])
 
 
 def find_place(text: str, flag: str, *, files: bool = False) -> Place:
@@ -194,7 +195,7 @@ def find_place(text: str, flag: str, *, files: bool = False) -> Place:
             else f"{flag} {text}: this file is not read",
             f"the current folder is {Path.cwd()}"
             if not path.is_file()
-            else f"{flag} takes .safetensors files"
+            else f"{flag} takes {' and '.join(files_read(flag))} files"
             if files
             else f"{flag} takes no file",
             "check the path"
@@ -279,11 +280,13 @@ def fingerprint(paths: list[Path]) -> str | None:
         if not folder.exists():
             return None
         inside = (file for name in ("", *FOLDERS) for file in (folder / name).glob("*"))
-        alone = [folder, folder.with_name("adapter_config.json")]
-        for file in sorted(inside) if folder.is_dir() else alone:
-            if file.suffix in (".json", ".txt", ".safetensors", ".bin") and file.is_file():
+        alone = {folder, folder.with_name("adapter_config.json")}
+        alone.add(folder.with_name(encoder_of(folder.name)))
+        for file in sorted(inside if folder.is_dir() else alone):
+            kept = file in alone or file.suffix in (".json", ".txt", ".safetensors", ".bin")
+            if kept and file.is_file():
                 stat = file.stat()
-                name = file.relative_to(folder).as_posix() if file != folder else file.name
+                name = file.name if file in alone else file.relative_to(folder).as_posix()
                 stats.append([name, stat.st_size, stat.st_mtime_ns])
     return sha256_json(stats) if paths else None
 

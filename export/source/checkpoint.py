@@ -44,6 +44,7 @@ from export.source.quiet import quiet_libraries
 from export.source.reader import Origin, Reader, tokenizer_names
 from export.source.scheduler import ResolvedScheduler, resolve_scheduler
 from export.source.single_file import has_part, shapes_of, tell_architecture
+from export.source.taesd import both_halves
 
 if TYPE_CHECKING:
     import torch
@@ -379,18 +380,20 @@ def _fill(module: nn.Module, file: Path, dtype: torch.dtype) -> bool:
 
     from export.source.single_file import PREFIXES, unfit
 
-    own = set(module.state_dict())
-    with safe_open(file, framework="numpy") as opened:
-        names = set(opened.keys())
-    starts = tuple(start for each in PREFIXES.values() for start in each)
-    starts += ("encoder.down.", "decoder.up.")  # a VAE that is alone in its file
-    if not own & names or any(name.startswith(starts) for name in names):
-        return False
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    part = next(p for p, c in COMPONENTS.items() if c.cls == type(module).__name__)
+    tensors = both_halves(file) if part == "taesd_decoder" else None
+    if tensors is None:
+        with safe_open(file, framework="numpy") as opened:
+            names = set(opened.keys())
+        starts = tuple(start for each in PREFIXES.values() for start in each)
+        starts += ("encoder.down.", "decoder.up.")  # a VAE that is alone in its file
+        if not set(module.state_dict()) & names or any(name.startswith(starts) for name in names):
+            return False
+        tensors = load_file(file)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     try:
         module.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
-        part = next(p for p, c in COMPONENTS.items() if c.cls == type(module).__name__)
         raise unfit(part, file, " ".join(str(error).split())[:300]) from error
     return True
 

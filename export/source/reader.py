@@ -21,6 +21,7 @@ from export.source.layout import (
     require_pipeline,
     require_whole,
 )
+from export.source.taesd import encoder_of, require_halves
 
 if TYPE_CHECKING:
     from export.source.embedding import Embedding
@@ -98,7 +99,10 @@ class Reader:
         name = COMPONENTS[part].folder
         if asked is not None and (asked.kind == "file" or asked.file):
             file, asked = self.file(asked, f"--{name}")
-            require_whole(file)
+            if name == "taesd":
+                require_halves(file, self.allow_pickle)
+            else:
+                require_whole(file)
             return Origin(config, Stored((file.name,), None, False), file=file), asked
         own = root / name
         has_own = (own / "config.json").is_file()
@@ -191,8 +195,9 @@ class Reader:
                     f"name one: {flag} {place.id}/FILE.safetensors",
                 )
             chosen.append(wanted[0])
-            beside = Path(wanted[0]).with_name("adapter_config.json").as_posix()
-            return [*wanted, *([beside] if beside in names else [])]
+            beside = {Path(wanted[0]).with_name("adapter_config.json").as_posix(),
+                      encoder_of(wanted[0])}  # fmt: skip
+            return [*wanted, *sorted(beside & {*names} - {*wanted})]
 
         def is_whole(names: list[str]) -> bool:
             return place.file in names and bool(choose(names))

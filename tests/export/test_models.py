@@ -386,6 +386,11 @@ def test_lora_weights_in_peft_s_own_layout(tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 16, "bias": "none",
               "target_modules": ["to_q"], "init_lora_weights": True}  # fmt: skip
     write_json(file.parent / "adapter_config.json", config)
+    request = make_request(TINY_SDXL, "random", loras=[str(file)])
+    asked = request.as_dict()["fingerprint"]
+    write_json(file.parent / "adapter_config.json", config | {"bias": "all"})
+    assert request.as_dict()["fingerprint"] != asked
+    write_json(file.parent / "adapter_config.json", config)
     fused = open_checkpoint(TINY_SDXL, "random", loras=[folder])
     fused.loras[0].check({p: fused.skeleton(p) for p in TINY_SDXL.parts}, fused.config("unet"))
     before = plain.module("unet", torch.float32).get_parameter(name)

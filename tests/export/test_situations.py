@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from folders import edit_json
 from original import original_unet, original_vae, write_single_file
 from safetensors.torch import load_file, save_file
@@ -131,7 +133,7 @@ def test_a_file_that_holds_no_whole_model(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there(flag: str) -> None:
     asked = {"weights": "random"} | {flag: "models/gone.safetensors"}
     with pytest.raises(CheckpointError, match="there is no such file"):
-        open_checkpoint(MODELS[SD], asked.pop("weights"), **asked)  # type: ignore[arg-type]
+        open_checkpoint(MODELS[SD], asked.pop("weights"), **asked)
 
 
 @pytest.mark.parametrize("original", [False, True])
@@ -151,6 +153,76 @@ def test_parts_from_single_files(tmp_path: Path, original: bool) -> None:
     )
     assert same_weights(checkpoint, SD, "unet")
     assert same_weights(checkpoint, SD, "vae_decoder")
+
+
+def original_taesd(folder: Path, ending: str) -> Path:
+    """The tiny autoencoder of a checkpoint as the two files of TAESD's release; the decoder's."""
+    state = load_file(saved(SD) / "taesd" / "diffusion_pytorch_model.safetensors")
+    halves: dict[str, dict[str, torch.Tensor]] = {"encoder": {}, "decoder": {}}
+    for name, tensor in state.items():
+        half, _, rest = name.partition(".layers.")
+        number, _, rest = rest.partition(".")
+        halves[half][f"{int(number) + (half == 'decoder')}.{rest}"] = tensor
+    for half, tensors in halves.items():
+        file = folder / f"taesd_{half}{ending}"
+        torch.save(tensors, file) if ending == ".pth" else save_file(tensors, file)
+    return folder / f"taesd_decoder{ending}"
+
+
+def decoded_by_number(file: Path, latents: torch.Tensor) -> torch.Tensor:
+    """The picture that a decoder of the release draws, from the numbers of its layers alone."""
+    layers = load_file(file)
+    image = 3 * torch.tanh(latents / 3)
+
+    def conv(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.conv2d(x, layers[f"{name}.weight"], layers.get(f"{name}.bias"), padding=1)
+
+    for number in sorted({int(name.split(".")[0]) for name in layers}):
+        if f"{number}.conv.0.weight" in layers:
+            inner = image
+            for place in (0, 2):
+                inner = F.relu(conv(inner, f"{number}.conv.{place}"))
+            image = F.relu(conv(inner, f"{number}.conv.4") + image)
+        elif f"{number}.bias" not in layers:
+            image = conv(F.interpolate(image, scale_factor=2.0), str(number))
+        else:
+            image = conv(image, str(number))
+            image = F.relu(image) if number == 1 else image
+    return 2 * image - 1
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_taesd_in_the_two_files_of_its_release(ending: str, tmp_path: Path) -> None:
+    file = original_taesd(tmp_path, ending)
+    asked = {"taesd": str(file), "allow_pickle": ending == ".pth"}
+    checkpoint = open_checkpoint(MODELS[SD], "random", dtype="fp32", **asked)
+    assert same_weights(checkpoint, SD, "taesd_decoder")
+    latents = 3 * torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    module = checkpoint.module("taesd_decoder", torch.float32)
+    expected = decoded_by_number(original_taesd(tmp_path, ".safetensors"), latents)
+    assert torch.allclose(module.decode(latents).sample, expected, atol=1e-5)
+    request = make_request(MODELS[SD], "random", **asked)
+    before = request.as_dict()["fingerprint"]
+    os.utime(tmp_path / f"taesd_encoder{ending}", ns=(0, 0))
+    assert request.as_dict()["fingerprint"] != before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [("pickle", "--allow-pickle"), ("alone", "its encoder beside it"), ("torn", "download it"),
+     ("another", "taesd_decoder.pth")],
+)  # fmt: skip
+def test_half_a_taesd_is_refused_before_work(wrong: str, words: str, tmp_path: Path) -> None:
+    file = original_taesd(tmp_path, ".pth")
+    if wrong == "alone":
+        file.with_name("taesd_encoder.pth").unlink()
+    elif wrong == "torn":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif wrong == "another":
+        torch.save({"a.weight": torch.zeros(2)}, file)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(MODELS[SD], "random", taesd=str(file), allow_pickle=wrong != "pickle")
+    assert words in caught.value.next
 
 
 # ---- keys
