@@ -83,6 +83,11 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             "a pipeline or a server under load, by MLPerf's generator",
             (*TORCH, "mlperf_loadgen"),
         ),
+        Verb(
+            "fleet",
+            "bench.commands.fleet",
+            "the machines that a sweep can be over, and what they do",
+        ),
         Verb("gpu-check", "bench.commands.gpu_check", "what a GPU gives, in ten minutes", TORCH),
     ),
     "look": (

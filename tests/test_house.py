@@ -19,7 +19,7 @@ from core.files import ROOT
 
 ROOMS = ["core", "distill", "export", "backends", "serve", "bench", "addbench"]
 """Left to right; a room imports none to its right."""
-BENCH = ["rows", "machine", "limits", "verdict", "show", "run", "commands"]
+BENCH = ["rows", "machine", "limits", "verdict", "show", "run", "fleet", "commands"]
 """The same inside bench; harness/ and gpu/ stand beside them, and nothing below run/ uses them."""
 PLACED = {"bench.worker": "run", "bench.sweep": "commands"}
 """Modules of bench whose path is a promise, and the room in which they count."""

@@ -83,23 +83,26 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 servers: dict[tuple[str, Path], Server] = {}
+starting = threading.Lock()
+"""Held while one is started: two threads that ask at once share it, and its lock."""
 
 
 def server(seat: tuple[str, Path], environment: dict[str, str]) -> Server:
     """The one of this process for a seat, started when it is first asked for."""
-    if seat not in servers:
-        python, root = seat
-        ours, theirs = pair()
-        with theirs:
-            real_popen(
-                [python, root / "tests" / "warm.py", str(theirs.fileno())],
-                cwd=root,
-                env=environment | {"OPENBLAS_NUM_THREADS": "1"},  # or numpy starts threads
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
-        servers[seat] = Server(ours, environment)
-    return servers[seat]
+    with starting:
+        if seat not in servers:
+            python, root = seat
+            ours, theirs = pair()
+            with theirs:
+                real_popen(
+                    [python, root / "tests" / "warm.py", str(theirs.fileno())],
+                    cwd=root,
+                    env=environment | {"OPENBLAS_NUM_THREADS": "1"},  # or numpy starts threads
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                )
+            servers[seat] = Server(ours, environment)
+        return servers[seat]
 
 
 class WarmPopen(real_popen):  # type: ignore[type-arg]

@@ -245,6 +245,24 @@ def add_limit_arguments(
     )  # fmt: skip
 
 
+def price_of(text: str) -> tuple[str, float]:
+    """`machine=USD/h`: what an hour of a machine costs, as the person who types it says."""
+    name, equals, price = text.rpartition("=")
+    try:
+        return name, positive(price.removesuffix("/h")) if name and equals else positive("")
+    except (argparse.ArgumentTypeError, ValueError):
+        why = f"{text} is not machine=USD/h: a machine of the table and a price above 0"
+        raise argparse.ArgumentTypeError(why) from None
+
+
+def add_price_argument(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """`--price`, repeatable."""
+    parser.add_argument(
+        "--price", type=price_of, action="append", default=[], metavar="MACHINE=USD/h",
+        help="an hour of a machine of the table, for images a dollar; repeatable",
+    )  # fmt: skip
+
+
 def add_runs_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """`--runs DIR`, and `--out`, its name of before, which is still taken."""
     group = parser.add_argument_group("where")

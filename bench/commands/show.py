@@ -8,6 +8,8 @@
     csv       the table unrounded          json     the same, a record per cell
     parquet   a line per cell and round, every column with its type (needs pyarrow)
     github    the JSON of github-action-benchmark's `customSmallerIsBetter`
+    machines  one table over the runs' machines, a column each; a run of `sweep --fleet` brings
+              those of its other machines along
 
 A run is `latest`, a folder, or the name of a published run. Without --out pictures and pages lie in
 the run's folder; those of published or of several runs in build/show, as nothing that is committed
@@ -17,10 +19,12 @@ changes by being looked at. What is text is printed.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench.commands.arguments import add_price_argument
 from core.cli import Parser, add_format_argument, add_out_argument, add_runs_argument
 from core.errors import EXIT_OK, PreconditionError
 
@@ -29,7 +33,18 @@ if TYPE_CHECKING:
 
     from bench.rows.store import Run
 
-AS = ("table", "plot", "roofline", "quality", "page", "csv", "parquet", "github", "json")
+AS = (
+    "table",
+    "plot",
+    "roofline",
+    "quality",
+    "page",
+    "csv",
+    "parquet",
+    "github",
+    "json",
+    "machines",
+)
 OF_ONE = ("roofline", "page", "parquet", "github")
 """What is made of one run only."""
 
@@ -48,6 +63,7 @@ def parser() -> Parser:
     top.add_argument("--x", choices=("steps", "nfe"), default="steps",
                      help="of a plot: steps, or UNet evaluations of an image (steps)")  # fmt: skip
     top.add_argument("--base", metavar="RUN|latest", help="of a page: the run to compare with")
+    add_price_argument(top)
     return top
 
 
@@ -56,7 +72,8 @@ def refuse(args: argparse.Namespace) -> None:
     for flag, given, forms in (
         ("--x", args.x != "steps", ("plot",)),
         ("--base", args.base, ("page",)),
-        ("--format", args.format != "table", ("table",)),
+        ("--format", args.format != "table", ("table", "machines")),
+        ("--price", args.price, ("machines",)),
     ):
         if given and args.form not in forms:
             raise PreconditionError(
@@ -73,9 +90,11 @@ def refuse(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     refuse(args)
-    from bench.rows.store import open_run
+    from bench.rows.store import open_run, with_siblings
 
     targets = [open_run(name, args.runs) for name in args.run]
+    if args.form == "machines":
+        targets = list({run.name: run for each in targets for run in with_siblings(each)}.values())
     if args.form in ("plot", "roofline", "quality"):
         files = picture(args, targets)
     elif args.form in ("page", "parquet"):
@@ -89,9 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def text(args: argparse.Namespace, targets: Sequence[Run]) -> list[Path]:
     """Print what is text, or write it to --out; the file written."""
-    from bench.show import export, table
+    from bench.show import export, machines, table
     from core.files import write_atomic
 
+    prices = dict(args.price)
+    if args.form == "machines" and args.format == "table" and args.out is None:
+        machines.show(targets, prices)
+        return []
     if args.form == "table" and args.format == "table" and args.out is None:
         for target in targets:
             if len(targets) > 1:
@@ -99,11 +122,14 @@ def text(args: argparse.Namespace, targets: Sequence[Run]) -> list[Path]:
             table.show(target, target.rows())
         return []
     form = args.form
-    if form == "table":
-        form = args.format if args.format != "table" else "markdown"
+    written_as = args.format if args.format != "table" else "markdown"
+    if form in ("table", "machines"):
+        form = written_as if form == "table" else f"machines {written_as}"
     ways: dict[str, Callable[[], str]] = {
         "markdown": lambda: "\n".join(table.page(each, each.rows()) for each in targets),
         "json": lambda: table.json_text(targets),
+        "machines markdown": lambda: machines.markdown(targets, prices),
+        "machines json": lambda: json.dumps(machines.json_lines(targets, prices), indent=2) + "\n",
         "csv": lambda: table.csv([row for each in targets for row in each.rows()]),
         "github": lambda: export.smaller_is_better(targets[0]).decode(),
     }

@@ -47,6 +47,7 @@ class Header:
         git_commit, git_dirty: the checkout that began the run; None outside of git.
         roofline: ceilings of the machine and costs of the parts; None where they were not measured.
         versus, ab: which side of a pair this run is; None for a sweep.
+        fleet: which machine of which sweep over a fleet this run is of; None for others.
         run, created_utc: its name and when it began; "" until `create_run` gives them.
         unsaid: fields that the file does not hold, as of runs from before they existed.
         extra: what a later version said that this one does not know.
@@ -64,6 +65,7 @@ class Header:
     roofline: Mapping[str, Any] | None = None
     versus: Mapping[str, Any] | None = None
     ab: Mapping[str, Any] | None = None
+    fleet: Mapping[str, Any] | None = None
     run: str = ""
     created_utc: str = ""
     schema: int = SCHEMA
@@ -136,8 +138,8 @@ class Header:
 
 ABOUT = ("unsaid", "extra")
 """Fields that are about the file and not in it."""
-PAIRED = ("versus", "ab")
-"""Fields of a pair's sides only: no other header says them, not even as null."""
+PAIRED = ("versus", "ab", "fleet")
+"""Fields of runs that belong with others: no other header says them, not even as null."""
 FIELDS = tuple(each.name for each in fields(Header))
 OPTIONAL = {*FIELDS} - {*ABOUT, *PAIRED, *NEEDED}
 

@@ -367,3 +367,12 @@ def open_folder(path: Path) -> Run:
 def published_runs(folder: Path = PUBLISHED) -> list[Run]:
     """Every run of a folder of published ones, oldest first."""
     return [open_folder(folder / name) for name in run_names(folder)]
+
+
+def with_siblings(run: Run) -> list[Run]:
+    """A run with those of the other machines of its sweep over a fleet; of others, it alone."""
+    if run.header.fleet is None:
+        return [run]
+    folder, sweep = run.path.parent, run.header.fleet["sweep"]
+    headers = [open_folder(folder / name) for name in run_names(folder)]
+    return [each for each in headers if (each.header.fleet or {}).get("sweep") == sweep]

@@ -40,14 +40,18 @@ def line_of(row: Row) -> str:
 class Display:
     """A `spawn.View`. Use as a context manager.
 
+    Args:
+        place: the machine that is spoken of, before every line; several share the terminal then,
+            and there is no bar.
+
     Attributes:
         side: whose cells are measured, where there are two sides.
     """
 
-    def __init__(self, total: int, rounds: int) -> None:
+    def __init__(self, total: int, rounds: int, place: str = "") -> None:
         self.total, self.rounds, self.done = total, rounds, 0
-        self.side = ""
-        self.redraws = sys.stdout.isatty()
+        self.side, self.place = "", place
+        self.redraws = sys.stdout.isatty() and not place
         self.drawn = 0.0
         self.doing, self.count = "", 0
         self.captions: int | None = None
@@ -69,7 +73,7 @@ class Display:
             self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
             self.draw()
         else:
-            print(text, flush=True)
+            print(f"{self.place}: {text}" if self.place else text, flush=True)
 
     def loading(self, cells: Sequence[Cell], round_: int) -> None:
         of = f" (round {round_ + 1} of {self.rounds})" if self.rounds > 1 else ""

@@ -5,28 +5,62 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.machine.environment import collect, git_state
 from bench.rows.cell import Cell
 from bench.rows.fields import OK
+from bench.rows.header import Header
 from bench.rows.store import Run, open_run, run_names
-from bench.run.plan import Plan, probe
+from bench.run.plan import Candidate, Plan, probe
 from bench.run.request import Sampling
 from core.cli import image_size
 from core.errors import PreconditionError
-from export.bundle import find_bundle
+from export.bundle import Bundle, find_bundle
 from export.models import SCHEDULERS
 
 
-def reopen(run: Run, given: Mapping[str, Any], *, retry_failed: bool = False) -> Plan:
+@dataclass(frozen=True)
+class Here:
+    """What a run that is gone on with finds on the machine that measures it."""
+
+    candidates: tuple[Candidate, ...]
+    bundle: Bundle
+    environment: Mapping[str, Any]
+
+
+def here_of(header: Header, given: Mapping[str, Any]) -> Here:
+    """The backends, the bundle and the environment of this machine for a run's rest.
+
+    Args:
+        given: `model`, `weights`, `dtype`, where they are asked for.
+
+    Raises:
+        PreconditionError: none of its backends can be used, or there is no such bundle.
+    """
+    began = header.bundle
+    own = {} if "model" in given else {name: began[name] for name in ("weights", "dtype")}
+    bundle = find_bundle(
+        given.get("model", began["name"]),
+        given.get("weights", own.get("weights")),
+        given.get("dtype", own.get("dtype")),
+        image_size(header.plan[0].size),
+    )
+    return Here(tuple(probe(list(header.backends))), bundle, collect())
+
+
+def reopen(
+    run: Run, given: Mapping[str, Any], *, retry_failed: bool = False, there: Here | None = None
+) -> Plan:
     """The rest of an earlier run, if everything that its rows must share still holds.
 
     Args:
         given: fields of a `Request` and of its method that are asked for now, by name; each must
             be what the run has.
         retry_failed: what failed is left to measure too.
+        there: what was found on the machine that measures; None for this one.
 
     Raises:
         PreconditionError: the bundle, the machine, the packages, or a field differs from what the
@@ -46,23 +80,15 @@ def reopen(run: Run, given: Mapping[str, Any], *, retry_failed: bool = False) ->
             "all of it takes seconds, and nothing in it can be lost",
             "start it again: " + again_text(run.header.command),
         )
-    began = run.header.bundle
     method = Sampling.of(run.header.settings)
-    candidates = probe(list(run.header.backends))
-    own = {} if "model" in given else {name: began[name] for name in ("weights", "dtype")}
-    bundle = find_bundle(
-        given.get("model", began["name"]),
-        given.get("weights", own.get("weights")),
-        given.get("dtype", own.get("dtype")),
-        image_size(run.plan[0].size),
-    )
-    here, there = collect(), run.header.environment
+    here, began = there or here_of(run.header, given), run.header.environment
+    now_is = here.environment
     refuse_changes(
         run.name,
         [
-            ("the bundle's hash", began["hash"][:12], bundle.hash[:12]),
-            ("the machine", there["machine"], here["machine"]),
-            ("the packages' versions", there["versions"], here["versions"]),
+            ("the bundle's hash", run.header.bundle["hash"][:12], here.bundle.hash[:12]),
+            ("the machine", began["machine"], now_is["machine"]),
+            ("the packages' versions", began["versions"], now_is["versions"]),
             *axis_changes(run, method, given),
         ],
     )
@@ -72,11 +98,11 @@ def reopen(run: Run, given: Mapping[str, Any], *, retry_failed: bool = False) ->
         print(note, file=sys.stderr)
     work = unfinished(run) if retry_failed else run.missing()
     return Plan(
-        bundle,
-        tuple(candidates),
+        here.bundle,
+        here.candidates,
         tuple(run.plan),
         method,
-        there,
+        began,
         roofline=run.header.roofline,
         rest=tuple(work),
     )

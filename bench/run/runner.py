@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -29,6 +29,9 @@ from core.amounts import count_text
 from core.files import ROOT
 
 Listener = Callable[[Turn, Cell, Row], None]
+Results = Callable[
+    [spawn.Job, spawn.Limits, spawn.View], Generator[tuple[Cell, spawn.Result], None, None]
+]
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,16 @@ class Seat:
         build: its ADDBENCH_BUILD; None for this process's own.
         commit: `git_commit` and `git_dirty` of its rows; None for those of this checkout, each
             time a worker starts.
+        results: what measures a job there; None for a process of this machine.
+        look_again: what measures ceilings there again; None for this machine's.
     """
 
     interpreter: Path = Path(sys.executable)
     root: Path = ROOT
     build: Path | None = None
     commit: Mapping[str, Any] | None = None
+    results: Results | None = None
+    look_again: Callable[..., dict[str, Any]] | None = None
 
 
 @dataclass
@@ -84,7 +91,8 @@ class Side:
             return
         say(f"a stage is faster than the ceiling of {', '.join(names)}: measuring it again")
         self.looked_at |= {*names}
-        self.surveyed = measured_again(self.roofline, names)
+        look_again = self.seat.look_again or measured_again
+        self.surveyed = look_again(self.roofline, names)
         self.run = self.run.with_header(replace(self.run.header, roofline=self.surveyed))
 
 
@@ -167,7 +175,8 @@ class Runner:
         if self.limits.deadline is not None and time.monotonic() >= self.limits.deadline:
             raise spawn.BudgetSpentError
         self.display.side = side.name
-        with closing(spawn.results(job_of(side, candidate, turn), self.limits, self.display)) as (
+        measured_by = side.seat.results or spawn.results
+        with closing(measured_by(job_of(side, candidate, turn), self.limits, self.display)) as (
             stream
         ):
             measured = []

@@ -175,6 +175,13 @@ def machine_of(target: Run) -> tuple[str, dict[str, str]]:
     return target.header.environment["machine"], accelerators(target)
 
 
+def on_one_machine(base: Run, head: Run) -> bool:
+    """Whether both were measured on one machine: machines of a fleet that are called differently
+    are two, even where they are set up from one image."""
+    names = {(each.header.fleet or {}).get("machine") for each in (base, head)} - {None}
+    return machine_of(base) == machine_of(head) and len(names) < 2
+
+
 def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
     """Whether both ran on one machine.
 
@@ -198,7 +205,7 @@ def check_pair(base: Run, head: Run, allow_other_machine: bool) -> bool:
             f"BASE measured {models[0]}, HEAD {models[1]}",
             "compare runs of one model and its weights",
         )
-    one_machine = machine_of(base) == machine_of(head)
+    one_machine = on_one_machine(base, head)
     if not one_machine and not allow_other_machine:
         names = [
             " and ".join([target.header.environment["cpu"], *accelerators(target).values()])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from bench.rows.cell import Cell
 from bench.rows.store import Run, open_run, run_names
-from bench.verdict.compare import Cells, gather, machine_of
+from bench.verdict.compare import Cells, gather, on_one_machine
 from bench.verdict.outcome import FAILED, FASTER, INCONCLUSIVE, MISSING, SAME, SLOWER, Line, Outcome
 from core.errors import AddbenchError
 
@@ -58,14 +58,13 @@ def earlier_runs(target: Run, out: Path) -> Sequence[tuple[str, Mapping[Cell, Ce
 
     A damaged run is left out and said on stderr: it must not stop tonight's judgement.
     """
-    machine = machine_of(target)
     earlier = []
     for name in run_names(out):
         if name >= target.name:
             continue
         try:
             run = open_run(name, out)
-            if machine_of(run) == machine and run.header.ab is None:
+            if on_one_machine(run, target) and run.header.ab is None:
                 earlier.append((name, gather(run.all_rows(), name)))
         except AddbenchError as error:
             print(f"left out: {name}: {error.what} ({error.why})", file=sys.stderr)
