@@ -373,6 +373,12 @@ def with_siblings(run: Run) -> list[Run]:
     """A run with those of the other machines of its sweep over a fleet; of others, it alone."""
     if run.header.fleet is None:
         return [run]
-    folder, sweep = run.path.parent, run.header.fleet["sweep"]
-    headers = [open_folder(folder / name) for name in run_names(folder)]
-    return [each for each in headers if (each.header.fleet or {}).get("sweep") == sweep]
+    folder, siblings = run.path.parent, []
+    for name in run_names(folder):
+        try:
+            other = open_folder(folder / name)
+        except AddbenchError:
+            continue  # a damaged run beside them is none of theirs
+        if (other.header.fleet or {}).get("sweep") == run.header.fleet["sweep"]:
+            siblings.append(other)
+    return siblings

@@ -118,3 +118,22 @@ def test_two_sweeps_at_once_take_turns(
         assert places(run) == sorted((cell, round_) for cell in run.plan for round_ in range(2))
         assert {row["run"] for row in run.rows()} == {run.name}
         assert any(title.startswith(run.name) for title in seen)
+
+
+def test_a_sweep_through_submitit(sweep: Sweep, tmp_path: Path, tiny_bundle: Bundle) -> None:
+    """Its local executor: the jobs are real, and Slurm is not there."""
+    pytest.importorskip("submitit", reason="submitit is not installed: the extra `slurm`")
+    assert sweep(tmp_path, *FAST, "--fleet", "local") == 0
+    (run,) = runs_in(tmp_path).values()
+    assert places(run) == sorted((cell, 0) for cell in run.plan)
+    assert {row["bundle_hash"] for row in run.rows()} == {tiny_bundle.hash}
+
+
+def test_ceilings_are_those_of_the_node(cluster: Cluster, sweep: Sweep, tmp_path: Path) -> None:
+    words = [word for word in FAST if word != "--no-roofline"]
+    words[words.index("null")] = "ort"
+    over = ["--fleet", cluster.cluster.address, "--on", "name=left"]
+    assert sweep(tmp_path, *words, *over) == 0
+    (run,) = runs_in(tmp_path).values()
+    assert run.header.roofline
+    assert all(row["roofline"] for row in run.rows())

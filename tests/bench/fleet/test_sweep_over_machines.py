@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +15,13 @@ from typing import Any
 import pytest
 from fleet_double import FleetDouble
 
+from bench.commands import fleet as fleet_command
 from bench.fleet import drive, engines, node
 from bench.fleet.protocol import Call
 from bench.rows.cell import Cell
 from bench.rows.store import Run, open_run, run_names, with_siblings
 from bench.verdict.compare import compare, on_one_machine
+from core.cli import run as shell
 from core.errors import PreconditionError
 from export.bundle import Bundle
 
@@ -203,6 +209,52 @@ def test_a_spent_budget_ends_the_call_on_the_machine(over: Callable[..., int]) -
     fleet = FleetDouble("left")
     assert over(fleet, "--budget", "0.01s") == 4
     assert fleet.busy["left"] == 0
+
+
+def test_an_interrupt_ends_the_calls_everywhere_and_keeps_the_rows(
+    over: Callable[..., int], tmp_path: Path
+) -> None:
+    def cut(call: Call) -> Call:
+        def run() -> Iterator[Any]:
+            for message in call():
+                yield message
+                if isinstance(message, tuple):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(2)
+
+        return run
+
+    fleet = FleetDouble("left", "right")
+    fleet.wraps["left"] = cut
+    assert over(fleet, "--min-time", "3") == 130
+    assert len(places(runs_in(tmp_path)["left"])) == 1
+    until = time.monotonic() + 30
+    while fleet.busy["right"] or fleet.busy["left"]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("words", [["--on", "name=left"], ["--price", "left=2/h"]])
+def test_what_is_of_a_fleet_needs_one(sweep: Sweep, tmp_path: Path, words: list[str]) -> None:
+    assert sweep(tmp_path, *FAST, *words) == 2
+
+
+def test_the_list_of_a_fleet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fleet = FleetDouble("left", "right", device="cpu")
+    fleet.all[1] = replace(fleet.all[1], running=("RUN null-taesd-b1-r0",))
+    monkeypatch.setattr(engines, "fleet_at", lambda _: fleet)
+    assert shell(fleet_command.main, ["--format", "json"]) == 0
+    left, right = json.loads(capsys.readouterr().out)
+    assert left == {"machine": "left", "labels": "device=cpu,name=left", "hardware": "a double",
+                    "running": ""}  # fmt: skip
+    assert right["running"] == "RUN null-taesd-b1-r0"
+    assert shell(fleet_command.main, ["--on", "name=right"]) == 0
+    assert "left" not in capsys.readouterr().out
+    fleet.all.clear()
+    assert shell(fleet_command.main, []) == 0
+    assert "no machine measures" in capsys.readouterr().out
 
 
 # ---- the bundle on a machine
