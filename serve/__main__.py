@@ -75,6 +75,11 @@ def parser() -> Parser:
         help="what waited for longer is not begun any more (30s)",
     )  # fmt: skip
     load.add_argument(
+        "--cancel-stale", action="store_true",
+        help="stop a live picture at its next stage when newer text comes, never two in a row: for"
+        " pictures of half a second and more",
+    )  # fmt: skip
+    load.add_argument(
         "--timeout", type=duration, default=600.0, metavar="TIME",
         help="a worker that gives no picture for so long is started anew (10m)",
     )  # fmt: skip
@@ -175,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         deadline_s=args.deadline,
         window_s=args.batch_window,
         timeout_s=args.timeout,
+        stops_stale=args.cancel_stale,
     )
 
 

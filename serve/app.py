@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -54,6 +55,7 @@ class Application:
         deadline_s: float = 30.0,
         window_s: float = 0.0,
         timeout_s: float = 600.0,
+        stops_stale: bool = False,
         hosts: Sequence[str] = (),
         token: str = "",
         say: Callable[[str], None] = lambda _: None,
@@ -66,7 +68,7 @@ class Application:
         self.metrics = Metrics()
         self.engine = Engine(
             posts, metrics=self.metrics, queue=queue, deadline_s=deadline_s, window_s=window_s,
-            timeout_s=timeout_s, say=say,
+            timeout_s=timeout_s, stops_stale=stops_stale, say=say,
         )  # fmt: skip
         self.engine.on_change = self._changed
         for post in posts:
@@ -147,9 +149,9 @@ class Application:
     # ---- small endpoints
 
     async def health(self, _: Request) -> Response:
-        body = {"status": self.status, "model": self.model.name}
+        body: dict[str, Any] = {"status": self.status, "model": self.model.name}
         if self.engine.stage:
-            body["stage"] = self.engine.stage
+            body |= {"stage": self.engine.stage, "progress": self.engine.share}
         ready = self.status == "ready"
         return JSONResponse(body, 200 if ready else 503, None if ready else {"Retry-After": "1"})
 

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,29 @@ from core.files import ROOT
 from distill.shapes import unknown_words
 from export.bundle import Bundle
 from serve.model import redraws
+from serve.worker import Progress
 
 QUICK_S = 0.5
 """A picture that takes no longer is worth drawing in batches where nobody said."""
 BATCH = 4
 
 
-def load(job: Mapping[str, Any], progress: Callable[[str], None]) -> Artist:
+class Loading:
+    """Tells which part of how many is being compiled or loaded; decoders share parts."""
+
+    def __init__(self, progress: Progress, parts: Collection[str]) -> None:
+        self.progress, self.total = progress, len(parts)
+        self.begun: dict[str, set[str]] = {"compiling": set(), "loading": set()}
+
+    def __call__(self, doing: str, part: str) -> None:
+        if part in self.begun[doing]:
+            return
+        share = sum(map(len, self.begun.values())) / (2 * self.total)
+        self.begun[doing].add(part)
+        self.progress(f"{doing} {part}, {len(self.begun[doing])} of {self.total}", share=share)
+
+
+def load(job: Mapping[str, Any], progress: Progress) -> Artist:
     """Load, warm and check what `job` names: `bundle`, `backend`, `decoders`, `all_decoders`
     (whether each of them was asked for), `batch` (null: as many as pay), `scheduler`, `guidance`.
 
@@ -56,12 +72,14 @@ def load(job: Mapping[str, Any], progress: Callable[[str], None]) -> Artist:
     batch = job["batch"] or (1 if fixed else BATCH)
     recipe = make_recipe(bundle, job["scheduler"], job["guidance"])
     pictures = bool(encoders(bundle)) and not backend.no_pictures
-    pipelines: dict[str, Pipeline] = {}
+    planned: dict[str, Pipeline] = {}
     for decoder in job["decoders"]:
-        progress(f"compiling and loading, with the decoder {decoder}")
         pipeline = backend.pipeline(bundle, decoder, Shapes(batch, *bundle.size), recipe=recipe)
-        if pictures:
-            pipeline.use_encoder()
+        planned[decoder] = pipeline.use_encoder() if pictures else pipeline
+    loading = Loading(progress, {part for each in planned.values() for part in each.parts})
+    pipelines: dict[str, Pipeline] = {}
+    for decoder, pipeline in planned.items():
+        pipeline.on_part = loading
         first = next(iter(pipelines.values()), None)
         if first and type(first).session is Pipeline.session and first.staged:
             for part in set(first.parts) & set(pipeline.parts):
@@ -70,7 +88,7 @@ def load(job: Mapping[str, Any], progress: Callable[[str], None]) -> Artist:
             break  # it would hold the whole model twice, and nobody asked for it
         pipelines[decoder] = pipeline.prepare()
     artist = Artist(pipelines, batch, fixed, pictures)
-    progress("warming up")
+    progress("warming up", share=1.0)
     artist.warm(chosen=job["batch"] is not None)
     return artist
 

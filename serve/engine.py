@@ -96,6 +96,8 @@ class Attendant:
         self.post, self.engine = post, engine
         self.state = "loading"
         self.stage = "starting"
+        self.share: float | None = None
+        """How much of its loading is done, 0 to 1; None where that is not known."""
         self.deaths = 0
         self.facts: dict[str, Any] = {}
         self.life: Life | None = None
@@ -117,7 +119,7 @@ class Attendant:
             self.engine.say(f"{self.post.name}: {error.what} ({error.next}); it is started anew")
             in_a_row = 1 if lived > STEADY_S else in_a_row + 1
             self.state = "loading"
-            self.stage = f"started anew after this: {error.what}"
+            self.stage, self.share = f"started anew after this: {error.what}", None
             self.engine.on_change(self)
             await asyncio.sleep(BACK_OFF_S[min(in_a_row, len(BACK_OFF_S)) - 1])
 
@@ -194,13 +196,13 @@ class Attendant:
     def _handle(self, life: Life, message: dict[str, Any], body: bytes) -> None:
         event = message.pop("event")
         if event == "loading":
-            self.stage = message["stage"]
+            self.stage, self.share = message["stage"], message["share"]
             self.engine.on_change(self)
         elif event == "refused":
             life.refusal = message
         elif event == "ready":
             self.facts = message
-            self.state, self.stage = "ready", ""
+            self.state, self.stage, self.share = "ready", "", None
             life.ready_at = self.engine.now()
             self._free.set()
             self.engine.on_change(self)
@@ -269,7 +271,8 @@ class Attendant:
 
     def _deliver(self, batch: InWork, message: Mapping[str, Any], body: bytes) -> None:
         metrics, start = self.engine.metrics, 0
-        for (_, ticket), answer in zip(batch.entries, message["pictures"], strict=True):
+        for (connection, ticket), answer in zip(batch.entries, message["pictures"], strict=True):
+            self.engine.spared.discard(connection)
             data = body[start : start + answer["bytes"]]
             start += len(data)
             if "error" in answer:
@@ -320,6 +323,7 @@ class Engine:
 
     Args:
         timeout_s: a worker that gives no picture for so long is killed.
+        stops_stale: whether a live picture in work is stopped when a newer one is asked for.
         say: where a line for the person at the terminal goes.
     """
 
@@ -332,9 +336,13 @@ class Engine:
         deadline_s: float = 30.0,
         window_s: float = 0.0,
         timeout_s: float = 600.0,
+        stops_stale: bool = False,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.metrics, self.timeout_s, self.say = metrics, timeout_s, say
+        self.stops_stale = stops_stale
+        self.spared: set[Hashable | None] = set()
+        """Live connections whose last picture was stopped: their next one is finished."""
         self._closed = False
         self.service_s = 0.0
         self.waiting = Waiting(
@@ -361,6 +369,14 @@ class Engine:
         return "; ".join(
             attendant.stage for attendant in self.attendants if attendant.state != "ready"
         )
+
+    @property
+    def share(self) -> float | None:
+        """How much of its loading the worker has done that has done the least; None where that is
+        not known."""
+        shares = [a.share for a in self.attendants if a.state != "ready"]
+        known = [share for share in shares if share is not None]
+        return min(known) if shares and len(known) == len(shares) else None
 
     @property
     def idle(self) -> bool:
@@ -409,6 +425,21 @@ class Engine:
                     attendant.cancel(ticket)
         self.waiting.forget_gone()
 
+    def cancel_stale(self, connection: Hashable) -> None:
+        """Stop the picture that a live connection has in work, since something newer waits: where
+        it is drawn for nobody else, and never twice in a row, so that there is always progress."""
+        if not self.stops_stale or connection in self.spared:
+            return
+        for attendant in self.attendants:
+            for batch in attendant.life.batches.values() if attendant.life else ():
+                if len(batch.entries) == 1 and batch.entries[0][0] is connection:
+                    ticket = batch.entries[0][1]
+                    if ticket.open and not batch.drawn:
+                        self.spared.add(connection)
+                        self.metrics.cancelled.labels("stale").inc()
+                        ticket.fail(GoneError())
+                        attendant.cancel(ticket)
+
     def leave(self, connection: Hashable) -> None:
         """Drop what a live connection has waiting or in work: it is gone."""
         entries = [
@@ -422,6 +453,7 @@ class Engine:
         waiting = self.waiting.slots.get(connection)
         self.abandon([*entries, *([waiting] if waiting else [])])
         self.waiting.leave(connection)
+        self.spared.discard(connection)
 
     def close(self) -> None:
         """End the workers: each ends when its socket closes."""

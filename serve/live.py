@@ -39,7 +39,9 @@ class Connection:
         self.news = asyncio.Event()
 
     def tell_status(self) -> None:
-        self.status = pack({"status": self.app.status, "stage": self.app.engine.stage})
+        engine = self.app.engine
+        told = {"status": self.app.status, "stage": engine.stage, "progress": engine.share}
+        self.status = pack(told)
         self.news.set()
 
     def put_answer(self, message: bytes) -> None:
@@ -80,6 +82,7 @@ class Connection:
         ticket = self.app.engine.ticket(brief)
         ticket.result.add_done_callback(partial(self.done, number, ticket))
         self.app.engine.waiting.put(self, ticket)
+        self.app.engine.cancel_stale(self)
 
     def done(self, number: int | None, ticket: Ticket, result: asyncio.Future[Drawing]) -> None:
         error = result.exception()

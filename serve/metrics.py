@@ -37,7 +37,9 @@ class Metrics:
         )
         self.images = counter("images_total", "pictures that were drawn")
         self.replaced = counter("frames_replaced_total", "live requests replaced by newer ones")
-        self.cancelled = counter("cancelled_total", "pictures whose client left", "where")
+        self.cancelled = counter(
+            "cancelled_total", "pictures that nobody waits for any more", "where"
+        )
         self.restarts = counter("worker_restarts_total", "workers that died and were started anew")
         self.connections = gauge("live_connections", "open live connections")
         self.model = gauge("model_info", "what is served", "model", "backend", "size", "bundle")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from core.errors import EXIT_OK, PreconditionError
 from core.files import build_root
@@ -24,6 +27,11 @@ LOGS = "serve"
 UNSENT = 1 << 15
 """Bytes that the system holds for a client that does not read: what is kept back in here can
 still be replaced by something newer."""
+
+MOST_OPEN = 800
+"""Connections at once, live ones among them: the usual limit of a process is 1024 files."""
+HEAD_S = 10.0
+"""What the head of a request may take to come."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,64 @@ class Listener:
         return self.host in LOOPBACK or self.host.startswith("127.")
 
 
+class Door(H11Protocol):
+    """An HTTP connection, of which there are so many at most, and whose request has a time to
+    come: one that dribbles the head of a request keeps its place for no longer."""
+
+    timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MOST_OPEN:
+            self.turn_away(503, f"{MOST_OPEN} connections are open, the most; try again later")
+        else:
+            self.wait_for_head()
+
+    def wait_for_head(self) -> None:
+        """Give the next request its time to come."""
+        self.timer = self.loop.call_later(HEAD_S, self.late)
+
+    def late(self) -> None:
+        self.timer = None
+        if self.cycle is None or self.cycle.response_complete:  # else a request is being answered
+            self.turn_away(408, f"the head of a request has {HEAD_S:g} s; send it at once")
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.timer is not None and self.cycle is not before:  # a head has come
+            self.timer.cancel()
+            self.timer = None
+
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        self.forget()
+        super().handle_websocket_upgrade(event)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.forget()
+        self.wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.forget()
+        super().connection_lost(exc)
+
+    def forget(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def turn_away(self, status: int, why: str) -> None:
+        """Say why in one line, and close."""
+        body = json.dumps({"error": {"message": why, "type": "server_error", "code": None}})
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\nRetry-After: 1\r\n\r\n"
+        )
+        self.transport.write((head + body).encode())
+        self.transport.close()
+
+
 class Uvicorn(uvicorn.Server):
     """uvicorn, which on the first signal finishes what it has, and on the second one ends."""
 
@@ -79,6 +145,7 @@ class Uvicorn(uvicorn.Server):
                 log_level="warning",
                 access_log=False,  # it would show tokens
                 lifespan="off",
+                http=Door,
                 ws="websockets-sansio",
                 ws_max_size=LARGEST_MESSAGE,
                 ws_per_message_deflate=False,  # pictures are compressed
@@ -139,7 +206,7 @@ def serve(
 
     Args:
         jobs: what each worker loads, by its backend.
-        limits: of `Application`: queue, deadline_s, window_s, timeout_s.
+        limits: of `Application`: queue, deadline_s, window_s, timeout_s, stops_stale.
     """
 
     def say(line: str) -> None:

@@ -17,7 +17,7 @@ from core.errors import EXIT_OK, AddbenchError, PreconditionError
 from core.files import read_json
 from export.bundle import MANIFEST
 from export.web.site import KIND
-from serve.server import Listener
+from serve.server import Door, Listener
 
 HEADERS = {
     # Isolated: threads of WebAssembly share memory, which browsers give to no other page.
@@ -87,7 +87,7 @@ def serve_static(folder: Path, listener: Listener) -> int:
     if not listener.loopback:
         print("  browsers give threads and WebGPU to https and to localhost alone", flush=True)
     config = uvicorn.Config(
-        app, log_config=None, log_level="warning", access_log=False, lifespan="off"
+        app, log_config=None, log_level="warning", access_log=False, lifespan="off", http=Door
     )
     uvicorn.Server(config).run(sockets=[listening])
     return EXIT_OK

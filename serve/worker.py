@@ -5,7 +5,7 @@
 From the server: `{"do": "draw", "id", "steps", "decoder", "strength", "pictures": [{"prompt",
 "seed", "format", "bytes"}, ...]}` with the files to start from behind it; `{"do": "cancel", "id"}`.
 To the server, each with an `event`:
-    loading  stage            what is being done before the first picture
+    loading  stage, share     what is being done before the first picture, and how far that is
     ready    ...              batch sizes, and what the model says of itself
     refused  error            it cannot be loaded, and trying again would not help
     drawn    id               the next batch may be sent: this one's files are being written
@@ -67,7 +67,16 @@ class Drawer(Protocol):
 
 
 Tell = Callable[..., None]
-Load = Callable[[Mapping[str, Any], Callable[[str], None]], Drawer]
+
+
+class Progress(Protocol):
+    """Tells the server what is being done before the first picture."""
+
+    def __call__(self, stage: str, share: float | None = None) -> None:
+        """`share`: how much of it is done, 0 to 1; None where that is not known."""
+
+
+Load = Callable[[Mapping[str, Any], Progress], Drawer]
 
 
 class Studio:
@@ -84,6 +93,9 @@ class Studio:
         with self._sending:
             self.stream.sendall(frame({"event": event, **fields}, body))
 
+    def tell_loading(self, stage: str, share: float | None = None) -> None:
+        self.tell("loading", stage=stage, share=share)
+
     def listen(self) -> None:
         """Take what the server sends until it closes the socket."""
         while (message := receive_frame(self.stream)) is not None:
@@ -95,7 +107,7 @@ class Studio:
 
     def run(self, job: Mapping[str, Any], load: Load) -> int:
         try:
-            artist = load(job, lambda stage: self.tell("loading", stage=stage))
+            artist = load(job, self.tell_loading)
             facts = artist.facts()
         except Exception as error:
             log(error)
@@ -185,7 +197,7 @@ def log(error: BaseException) -> None:
         print(type(error).__name__, file=sys.stderr, flush=True)
 
 
-def load_artist(job: Mapping[str, Any], progress: Callable[[str], None]) -> Drawer:
+def load_artist(job: Mapping[str, Any], progress: Progress) -> Drawer:
     from serve.artist import load
 
     return load(job, progress)

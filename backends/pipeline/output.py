@@ -41,6 +41,8 @@ class Output:
         provenance: `measured` when a clock gave the timings; `emulated` when it timed an
             emulation, which says nothing of the device's speed.
         pictures: what was done to each picture that was passed, in words.
+        own_clock: whether `timings` are by a clock where the image is drawn, and what the call
+            takes beside them is the way to there and back.
     """
 
     images: NDArray[np.uint8]
@@ -48,3 +50,4 @@ class Output:
     nfe: int
     provenance: str = "measured"
     pictures: tuple[tuple[str, ...], ...] = ()
+    own_clock: bool = False

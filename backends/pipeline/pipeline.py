@@ -98,6 +98,8 @@ class Pipeline:
         self.low_memory = False
         self.encoder: str | None = None
         """What encodes pictures, `vae` or `taesd`; None until one is asked for."""
+        self.on_part: Callable[[str, str], None] = lambda doing, part: None
+        """Called before a part is compiled (`compiling`) and before it is loaded (`loading`)."""
         self._turn = threading.Lock()
         self._loading_ns = 0
 
@@ -167,6 +169,7 @@ class Pipeline:
 
     def _artifact(self, part: str) -> Artifact:
         if part not in self.artifacts:
+            self.on_part("compiling", part)
             shapes = self.recipe.shapes(part, self.shapes)
             self.artifacts[part] = self.backend.compile(self.bundle, part, shapes)
         return self.artifacts[part]
@@ -180,7 +183,9 @@ class Pipeline:
     def session(self, part: str) -> Session:
         if part not in self._sessions:
             started = time.perf_counter_ns()
-            self._sessions[part] = self.backend.load(self.bundle, self._artifact(part))
+            artifact = self._artifact(part)
+            self.on_part("loading", part)
+            self._sessions[part] = self.backend.load(self.bundle, artifact)
             self._loading_ns += time.perf_counter_ns() - started
         return self._sessions[part]
 

@@ -27,11 +27,15 @@ SAMPLES = "samples.jsonl"
 IMAGE = "image.png"
 """The reference's picture, drawn by what is under load before the load."""
 CONNECTIONS = 128
-"""Requests that are open at once over HTTP; what comes on top waits, which counts."""
+"""Requests that are open at once over HTTP; what comes on top waits, which counts. One that is
+refused for a full queue (429) waits for an answer to another, or as long as the server says."""
 WARM = 5
 """Requests before the first that counts."""
 LIBRARY = 600
 """Captions that requests are drawn from, each with a seed of its own."""
+
+RETRY_S = 600.0
+"""How long a refused request asks again, where none may be lost."""
 
 Draw = Callable[[str, int], int]
 """Draw a caption with a seed; the HTTP status, or 0 in process."""
@@ -41,6 +45,9 @@ def over_http(job: Mapping[str, Any], url: str) -> Callable[[], Draw]:
     """What makes a connection of its own for a thread; the reference is drawn first."""
     steps, decoder = job["steps"], job["decoder"]
     parts = urlsplit(url)
+    room = threading.Condition()
+    # Refusals are what `server` is to show; elsewhere every request is to be drawn.
+    patience_s = 0.0 if job["scenario"] == "server" else RETRY_S
     fields: dict[str, Any] = {"num_inference_steps": steps}
     if decoder:
         fields["decoder"] = decoder
@@ -48,15 +55,26 @@ def over_http(job: Mapping[str, Any], url: str) -> Callable[[], Draw]:
     def connect() -> Draw:
         client = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=600)
 
-        def ask(body: str) -> int:
+        def ask(body: str) -> tuple[int, float]:
+            """The status, and the seconds after which to ask again."""
             client.request("POST", "/v1/images/generations", body,
                            {"Content-Type": "application/json"})  # fmt: skip
             response = client.getresponse()
             response.read()
-            return response.status
+            return response.status, float(response.headers.get("Retry-After", 1))
 
         def draw(prompt: str, seed: int) -> int:
             body = json.dumps({"prompt": prompt, "seed": seed, **fields})
+            until = time.monotonic() + patience_s
+            while True:
+                status, retry_s = answer(body)
+                with room:
+                    if status != 429 or time.monotonic() + retry_s > until:
+                        room.notify()  # an answer of ours is out: there is room for another
+                        return status
+                    room.wait(retry_s)
+
+        def answer(body: str) -> tuple[int, float]:
             idle = client.sock is not None
             try:
                 try:
@@ -68,7 +86,7 @@ def over_http(job: Mapping[str, Any], url: str) -> Callable[[], Draw]:
                     return ask(body)
             except (OSError, http.client.HTTPException):
                 client.close()
-                return 599  # no answer
+                return 599, 0.0  # no answer
 
         return draw
 

@@ -44,7 +44,7 @@ export function connect(handlers, facts) {
       const [header, body] = unpack(data);
       if (header.status) {
         const ready = header.status === "ready";
-        handlers.status({ state: ready ? "ready" : "loading", words: header.stage || header.status });
+        handlers.status({ state: ready ? "ready" : "loading", words: header.stage || header.status, progress: header.progress ?? undefined });
       } else {
         handlers.answer(header, new Blob([body], { type: `image/${header.format}` }));
       }

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import AddbenchError, PreconditionError
-from serve.worker import main
+from serve.worker import Progress, main
 
 SIDE = 8
 
@@ -90,9 +90,11 @@ class Scripted:
         return images, notes, {"text": 0.1, "unet": ms, "total": ms}
 
 
-def load(job: Mapping[str, Any], progress: Callable[[str], None]) -> Scripted:
-    progress("the double loads")
-    time.sleep(job["load_ms"] / 1e3)
+def load(job: Mapping[str, Any], progress: Progress) -> Scripted:
+    progress("the double loads", share=0.0)
+    time.sleep(job["load_ms"] / 2e3)
+    progress("the double loads, part 2 of 2", share=0.5)
+    time.sleep(job["load_ms"] / 2e3)
     if job["load"] == "refuse":
         raise PreconditionError("the double does not load", "it was told so", "tell it nothing")
     if job["load"] == "crash":

@@ -177,6 +177,7 @@ def test_while_the_model_loads(start: Start) -> None:
     server = start(load_ms=1500.0)
     status, headers, answer = server.call("GET", "/health")
     assert (status, answer["status"]) == (503, "loading")
+    assert answer.keys() == {"status", "model", "stage", "progress"}
     assert server.call("GET", "/health/live")[0] == 200
     status, headers, answer = server.draw(prompt="x")
     assert (status, headers["retry-after"]) == (503, "1")

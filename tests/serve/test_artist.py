@@ -23,10 +23,20 @@ def artist_of(bundle: Bundle, backend: str, **rest: Any) -> Artist:
     capability = parse_backend(backend).probe()
     if not capability.usable:
         pytest.skip(f"{backend}: {capability.what}")
-    stages: list[str] = []
+    told: list[tuple[str, float | None]] = []
+
+    def progress(stage: str, share: float | None = None) -> None:
+        told.append((stage, share))
+
     job = {**JOB, "bundle": str(bundle.path), "backend": backend, **rest}
-    artist = load(job, stages.append)
-    assert stages[-1] == "warming up"
+    artist = load(job, progress)
+    assert told[-1] == ("warming up", 1.0)
+    shares = [share for _, share in told if share is not None]
+    assert shares == sorted(shares)
+    parts = {part for pipeline in artist.pipelines.values() for part in pipeline.parts}
+    named = {stage.split(",")[0].removeprefix("loading ") for stage, _ in told}
+    assert parts <= named, "each part is said when it is loaded"
+    assert f"loading {artist.first.parts[0]}, 1 of {len(parts)}" in dict(told)
     return artist
 
 

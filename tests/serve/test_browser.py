@@ -141,6 +141,23 @@ def test_loading_is_shown_and_what_was_typed_meanwhile_is_drawn(
     assert pixels_of(page) == expected_pixels("early")
 
 
+def test_how_far_loading_is_is_shown(server: Running, open_page: Callable[..., Any]) -> None:
+    page = open_page(server)
+    worker = server.app.engine.attendants[0]
+
+    def say(state: str, stage: str, share: float | None) -> None:
+        worker.state, worker.stage, worker.share = state, stage, share
+        server.app.live.tell_status()
+
+    server.loop.call_soon_threadsafe(say, "loading", "loading unet, 3 of 6", 0.75)
+    wait(page, "document.querySelector('#veil-words').textContent === 'loading unet, 3 of 6'")
+    assert page.is_visible("#progress")
+    assert page.evaluate("document.querySelector('#progress').value") == 0.75
+    server.loop.call_soon_threadsafe(say, "ready", "", None)
+    page.wait_for_selector("body[data-state=ready]")
+    assert page.is_hidden("#progress")
+
+
 def test_a_killed_worker(start: Start, open_page: Callable[..., Any]) -> None:
     server = start(draw_ms=50.0, load_ms=300.0).wait_ready()
     page = open_page(server)

@@ -16,6 +16,7 @@ import pytest
 from running import Running, Typist, is_picture_of, pixels, until
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from serve.engine import Attendant
 from serve.envelope import pack, unpack
 from serve.live import LARGEST_MESSAGE, MOST_CONNECTIONS
 
@@ -36,7 +37,7 @@ def test_a_picture_for_a_message(server: Running) -> None:
     assert is_picture_of(file, "a red circle", 5, steps=2, decoder="taesd")
     assert (header["id"], header["skipped"], header["tokens"]) == (1, 0, 5)
     assert {"queue", "text", "unet", "encode", "server"} <= header["ms"].keys()
-    assert typist.statuses[-1] == {"status": "ready", "stage": ""}
+    assert typist.statuses[-1] == {"status": "ready", "stage": "", "progress": None}
 
 
 def test_the_defaults_are_a_fixed_seed_and_jpeg(server: Running) -> None:
@@ -46,6 +47,41 @@ def test_the_defaults_are_a_fixed_seed_and_jpeg(server: Running) -> None:
         files = [body for _, body in typist.answers_until(2)]
     assert files[-1].startswith(b"\xff\xd8")
     assert len(set(files)) == 1
+
+
+def test_a_stale_picture_is_stopped_but_never_two_in_a_row(start: Start) -> None:
+    server = start(draw_ms=1500.0, stops_stale=True).wait_ready()
+    work = server.app.engine.attendants[0]
+    with server.live() as typist:
+        for number in (1, 2, 3):
+            typist.send(number, f"text {number}", seed=3)
+            # 1 is stopped for 2, which is then finished though 3 waits.
+            until(lambda number=number: is_in_work(work, f"text {min(number, 2)}"))
+        answers = typist.answers_until(3)
+        typist.send(4, "text 4", seed=3)
+        until(lambda: is_in_work(work, "text 4"))
+        typist.send(5, "text 5", seed=3)
+        answers += typist.answers_until(5)
+    assert [header["id"] for header, _ in answers] == [2, 3, 5]
+    assert [header["skipped"] for header, _ in answers] == [1, 0, 1]
+    for header, file in answers:
+        assert is_picture_of(file, f"text {header['id']}", 3)
+    assert 'cancelled_total{where="stale"} 2.0' in server.call("GET", "/metrics")[2].decode()
+    assert not server.app.engine.spared
+
+
+def test_a_picture_in_work_is_finished_where_nobody_said(start: Start) -> None:
+    server = start(draw_ms=600.0).wait_ready()
+    with server.live() as typist:
+        typist.send(1, "text 1", seed=3)
+        until(lambda: is_in_work(server.app.engine.attendants[0], "text 1"))
+        typist.send(2, "text 2", seed=3)
+        assert [header["id"] for header, _ in typist.answers_until(2)] == [1, 2]
+
+
+def is_in_work(attendant: Attendant, prompt: str) -> bool:
+    batches = list(attendant.life.batches.values()) if attendant.life else []
+    return any(ticket.brief.prompt == prompt for batch in batches for _, ticket in batch.entries)
 
 
 def test_typing_faster_than_drawing_draws_the_last_text(start: Start) -> None:
@@ -108,7 +144,8 @@ def test_what_is_typed_while_the_model_loads_is_drawn_when_it_is_there(start: St
         assert header["id"] == 2
         assert is_picture_of(file, "early bird", 0)
     assert typist.statuses[0]["status"] == "loading"
-    assert "the double loads" in {status["stage"] for status in typist.statuses}
+    told = {status["stage"]: status["progress"] for status in typist.statuses}
+    assert (told["the double loads"], told["the double loads, part 2 of 2"]) == (0.0, 0.5)
 
 
 def test_a_killed_worker_costs_a_moment_and_the_last_text_is_drawn(start: Start) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,47 @@ def test_offline_gives_everything_at_once(tmp_path: Path) -> None:
     assert len(issued) == 1
     assert figures["failed"] > 0
     assert 0 < figures["per_second"] < 200
+
+
+class Narrow(BaseHTTPRequestHandler):
+    """A server that has room for two requests at once, and refuses the others for a while."""
+
+    protocol_version = "HTTP/1.1"
+    room = threading.Semaphore(2)
+    refused = 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        entered = self.room.acquire(blocking=False)
+        if entered:
+            time.sleep(0.01)
+            self.room.release()
+        else:
+            Narrow.refused += 1
+        self.send_response(200 if entered else 429)
+        self.send_header("Content-Length", "0")
+        self.send_header("Retry-After", "1")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("scenario", ["offline", "server"])
+def test_a_refused_request_asks_again_but_for_a_server_under_load(
+    tmp_path: Path, scenario: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Narrow.refused = 0
+    monkeypatch.setattr(ThreadingHTTPServer, "request_queue_size", 256)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Narrow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        sut = f"http://127.0.0.1:{server.server_address[1]}"
+        more = {"rate": 500.0, "limit_s": 0.1} if scenario == "server" else {}
+        _, figures = generated(tmp_path, scenario, sut=sut, requests=200, **more)
+        server.shutdown()
+    assert Narrow.refused > 0
+    assert figures["samples"] >= 200
+    assert figures["failed"] == (Narrow.refused if scenario == "server" else 0)
 
 
 def test_a_server_that_is_asked_for_too_much_shows_it(tmp_path: Path) -> None:
