@@ -150,6 +150,8 @@ class Backend(ABC):
     provenance: ClassVar[str] = "measured"
     """`emulated`: numerics without a speed, and no figure of it is in seconds."""
     device: str = "cpu"
+    elsewhere: bool = False
+    """Whether it computes in other processes, whose memory is not the caller's."""
     keeps_artifacts: bool = True
     """False where a compile leaves nothing on disk (torch runs the checkpoint's own modules)."""
     interpreter: Path | None = None

@@ -18,6 +18,7 @@ BACKENDS = {
     "cuda": "backends.cuda:CudaBackend",
     "trt": "backends.trt:TrtBackend",
     "qaic": "backends.qaic:QaicBackend",
+    "web": "backends.web:WebBackend",
     "null": "backends.null:NullBackend",
 }
 """name -> "module:Class", imported only when the backend is asked for."""

@@ -149,7 +149,7 @@ class Worker:
             "compile_cached": self.pipe.compile_cached,
             "compile_peak_mb": max((peak for peak in peaks if peak is not None), default=None),
             "artifacts": {part: found.key for part, found in artifacts.items()},
-            "versions": environment.versions() if elsewhere else None,
+            "versions": environment.versions() if elsewhere else self.pipe.versions,
         }
 
     def run(self, number: int, report: Reporter) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class Worker:
         result = figures(measured, cell.batch, self.rule.min_samples) | {
             "period_ms": None if period_s is None else rounded(1e3 * period_s),
             "process_cold": number == 0,
-            "peak_memory_mb": round(memory.megabytes(), 1),
+            "peak_memory_mb": None if self.backend.elsewhere else round(memory.megabytes(), 1),
             "cpu_freq_mhz": environment.cpu_freq_mhz(),
         }
         read = gauge.columns()

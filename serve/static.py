@@ -16,14 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from core.errors import EXIT_OK, AddbenchError, PreconditionError
 from core.files import read_json
 from export.bundle import MANIFEST
-from export.web.site import KIND
+from export.web.site import ISOLATION, KIND
 from serve.server import Door, Listener
 
 HEADERS = {
-    # Isolated: threads of WebAssembly share memory, which browsers give to no other page.
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Embedder-Policy": "require-corp",
-    "Cross-Origin-Resource-Policy": "same-origin",
+    **ISOLATION,
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'wasm-unsafe-eval' blob:;"
     " worker-src 'self' blob:; img-src 'self' blob:; base-uri 'none'; form-action 'none';"
     " frame-ancestors 'none'; object-src 'none'",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from core.files import ROOT, sha256_file, sha256_json
 
-COMPILERS = ("backends", "export.lower", "export.quantize")
+COMPILERS = ("backends", "export.lower", "export.quantize", "export.web")
 """Rooms and folders that change what is compiled."""
 SHARED = ("backends.base", "backends.registry", "backends.artifacts", "backends.pipeline",
           "backends.check", "backends.commands", "backends.modelled")  # fmt: skip

@@ -77,6 +77,8 @@ class Pipeline:
     staged = True
     """Whether a call waits for the device after each stage and times it."""
     can_stage = True
+    versions: Mapping[str, str] | None = None
+    """What it runs on beside the packages of this environment: name -> version."""
 
     def __init__(
         self,

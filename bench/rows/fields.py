@@ -259,7 +259,7 @@ FIELDS: tuple[Field, ...] = (
     figure("peak_memory_mb", NUMBER,
          "highest resident memory of the worker during this cell, in 10^6 bytes. Holds Python, "
          "its libraries (scikit-image for the image check too) and the loaded weights, not the "
-         "peak of compiling or loading"),
+         "peak of compiling or loading. Null where other processes compute (`web`)"),
     figure("energy_j", NUMBER,
          "joules of one call: a GPU's own counter (the card without its host), the sensors of "
          "the Cloud AI 100 cards that a row's devices are on (all SoCs of each, used or not; "
@@ -314,8 +314,9 @@ FIELDS: tuple[Field, ...] = (
          "part -> cache key of what was compiled for it",
          empty={}, emulated=True),
     circumstance("versions", MapOf(TEXT),
-         "package -> version in the worker's environment, where the backend has one of its own; "
-         "null for the header's",
+         "package -> version in the worker's environment, where the backend has one of its own; of "
+         "`web` the browser, and in its words where in it the page computed: device, adapter, "
+         "threads, whether it is isolated. Null for the header's",
          since=DAY_ONE),
     circumstance("load_avg", NUMBER, "the kernel's one-minute average when the cell began"),
     circumstance("other_cpu", NUMBER,

@@ -41,6 +41,7 @@ HOPELESS = (1 + RUN_SLOWDOWN) * math.exp(REACH[1])
 ASIDE = {
     "null": "a scripted device for tests",
     "optimum": "another library's pipeline, to compare with",
+    "web": "a browser, to see what a page gives",
     "qnn": "an NPU that the CPU emulates: it has no speed",
 }
 """Backends that are not candidates unless they are named, and why."""

@@ -53,6 +53,7 @@ HUES = {
     "cuda": "#E69F00",
     "qaic": "#882255",
     "qnn": "#999933",
+    "web": "#44AA99",
     "null": "#444444",
 }
 """One colour a backend, in every plot of the project."""

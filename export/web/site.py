@@ -7,12 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
 from core.amounts import bytes_text
 from core.errors import PreconditionError
 from core.files import ROOT, json_bytes, read_json, require_disk, sha256_file, staged_folder
+from distill.shapes import WORDS
 from export.bundle import MANIFEST, Bundle, Spec, external_locations
 from export.lower import Profile, lower
 from export.models import DECODERS
@@ -27,6 +29,13 @@ WEB = Profile("web", dtype="float32", attention="matmul", norms="layer", batch=1
 are left to the CPU or inlined, and its MultiHeadAttention is less exact."""
 PROFILES = {"fp32": WEB, "fp16": replace(WEB, name="web-fp16", dtype="as-is")}
 """Precision of the arithmetic -> profile. Both read the same weights."""
+ISOLATION = {
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Embedder-Policy": "require-corp",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+"""Headers of a host that isolate the page: threads of WebAssembly share memory, which browsers give
+to no other."""
 PART_LIMIT = 2_000_000_000
 """Bytes of a part's weights: an ArrayBuffer holds 2 GB."""
 TOTAL_LIMIT = 3_500_000_000
@@ -72,6 +81,7 @@ def build_site(
             "latent_channels": bundle.latent_channels,
             "steps": bundle.steps if bundle.steps in (counts := step_counts(bundle)) else counts[0],
             "prompts": list(bundle.model.prompts),
+            "words": sorted(WORDS) if bundle.model.judge == "shapes" else None,
             "precisions": precisions(bundle),
             "decoders": [name for name in DECODERS if f"{name}_decoder" in bundle.parts],
             "scheduler": constants(bundle),
@@ -79,7 +89,8 @@ def build_site(
             "parts": parts,
             "runtime": {package.name: package.version for package in PACKAGES},
         }
-        (folder / "LICENCES.txt").write_text(licences_text(bundle))
+        notices = copy_notices(folder / "ort")
+        (folder / "LICENCES.txt").write_text(licences_text(bundle, notices))
         shutil.copyfile(ROOT / "LICENSE", folder / "LICENSE")
         manifest["files"] = {
             file.relative_to(folder).as_posix(): {
@@ -198,6 +209,21 @@ def write_tokenizers(bundle: Bundle, folder: Path) -> Iterator[dict[str, Any]]:
         }
 
 
+def copy_notices(folder: Path) -> str | None:
+    """Copy ONNX Runtime's licence and the notices of what is compiled into it, which the browser's
+    package leaves out, from its Python package; the version that they are of, or None where that
+    is not installed."""
+    try:
+        package = distribution("onnxruntime")
+        files = [package.locate_file(f"onnxruntime/{name}") for name in NOTICES]
+        for name, file in zip(NOTICES, files, strict=True):
+            shutil.copyfile(str(file), folder / name)
+    except (PackageNotFoundError, FileNotFoundError):
+        return None
+    return package.version
+
+
+NOTICES = ("LICENSE", "ThirdPartyNotices.txt")
 MIT = """Permission is hereby granted, free of charge, to any person obtaining a copy of this
 software and associated documentation files (the "Software"), to deal in the Software without
 restriction, including without limitation the rights to use, copy, modify, merge, publish,
@@ -216,16 +242,27 @@ OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWA
 """The text that onnxruntime-web's package refers to and does not hold."""
 
 
-def licences_text(bundle: Bundle) -> str:
-    """What is in the folder, and under which terms."""
+def licences_text(bundle: Bundle, notices: str | None) -> str:
+    """What is in the folder, and under which terms.
+
+    Args:
+        notices: the version of ONNX Runtime whose notices lie in ort/; None where none do.
+    """
     runtime = "\n".join(
         f"{', '.join(package.files.values())}\n    {package.spec}: {package.licence}"
         for package in PACKAGES
     )
+    there = (
+        f"in ort/ThirdPartyNotices.txt, which are those of ONNX Runtime {notices}"
+        if notices
+        else "in ThirdPartyNotices.txt of ONNX Runtime, which is NOT in this folder: the Python\n"
+        "package onnxruntime that holds it was not installed when this folder was made. Put it\n"
+        "beside the files of ort/ before you pass the folder on"
+    )
     return (
         f"model/\n    {bundle.name}: {bundle.licence}\n{runtime}\n"
         "all else\n    addbench: Apache-2.0, see LICENSE\n\n"
-        "tokenizers/ is under the text in tokenizers/LICENSE; ort/ under this one, and what\n"
-        "is compiled into it under the terms in ThirdPartyNotices.txt of ONNX Runtime:\n\n"
+        "tokenizers/ is under the text in tokenizers/LICENSE; ort/ under this one, and what is\n"
+        f"compiled into it under the terms\n{there}.\n\n"
         f"Copyright (c) Microsoft Corporation\n\n{MIT}"
     )

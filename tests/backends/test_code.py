@@ -21,6 +21,7 @@ OWN = {
     "cuda": ["backends/nvidia/gpu.py"],
     "qaic": ["backends/cloud_ai/presets.py", "backends/cloud_ai/spec.py",
              "backends/cloud_ai/compiler.py"],
+    "web": ["export/web/site.py", "export/web/runtime.py", "export/web/schedule.py"],
     "torch": ["backends/pytorch/selfattention.py"],
 }  # fmt: skip
 """Modules that decide what the compiler of a backend gives, wherever in it they are imported."""

@@ -74,7 +74,8 @@ export class Artist {
     ort.env.wasm.wasmBinary = await store.read(files.binary);
     const session = { executionProviders: [device.kind] };
     const read = (name) => store.read(name);
-    const options = { precision, session, ...(this.query.has("bench") ? { cached: 0 } : {}) };
+    const measured = this.query.has("bench") || this.query.has("uncached");
+    const options = { precision, session, ...(measured ? { cached: 0 } : {}) };
     this.#pipeline = new Pipeline(ort, Tokenizer, manifest, read, options);
     await this.#pipeline.prepare(this.decoder);
     this.say(this);

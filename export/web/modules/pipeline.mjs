@@ -10,6 +10,7 @@ import {
   firstSample, keptSteps, modelInput, nextSample, noisedLatents, scheduleOf,
 } from "./scheduler.mjs";
 import { ClipTokens } from "./tokens.mjs";
+import { unknownWords } from "./words.mjs";
 
 /** Prompts whose embeddings are kept. */
 const CACHED_PROMPTS = 64;
@@ -132,7 +133,7 @@ export class Pipeline {
    * The picture of a prompt, from noise, or from `picture` (RGBA) where `strength` is below 1.
    *
    * @returns pixels: RGBA, as ImageData takes them; ms by stage; tokens of the prompt; cut_at, where
-   *   it was too long; nfe: evaluations of the UNet
+   *   it was too long; unknown: words that the model was never shown; nfe: evaluations of the UNet
    */
   async draw(request) {
     const { prompt, seed = 0, steps = this.manifest.steps, decoder = this.decoders[0] } = request;
@@ -181,7 +182,9 @@ export class Pipeline {
     };
     const most = this.manifest.tokenizers[0].length;
     const cut = tokens > most ? { cut_at: most } : {};
-    return { pixels, width, height, ms, tokens, ...cut, nfe: unet.length };
+    const unknown = unknownWords(prompt, this.manifest.words);
+    const notes = { ...cut, ...(unknown.length ? { unknown } : {}) };
+    return { pixels, width, height, ms, tokens, ...notes, nfe: unet.length };
   }
 
   async close() {

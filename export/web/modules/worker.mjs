@@ -28,7 +28,8 @@ async function open(query) {
   const store = await new Store(manifest, base, progress).open();
   const load = (name) => import(new URL(name, base));
   const say = ({ device, remark }) => tell("device", { device, remark, keeps: store.keeps });
-  artist = await new Artist(manifest, store, load, new URLSearchParams(query), say).open();
+  const asked = new URLSearchParams(query);
+  artist = await new Artist(manifest, store, load, asked, say).open(asked.get("decoder") ?? undefined);
   ready();
 }
 
@@ -58,7 +59,8 @@ async function draw({ id, picture, ...request }) {
     const { pixels, ms, ...rest } = await artist.draw({ ...request, picture: start });
     if (artist.device !== before) ready(); // it fell back, and has loaded meanwhile
     const unet = ms.unet.reduce((sum, each) => sum + each, 0);
-    tell("answer", { header: { id, ...rest, ms: { ...ms, unet } }, pixels }, [pixels.buffer]);
+    const header = { id, ...rest, ms: { ...ms, unet }, unet_ms: ms.unet };
+    tell("answer", { header, pixels }, [pixels.buffer]);
   } catch (error) {
     console.error(error);
     if (artist.device !== before) ready();
@@ -98,6 +100,7 @@ onmessage = async ({ data }) => {
   } catch (error) {
     console.error(error);
     const { what, why, next } = Failure.parts(error);
-    tell("status", { state: "lost", words: [what, why, next].filter(Boolean).join("; ") });
+    const words = [what, why, next].filter(Boolean).join("; ");
+    tell("status", { state: "lost", words, error: { what, why, next } });
   }
 };

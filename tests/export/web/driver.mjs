@@ -37,6 +37,8 @@ if (job.texts || job.draws) {
     const tokens = new ClipTokens(Tokenizer, JSON.parse(await readFile(join(folder, entry.file))), entry);
     return (job.texts ?? []).map((text) => Array.from(tokens.encode(text).ids, Number));
   }));
+  const { unknownWords } = await load("words.mjs");
+  answer.unknown = (job.texts ?? []).map((text) => unknownWords(text, manifest.words));
   if (job.draws) {
     const ort = await load("ort/ort.wasm.min.mjs");
     ort.env.wasm.numThreads = job.threads ?? 1;

@@ -8,6 +8,7 @@ import os
 import subprocess
 import warnings
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from backends.base import installed
 from backends.load import load_pipeline
 from backends.pipeline.prompts import token_ids
 from core.errors import PreconditionError
 from core.files import ROOT, sha256_file
 from distill.evaluate import held_out
 from distill.judge import judge
-from distill.shapes import draw
+from distill.shapes import draw, unknown_words
 from export.bundle import MANIFEST, Bundle
 from export.web import runtime, site
 from export.web.schedule import constants, require_euler
@@ -147,6 +149,40 @@ def test_tokens_are_those_of_transformers(
             theirs = token_ids(tokenizer, texts).tolist()
         wrong = [text for text, one, other in zip(texts, ours, theirs, strict=True) if one != other]
         assert not wrong
+
+
+def test_unknown_words_are_those_that_the_server_says(node: list[str], folder: Path) -> None:
+    texts = [*(scene.caption for scene in held_out(100)), *HOSTILE, *PROMPTS,
+             "a Lar", "two red hexagons, (blue) stars.", "a\u0085b\x1cc d", ". , ..a,"]  # fmt: skip
+    unknown = in_node(node, folder, texts=texts)["unknown"]
+    assert unknown == [unknown_words(text)[:8] for text in texts]
+    assert not any(unknown[:100])
+    assert unknown[texts.index("two red hexagons, (blue) stars.")] == ["hexagons", "(blue)"]
+
+
+def test_the_folder_holds_the_terms_of_what_it_holds(folder: Path) -> None:
+    said = (folder / "LICENCES.txt").read_text()
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for package in runtime.PACKAGES:
+        assert f"{package.spec}: {package.licence}" in said
+    assert (folder / "tokenizers" / "LICENSE").stat().st_size > 5000
+    if installed("onnxruntime"):
+        notices = (folder / "ort" / "ThirdPartyNotices.txt").read_text()
+        assert "THIRD PARTY SOFTWARE NOTICES" in notices
+        assert f"those of ONNX Runtime {installed('onnxruntime')}" in said
+        assert "ort/ThirdPartyNotices.txt" in manifest["files"]
+
+
+def test_notices_that_are_not_to_be_had_are_said_to_be_missing(
+    shapes_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(site, "distribution", none)
+    assert site.copy_notices(tmp_path) is None
+    assert not list(tmp_path.iterdir())
+    assert "is NOT in this folder" in site.licences_text(shapes_bundle, None)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
