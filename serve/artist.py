@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +31,17 @@ from core.files import ROOT
 from distill.shapes import unknown_words
 from export.bundle import Bundle
 from serve.model import redraws
-from serve.worker import Progress
 
 QUICK_S = 0.5
 """A picture that takes no longer is worth drawing in batches where nobody said."""
 BATCH = 4
+
+
+class Progress(Protocol):
+    """Tells the server what is being done before the first picture."""
+
+    def __call__(self, stage: str, share: float | None = None) -> None:
+        """`share`: how much of it is done, 0 to 1; None where that is not known."""
 
 
 class Loading:

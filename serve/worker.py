@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from serve.artist import Progress
+
 SAVED: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 3},
     "jpeg": {"quality": 92, "subsampling": 0},
@@ -67,16 +69,7 @@ class Drawer(Protocol):
 
 
 Tell = Callable[..., None]
-
-
-class Progress(Protocol):
-    """Tells the server what is being done before the first picture."""
-
-    def __call__(self, stage: str, share: float | None = None) -> None:
-        """`share`: how much of it is done, 0 to 1; None where that is not known."""
-
-
-Load = Callable[[Mapping[str, Any], Progress], Drawer]
+Load = Callable[[Mapping[str, Any], "Progress"], Drawer]
 
 
 class Studio:

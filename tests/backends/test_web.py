@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_what_it_does_not_do_is_refused_before_a_browser_starts(shapes_bundle: B
     with pytest.raises(UnsupportedError, match="one picture at a time"):
         backend.pipeline(shapes_bundle, "vae", Shapes(2, *shapes_bundle.size))
     with pytest.raises(UnsupportedError, match="no scheduler DDIMScheduler"):
-        recipe = make_recipe(shapes_bundle, "DDIMScheduler")
+        recipe = replace(make_recipe(shapes_bundle), scheduler="DDIMScheduler")
         backend.pipeline(shapes_bundle, "vae", Shapes(1, *shapes_bundle.size), recipe=recipe)
     with pytest.raises(UnsupportedError, match=re.escape(backend.no_pictures)):
         backend.require_pictures()

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -23,7 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import AddbenchError, PreconditionError
-from serve.worker import Progress, main
+from serve.worker import main
+
+if TYPE_CHECKING:
+    from serve.artist import Progress
 
 SIDE = 8
 
