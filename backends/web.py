@@ -11,12 +11,13 @@ import base64
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 from urllib.parse import urlencode
 
 import numpy as np
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from backends.pipeline.recipe import Recipe
     from export.bundle import Bundle
 
+Given = TypeVar("Given")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 DEVICES = {
     "wasm": (),
@@ -60,6 +62,7 @@ DEVICES = {
 """Value of `device` -> arguments of the browser."""
 MOST_THREADS = 4
 """What the page takes of itself."""
+TYPES = {".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm"}
 OPEN_MS = 600_000
 """What compiling shaders in software may take."""
 
@@ -74,10 +77,6 @@ class Host(SimpleHTTPRequestHandler):
     """Files of a folder, with the types that modules and WebAssembly want."""
 
     protocol_version = "HTTP/1.1"
-    extensions_map: ClassVar[dict[str, str]] = {
-        **SimpleHTTPRequestHandler.extensions_map,
-        ".mjs": "text/javascript", ".js": "text/javascript", ".wasm": "application/wasm",
-    }  # fmt: skip
 
     def __init__(self, *args: Any, headers: Mapping[str, str], **rest: Any) -> None:
         self.own_headers = headers
@@ -88,8 +87,44 @@ class Host(SimpleHTTPRequestHandler):
             self.send_header(name, value)
         super().end_headers()
 
+    def guess_type(self, path: str | os.PathLike[str]) -> str:
+        return TYPES.get(Path(path).suffix) or super().guess_type(path)
+
     def log_message(self, *_: object) -> None:
-        """A request is no news."""
+        """Say nothing: a request is no news."""
+
+
+class Driver:
+    """Playwright, once in a process: its calls belong to the one thread that began them."""
+
+    thread: ThreadPoolExecutor | None = None
+    pages: ClassVar[set[BrowserPage]] = set()
+    playwright: Any = None
+
+    @classmethod
+    def run(cls, call: Callable[..., Given], *arguments: Any) -> Given:
+        """Return what a call gives in that thread."""
+        if cls.thread is None:
+            cls.thread = ThreadPoolExecutor(1, "playwright")
+        return cls.thread.submit(call, *arguments).result()
+
+    @classmethod
+    def enter(cls, page: BrowserPage) -> Any:
+        """Return playwright, started for the first page."""
+        from playwright.sync_api import sync_playwright
+
+        if cls.playwright is None:
+            cls.playwright = sync_playwright().start()
+        cls.pages.add(page)
+        return cls.playwright
+
+    @classmethod
+    def leave(cls, page: BrowserPage) -> None:
+        """Stop playwright after the last page."""
+        cls.pages.discard(page)
+        if cls.playwright is not None and not cls.pages:
+            cls.playwright.stop()
+            cls.playwright = None
 
 
 class BrowserPage:
@@ -100,59 +135,68 @@ class BrowserPage:
     """
 
     def __init__(self, folder: Path, backend: WebBackend, decoder: str) -> None:
-        from playwright.sync_api import Error, sync_playwright
-
-        self.failure = Error
         headers = ISOLATION if backend.options["isolated"] else {}
         handler = partial(Host, directory=str(folder), headers=headers)
         self.host = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         Thread(target=self.host.serve_forever, daemon=True).start()
-        self.driver = sync_playwright().start()
+        query = urlencode(backend.query | {"decoder": decoder, "uncached": 1})
+        address = f"http://127.0.0.1:{self.host.server_address[1]}/drawn.html?{query}"
+        self.browser: Any = None
         try:
-            self.browser = self.driver.chromium.launch(
-                executable_path=find_browser(),
-                args=[*(() if os.geteuid() else ("--no-sandbox",)), *backend.arguments],
-                handle_sigint=False, handle_sigterm=False,
-            )  # fmt: skip
-            self.page = self.browser.new_page()
-            self.page.set_default_timeout(OPEN_MS)
-            query = urlencode(backend.query | {"decoder": decoder, "uncached": 1})
-            port = self.host.server_address[1]
-            self.page.goto(f"http://127.0.0.1:{port}/drawn.html?{query}")
+            Driver.run(self._open, address, backend.arguments)
             self.device = self.ask("() => globalThis.opened")
-        except Error as error:
-            self.close()
-            raise BackendError(
-                "the page could not be opened", first_line(error),
-                "look whether chromium --headless starts here",
-            ) from error  # fmt: skip
         except BaseException:
             self.close()
             raise
 
+    def _open(self, address: str, arguments: Sequence[str]) -> None:
+        from playwright.sync_api import Error
+
+        try:
+            self.browser = Driver.enter(self).chromium.launch(
+                executable_path=find_browser(),
+                args=[*(() if os.geteuid() else ("--no-sandbox",)), *arguments],
+                handle_sigint=False,
+                handle_sigterm=False,
+            )
+            self.page = self.browser.new_page()
+            self.page.set_default_timeout(OPEN_MS)
+            self.page.goto(address)
+        except Error as error:
+            raise BackendError(
+                "the page could not be opened", first_line(error),
+                "look whether chromium --headless starts here",
+            ) from error  # fmt: skip
+
     def ask(self, script: str, argument: Any = None) -> dict[str, Any]:
-        """What a function of the page answers.
+        """Return what a function of the page answers.
 
         Raises:
             BackendError: an error in the page, or the browser has ended.
         """
+        answer = Driver.run(self._ask, script, argument)
+        if error := answer.get("error"):
+            kind = NonFiniteError if "NaN" in error["what"] else BackendError
+            raise kind(error["what"], error["why"], error["next"])
+        return answer
+
+    def _ask(self, script: str, argument: Any) -> dict[str, Any]:
+        from playwright.sync_api import Error
+
         try:
             answer: dict[str, Any] = self.page.evaluate(script, argument)
-        except self.failure as error:
+        except Error as error:
             raise BackendError(
                 "the browser gave no picture", first_line(error),
                 "run it again; where it ended for lack of memory, take a smaller model",
             ) from error  # fmt: skip
-        if error := answer.get("error"):
-            kind = NonFiniteError if "NaN" in error["what"] else BackendError
-            raise kind(error["what"], error["why"], error["next"])
         return answer
 
     @property
     def versions(self) -> dict[str, str]:
         """What a row says of where it ran."""
         return {
-            "chromium": self.browser.version,
+            "chromium": Driver.run(lambda: self.browser.version),
             "onnxruntime-web": ONNXRUNTIME_WEB.version,
             "device": self.device["words"],
             "adapter": self.device["adapter"] or "none",
@@ -161,11 +205,14 @@ class BrowserPage:
         }
 
     def close(self) -> None:
-        if hasattr(self, "browser"):
-            self.browser.close()
-        self.driver.stop()
+        Driver.run(self._close)
         self.host.shutdown()
         self.host.server_close()
+
+    def _close(self) -> None:
+        if self.browser is not None:
+            self.browser.close()
+        Driver.leave(self)
 
 
 class WebPipeline(Pipeline):

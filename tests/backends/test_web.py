@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from backends.load import load_pipeline
 from backends.pipeline.recipe import make_recipe
 from backends.pipeline.session import Shapes
 from backends.registry import parse_backend
-from backends.web import WebPipeline
+from backends.web import Driver, WebPipeline
 from bench.rows.store import open_run
 from bench.run.measure import StopRule, measure
 from bench.sweep import main as sweep
@@ -120,7 +121,7 @@ def test_a_sweep_makes_a_row_like_any_other(
 ) -> None:
     code = shell(sweep, [
         "--model", str(shapes_bundle.path), "--backend", "web:isolated=0", "--steps", "1",
-        "--decoder", "taesd", "--rounds", "1", "--min-samples", "3", "--min-time", "0",
+        "--decoder", "taesd", "--rounds", "1", "--min-samples", "3", "--min-time", "0.01",
         "--patience", "0", "--no-roofline", "--runs", str(tmp_path),
     ])  # fmt: skip
     assert code == 0
@@ -142,10 +143,17 @@ def test_a_browser_that_ends_is_an_error_in_words(shapes_bundle: Bundle, usable:
     pipe = load_pipeline(str(shapes_bundle.path), "web:threads=1", "taesd")
     assert isinstance(pipe, WebPipeline)
     assert pipe.page is not None
-    pipe.page.browser.close()
+    Driver.run(pipe.page.browser.close)
     with pytest.raises(BackendError, match="the browser gave no picture"):
         pipe(PROMPT, steps=1)
     pipe.close()
+
+
+def test_any_thread_may_draw(pipeline: WebPipeline) -> None:
+    here = pipeline(PROMPT, steps=1, seed=1).images
+    with ThreadPoolExecutor(2) as pool:
+        there = list(pool.map(lambda seed: pipeline(PROMPT, steps=1, seed=seed).images, (1, 1)))
+    assert all(np.array_equal(images, here) for images in there)
 
 
 @pytest.mark.slow
@@ -168,7 +176,7 @@ def test_the_judge_finds_as_many_captions_right_as_in_python(
     """In a real browser: 100 captions equal to Python's within one."""
     code = shell(sweep, [
         "--model", str(shapes_bundle.path), "--backend", "web", "--backend", "ort", "--steps", "1",
-        "--decoder", "vae", "--rounds", "1", "--min-samples", "1", "--min-time", "0",
+        "--decoder", "vae", "--rounds", "1", "--min-samples", "1", "--min-time", "0.01",
         "--quality", "100", "--patience", "0", "--no-roofline", "--runs", str(tmp_path),
     ])  # fmt: skip
     assert code == 0
