@@ -98,11 +98,16 @@ def console(width: int | None = None) -> Console:
 
 
 def terminal_table(
-    columns: Sequence[Column], lines: Sequence[Any], title: str = "", one_line: bool = False
+    columns: Sequence[Column],
+    lines: Sequence[Any],
+    title: str = "",
+    one_line: bool = False,
+    dimmed: Callable[[Any], bool] = lambda line: False,
 ) -> Table:
     """The table for `rich` to draw; `title` stands above it. No figure and no word is cut.
 
-    `one_line`: nothing but headers goes on several lines, and these do.
+    `one_line`: nothing but headers goes on several lines, and these do. `dimmed`: whether a line is
+    drawn faint.
     """
     from rich.table import Table
 
@@ -115,7 +120,8 @@ def terminal_table(
             max_width=full_width(column, lines) if one_line else None,
         )
     for line in lines:
-        table.add_row(*(column.text(line) for column in columns))
+        style = "dim" if dimmed(line) else None
+        table.add_row(*(column.text(line) for column in columns), style=style)
     return table
 
 
@@ -125,6 +131,7 @@ def draw(
     title: str = "",
     width: int | None = None,
     least_needed: Sequence[str] = (),
+    dimmed: Callable[[Any], bool] = lambda line: False,
 ) -> None:
     """Print the table. Of `least_needed`, first to last, go as many as there is no room for.
 
@@ -142,7 +149,7 @@ def draw(
         natural = [max(full_width(column, lines), len(column.header)) for column in kept]
         least = [full_width(column, lines) for column in kept]
         one_line = total(least) <= drawn_on.width < total(natural)
-    drawn_on.print(terminal_table(kept, lines, title, one_line))
+    drawn_on.print(terminal_table(kept, lines, title, one_line, dimmed))
 
 
 def total(widths: Sequence[int]) -> int:

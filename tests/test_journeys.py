@@ -20,10 +20,12 @@ JOURNEYS = {
 STAND_INS = {
     r"(?<=--model )sd15(?= )": "tiny-sd",
     r"(?<=addbench sweep )(?!.*--dry-run)": f"{SHORT} ",
+    # No export for either side, and workers that need no compile.
+    r"^addbench ab --base HEAD$": "addbench ab --base HEAD --model build/tiny-sdxl-random-fp16"
+    f" --backend null --steps 1 --decoder taesd --rounds 5 {SHORT}",
 }
 """Pattern -> what takes its place; all else runs as the page says it."""
 ELSEWHERE = {
-    "addbench ab --base HEAD": "minutes of exports; with scripted workers in its own tests",
     "addbench train --smoke": "run by the CI script",
 }
 
@@ -46,7 +48,8 @@ def test_journey(title: str, clone: Path) -> None:
             ]
         for words in commands:
             done = run_in(clone, words)
-            assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+            fine = (0, 5) if words[1:2] == ["ab"] else (0,)  # one code twice: undecided at worst
+            assert done.returncode in fine, f"{words}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
 
 
 def stand_in(command: str) -> str:

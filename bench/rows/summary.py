@@ -86,8 +86,12 @@ class CellRounds:
             spread = (max(medians) - min(medians)) / 2
         else:
             spread = good[0]["sd_ms"] if good[0]["sd_ms"] is not None else UNKNOWN * middle
-        calm = any("disturbed" not in row["flags"] for row in good)
-        return float(spread if calm else max(spread, UNKNOWN * middle))
+        return float(max(spread, UNKNOWN * middle) if self.disturbed else spread)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs disturbed every round that there is a time of."""
+        return bool(self.good) and all("disturbed" in row["flags"] for row in self.good)
 
     def stage(self, name: str) -> float | None:
         """The median over rounds of a stage's milliseconds."""

@@ -7,6 +7,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 from backends.check.gate import QUANTISED, RANDOM_WORDS
@@ -141,7 +142,8 @@ def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
         if len(texts) == 1:  # said once: a terminal is narrow
             caption.append(f"{column.header} {texts.pop()}".removeprefix("numerics "))
             wanted.remove(column)
-    draw(wanted, lines, ", ".join(caption), width, LEAST_NEEDED)
+    dimmed = attrgetter("disturbed")
+    draw(wanted, lines, ", ".join(caption), width, LEAST_NEEDED, dimmed)
     if any(EMULATED in line.provenance for line in lines):
         print(EMULATED_WORDS)
     if any(map(says_little, lines)):

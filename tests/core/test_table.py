@@ -89,3 +89,8 @@ def test_every_line_of_markdown_is_as_long(pairs: list[tuple[str, float | None]]
 def test_a_table_without_lines_has_its_header() -> None:
     assert len(terminal_table(COLUMNS, ()).columns) == 3
     assert len(markdown_lines(COLUMNS, ())) == 2
+
+
+def test_a_dimmed_line_is_drawn_faint() -> None:
+    table = terminal_table(COLUMNS, THINGS, dimmed=lambda thing: "disturbed" in thing.flags)
+    assert [row.style for row in table.rows] == ["dim", None]

@@ -16,7 +16,7 @@ from made import cell, make_run, row
 
 from bench.commands.show import main as show
 from bench.rows.fields import FLAGS
-from bench.rows.store import HEADER, ROWS, Run
+from bench.rows.store import HEADER, ROWS, Row, Run
 from bench.rows.summary import by_cell
 from bench.show.page import figures
 from bench.show.page.page import code, render
@@ -133,6 +133,19 @@ def test_every_flag_has_its_words(tmp_path: Path) -> None:
     page = render(make_run(tmp_path, [row(cell(), [10.0] * 3, flags=list(FLAGS))]))
     text = re.sub(r"</?code>", "`", html.unescape(page))
     assert all(meaning in text for meaning in FLAGS.values())
+
+
+def test_a_cell_with_no_calm_round_is_dimmed(tmp_path: Path) -> None:
+    def rounds(steps: int, *flags: list[str]) -> list[Row]:
+        return [
+            row(cell(steps=steps), [10.0] * 3, round_=n, flags=each) for n, each in enumerate(flags)
+        ]
+
+    half = rounds(1, ["disturbed"], [])
+    assert 'class="dim"' not in render(make_run(tmp_path, half, rounds=2))
+    rows = [*half, *rounds(2, ["disturbed"], ["disturbed"])]
+    text = render(make_run(tmp_path, rows, rounds=2))
+    assert text.count('<tr class="dim">') == 2  # in the main columns and in all of them
 
 
 def test_provenances_are_kept_apart(tmp_path: Path) -> None:
