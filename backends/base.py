@@ -361,7 +361,8 @@ class Lacks(Protocol):
     """A backend of which some options may be missing though it can be used."""
 
     def lacks(self) -> list[str]:
-        """A line for each value of an option that cannot be used here: why, and what to do."""
+        """A line for each value of an option that cannot be used here: why, and what to do. Where
+        few can be, those too."""
 
 
 @runtime_checkable

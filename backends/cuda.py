@@ -16,7 +16,6 @@ not run: anything with CUDA in its name.
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -32,10 +31,10 @@ from backends.base import (
     Option,
     Session,
     Shapes,
-    UnsupportedError,
     installed,
 )
 from backends.nvidia.gpu import gpu_name, missing_gpu, torch_cuda, torch_on_gpu
+from backends.onnxrt.providers import Placement, open_session
 from backends.onnxrt.session import MODEL, TYPES, translate
 from core.files import require_disk
 from export.lower import Profile, lower
@@ -60,8 +59,6 @@ MULTIHEAD = Profile(
     argmax="float32",
 )
 SMALL = 64 * 2**20
-SHOWN = 12
-"""Nodes that a refusal names; it counts the rest."""
 
 
 class BoundSession(Session):
@@ -248,14 +245,15 @@ class CudaBackend(Backend):
     def _load(self, bundle: Bundle, artifact: Artifact) -> Session:
         stream = self.stream()
         model = artifact.folder / MODEL
-        providers = [(PROVIDER, provider_options(self.options, stream.cuda_stream))]
+        options = provider_options(self.options, stream.cuda_stream)
         try:
-            session = open_session(model, providers)
+            session = open_session(model, PROVIDER, None, options)
         except Exception as error:
             # The provider itself refuses to capture a graph with nodes on the CPU, unnamed.
-            plain = [(PROVIDER, provider_options({**self.options, "graph": False}, 0))]
+            plain = provider_options({**self.options, "graph": False}, 0)
             if "CUDA Graph" in str(error):
-                require_on_device(open_session(model, plain), PROVIDER, artifact.part)
+                session = open_session(model, PROVIDER, None, plain)
+                require_on_device(session, PROVIDER, artifact.part)
             raise translate(error, f"loading {artifact.part}") from error
         if PROVIDER not in session.get_providers():
             raise BackendError(
@@ -326,38 +324,11 @@ def provider_options(options: Mapping[str, Any], stream: int) -> dict[str, str]:
     return chosen | ({"user_compute_stream": str(stream)} if stream else {})
 
 
-def open_session(model: Path, providers: Sequence[Any]) -> Any:
-    """An onnxruntime session that records which provider each node went to."""
-    import onnxruntime
-
-    preload = getattr(onnxruntime, "preload_dlls", None)
-    if preload is not None and any(provider[0] == PROVIDER for provider in providers):
-        preload()  # CUDA and cuDNN from where pip put them
-    made = onnxruntime.SessionOptions()
-    made.log_severity_level = 3
-    made.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    # Otherwise it prints and goes on with the CPU when a provider fails.
-    return onnxruntime.InferenceSession(str(model), made, list(providers), enable_fallback=0)
-
-
 def require_on_device(session: Any, provider: str, part: str) -> None:
     """Refuse a session that has nodes elsewhere than on `provider`, and name them."""
-    elsewhere = [
-        (group.ep_name, node)
-        for group in session.get_provider_graph_assignment_info()
-        if group.ep_name != provider
-        for node in group.get_nodes()
-    ]
-    if not elsewhere:
-        return
-    named = [f"{node.op_type} {node.name or '(no name)'}" for _, node in elsewhere]
-    counts = Counter(node.op_type for _, node in elsewhere)
-    more = f", and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-    raise UnsupportedError(
-        f"{part} does not run wholly on {provider}",
-        f"{len(named)} nodes are left to {', '.join(sorted({name for name, _ in elsewhere}))}"
-        f" ({', '.join(f'{count} {op}' for op, count in sorted(counts.items()))}):"
-        f" {', '.join(named[:SHOWN])}{more}",
+    Placement.of(session, provider).require_whole(
+        provider,
+        part,
         "try cuda:attention=matmul, a newer onnxruntime-gpu, or the backend trt or"
         " torch:device=cuda",
     )

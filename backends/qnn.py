@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +27,7 @@ from backends.base import (
     UnsupportedError,
     installed,
 )
+from backends.onnxrt import providers
 from backends.onnxrt.session import MODEL, OrtSession, translate
 from export.lower import Profile, lower
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from export.bundle import Bundle
 
-PROVIDER = "qnn"
+PROVIDER = "QNNExecutionProvider"
 PACKAGE = "onnxruntime-qnn"
 HTP = Profile("htp", attention="matmul", norms="layer", batch=1)
 """Static shapes. GroupNormalization and InstanceNormalization run out of memory when the graph is
@@ -45,34 +45,16 @@ finalised; by LayerNormalization the statistics are also right beyond FP16's ran
 FP16 they are not: 2e-4 against 0.25 relative error at a standard deviation of 300."""
 
 
-@cache
-def emulated_device() -> list[Any]:
-    """The provider's devices. Registers its library with onnxruntime, once per process."""
-    import onnxruntime
+def session_options(arch: str, *, fallback: bool = False) -> Any:
+    """`fallback`: leave to the CPU what the provider does not take."""
     import onnxruntime_qnn
 
-    library = onnxruntime_qnn.get_library_path()
-    try:
-        onnxruntime.register_execution_provider_library(PROVIDER, library)
-    except Exception as error:  # onnxruntime's errors share no base class of their own
-        raise BackendError(
-            "onnxruntime does not load the emulation",
-            str(error),
-            f"pip install --force-reinstall {PACKAGE}, of a version for this onnxruntime",
-        ) from error
-    return [device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER]
-
-
-def session_options(arch: str, *, fallback: bool = False) -> Any:
-    """`fallback`: leave to the CPU what the provider does not take, and keep record of it."""
-    import onnxruntime
-
-    made = onnxruntime.SessionOptions()
-    made.log_severity_level = 4
-    made.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(not fallback)))
-    made.add_session_config_entry("session.record_ep_graph_assignment_info", str(int(fallback)))
-    made.add_provider_for_devices(emulated_device(), {"backend_type": "htp", "htp_arch": arch})
-    return made
+    library = Path(onnxruntime_qnn.get_library_path())
+    (device,) = providers.plugin_devices(PROVIDER, library)
+    chosen = providers.new_options(PROVIDER, device, {"backend_type": "htp", "htp_arch": arch})
+    chosen.log_severity_level = 4
+    chosen.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(not fallback)))
+    return chosen
 
 
 class QnnSession(OrtSession):
@@ -198,8 +180,7 @@ def refused_ops(lowered: Path, arch: str) -> list[str]:
         except Exception:  # whatever it raised, this operator is what raised it
             refused.append(op)
             continue
-        taken = {group.ep_name for group in session.get_provider_graph_assignment_info()}
-        if taken - {PROVIDER}:
+        if providers.Placement.of(session, PROVIDER).left:
             refused.append(op)
     return refused
 

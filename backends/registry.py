@@ -14,6 +14,7 @@ BACKENDS = {
     "torch": "backends.torch:TorchBackend",
     "openvino": "backends.openvino:OpenVinoBackend",
     "optimum": "backends.optimum:OptimumBackend",
+    "ep": "backends.ep:EpBackend",
     "qnn": "backends.qnn:QnnBackend",
     "cuda": "backends.cuda:CudaBackend",
     "trt": "backends.trt:TrtBackend",

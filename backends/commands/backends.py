@@ -53,7 +53,7 @@ def list_backends() -> int:
 
 def list_parts(args: argparse.Namespace) -> int:
     """Compile every part for one image; say which are taken, and what refuses the others."""
-    from backends.base import BackendError, Shapes, UnsupportedError, probe_compiler
+    from backends.base import BackendError, Remarks, Shapes, UnsupportedError, probe_compiler
     from backends.registry import parse_backend
     from export.bundle import find_bundle
 
@@ -63,9 +63,10 @@ def list_parts(args: argparse.Namespace) -> int:
     print(f"{args.backend} on {bundle.path.name}: {backend.summary}")
     for part in backend.parts(bundle):
         try:
-            backend.compile(bundle, part, Shapes(1, *bundle.size))
+            artifact = backend.compile(bundle, part, Shapes(1, *bundle.size))
         except (BackendError, UnsupportedError) as error:
             print(f"  {part:<16} refused: {error.what}\n{'':<18} why: {error.why}")
         else:
-            print(f"  {part:<16} taken")
+            remark = backend.remark(artifact) if isinstance(backend, Remarks) else ""
+            print(f"  {part:<16} taken{f': {remark}' if remark else ''}")
     return EXIT_OK

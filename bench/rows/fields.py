@@ -45,6 +45,8 @@ FLAGS = {
     " own captions right as in torch FP32: the row is ok by that (`--quality`)",
     "no_compiler": "the operators that the backend builds for this CPU could not be built: it ran"
     " without them, slower. `addbench backends` says why",
+    "cpu_fallback": "nodes that the execution provider does not take ran on the CPU."
+    " `addbench backends parts` counts them part by part",
     "process_peak": "the kernel does not reset peaks: `peak_memory_mb` is that of the whole process"
     " so far",
 }

@@ -42,6 +42,7 @@ ASIDE = {
     "null": "a scripted device for tests",
     "optimum": "another library's pipeline, to compare with",
     "web": "a browser, to see what a page gives",
+    "ep": "any provider of onnxruntime: name one, as ep:provider=openvino",
     "qnn": "an NPU that the CPU emulates: it has no speed",
 }
 """Backends that are not candidates unless they are named, and why."""

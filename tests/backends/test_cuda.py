@@ -47,7 +47,7 @@ def parts(tiny_bundle: Bundle) -> Iterator[dict[str, Lowered]]:
         for part, info in tiny_bundle.parts.items():
             file = Path(scratch) / part / "model.onnx"
             lower(info.graph, replace(parse_backend("cuda").profile(part), batch=BATCH), file)
-            session = open_session(file, [HOST])
+            session = open_session(file, HOST, None, {})
             made[part] = Lowered(file, session, BoundSession(session, info, "cpu", None))
         yield made
 
