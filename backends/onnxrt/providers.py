@@ -25,7 +25,7 @@ from core.amounts import count_text
 from export.lower import CPU, Profile
 
 HOST = "CPUExecutionProvider"
-"""Of what no other provider takes."""
+"""The provider that takes whatever no other does."""
 SUFFIX = "ExecutionProvider"
 GENERAL = Profile("ep", opset=17, attention="matmul", norms="layer", batch=1)
 """What most compilers take: operators of 2022, attention spelt out, static shapes (any `batch` but
