@@ -13,11 +13,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -26,6 +24,7 @@ from backends.artifacts.child import run_child, serve
 from backends.base import (
     Artifact,
     Backend,
+    BackendError,
     Capability,
     Option,
     Session,
@@ -35,6 +34,7 @@ from backends.base import (
     thread_count,
 )
 from backends.onnxrt import operators
+from backends.onnxrt.libraries import say_once
 from backends.onnxrt.session import (
     LEVELS,
     MODEL,
@@ -71,12 +71,6 @@ PLAIN_KERNELS = (
     "no C++ compiler, so that convolutions, products, attention and group norms are onnxruntime's"
     " own, which are slower"
 )
-
-
-@cache
-def say_once(line: str) -> None:
-    """Print a line on stderr, the first time that this process has it to say."""
-    print(line, file=sys.stderr, flush=True)
 
 
 class OrtBackend(Backend):
@@ -249,7 +243,31 @@ class OrtBackend(Backend):
     def row_flags(self) -> tuple[str, ...]:
         return ("no_compiler",) if self.no_compiler else ()
 
+    def build_operators(self) -> None:
+        """Have the operators of our own built; where that fails, onnxruntime's kernels stay, as
+        without a compiler.
+
+        Raises:
+            BackendError: it fails, and they, or BF16, were asked for by name.
+        """
+        if not self.own_operators:
+            return
+        try:
+            operators.library()
+        except BackendError as error:
+            if operators.compiler() is not None:
+                operators.give_up(error.why)
+            self.options |= {key: self.texts[key] for key in operators.PLAIN}
+            self._choose_operators()
+            if self.own_operators:
+                raise
+
+    def compile(self, bundle: Bundle, part: str, shapes: Shapes) -> Artifact:
+        self.build_operators()
+        return super().compile(bundle, part, shapes)
+
     def pipeline(self, bundle: Bundle, decoder: str, shapes: Shapes, **rest: Any) -> Pipeline:
+        self.build_operators()
         if self.no_compiler:
             say_once(f"ort: {PLAIN_KERNELS}: {self.no_compiler}; apt install g++")
         return super().pipeline(bundle, decoder, shapes, **rest)

@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TextIO, TypeVar
@@ -38,6 +39,30 @@ def run_apart(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         1, fresh, initializer=die_with_parent, initargs=(os.getpid(),)
     ) as pool:
         return pool.submit(work, *args, **kwargs).result()
+
+
+KEEPER = Path(__file__).with_name("keeper.py")
+
+
+def run_kept(
+    command: Sequence[str], timeout_s: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program that starts others, as a compiler does, and return what it says. None of them
+    outlives this process, however that ends, or the time that they have.
+
+    Raises:
+        subprocess.TimeoutExpired: they took longer, and were ended.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-I", str(KEEPER), str(os.getpid()), *command],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        finally:
+            end_group(process)
+    out_text, err_text = (text.decode(errors="replace") for text in (out, err))
+    return subprocess.CompletedProcess(list(command), process.returncode, out_text, err_text)
 
 
 def take_stdout() -> TextIO:

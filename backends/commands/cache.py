@@ -21,7 +21,7 @@ def parser() -> Parser:
     )
     actions = top.add_subparsers(dest="action", metavar="ls|verify|prune", required=True)
     actions.add_parser("ls", help="what it holds")
-    actions.add_parser("verify", help="hash every file")
+    actions.add_parser("verify", help="hash every file, and the operators that were built")
     prune = actions.add_parser("prune", help="drop least recently used artifacts")
     prune.add_argument("--max-gb", type=float, metavar="GB", help="keep at most that (the cap)")
     return top
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.action == "prune" and args.max_gb is not None and args.max_gb < 0:
         raise PreconditionError("--max-gb is negative", "it is a size", "use 0 to drop all")
     from backends.artifacts.cache import ArtifactCache, disk_bytes
+    from backends.onnxrt import libraries
 
     store = ArtifactCache()
     if args.action == "prune":
@@ -46,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         verified = store.verify()
         for key, sound in verified.items():
             print(f"{key}  {'sound' if sound else 'damaged: removed, compile it again'}")
-        return EXIT_OK if all(verified.values()) else EXIT_FAILED
+        built = libraries.verify()
+        for file, sound in built.items():
+            state = "sound" if sound else "not what was built: removed, built again when needed"
+            print(f"{file}  {state}")
+        return EXIT_OK if all((*verified.values(), *built.values())) else EXIT_FAILED
     entries = store.entries()
     for entry in entries:
         print(f"{entry.key}  {entry.bytes / 1e9:8.3f} GB  {entry.label}")

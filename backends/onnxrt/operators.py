@@ -7,28 +7,37 @@ it, and kept under the build root. Where there is no compiler, onnxruntime's own
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from backends.artifacts.cache import waiting_lock
 from backends.base import BackendError
-from core.files import build_root, sha256_file, sha256_json, write_atomic
+from backends.onnxrt import libraries
+from backends.onnxrt.compiler import (
+    FLAGS,
+    compile_library,
+    compiler,
+    give_up,
+    identity,
+    no_compiler,
+    takes,
+)
+from core.files import sha256_file, sha256_json
 from core.isa import isa
+
+__all__ = ["compiler", "give_up", "no_compiler"]
 
 PLAIN = {"convolutions": "op", "products": "op", "attention": "multihead", "norms": "layer"}
 """Options of `ort` that choose them, with the values that choose onnxruntime's own."""
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]*")))
-BASELINE = ("-march=x86-64",) if platform.machine() == "x86_64" else ()
-"""Before all others, and so before VECTORS: what a library may use is what its name says."""
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden")
+BASELINE = {"x86_64": ("-march=x86-64", "-mno-sse3"), "aarch64": ("-march=armv8-a",)}.get(
+    platform.machine(), ()
+)
+"""After what `CXX` holds and before VECTORS: what a library may use is what its name says, also
+where `CXX` is `g++ -march=native` or `g++ -mavx512f` (without SSE3 there is none of what came after
+it)."""
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _BF16 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512bf16"]
@@ -40,46 +49,6 @@ VECTORS = (
     ({"avx2", "fma", "f16c"}, _AVX2),
 )  # fmt: skip
 """What a CPU has, and the compiler's flags for it; the widest first."""
-
-
-def compiler() -> list[str] | None:
-    """The C++ compiler that builds them: `CXX`, or c++; None where none builds a library."""
-    command = shlex.split(os.environ.get("CXX") or "c++")
-    return command if os.name == "posix" and not why_not(tuple(command)) else None
-
-
-def no_compiler() -> str:
-    """Why there is no C++ compiler; "" where there is one."""
-    return why_not(tuple(shlex.split(os.environ.get("CXX") or "c++")))
-
-
-@cache
-def why_not(command: tuple[str, ...]) -> str:
-    """Why `command` is no C++ compiler: it is tried on an empty file. "" where it is one."""
-    if shutil.which(command[0]) is None:
-        return f"{command[0]} is not there"
-    with tempfile.TemporaryDirectory(prefix="addbench-cxx-") as folder:
-        source, out = Path(folder) / "empty.cc", Path(folder) / "empty.so"
-        source.write_text('extern "C" int addbench() { return 0; }\n')
-        tried = subprocess.run(
-            [*command, *FLAGS, str(source), "-o", str(out)],
-            capture_output=True, text=True, errors="replace", check=False,
-        )  # fmt: skip
-        if tried.returncode:
-            said = (tried.stderr.strip().splitlines() or ["it says nothing"])[-1]
-            return f"{shlex.join(command)} ends with {tried.returncode}: {said[:200]}"
-        if not out.is_file() or out.read_bytes()[:4] != b"\x7fELF":
-            return f"{shlex.join(command)} writes no library"
-    return ""
-
-
-@cache
-def compiler_version(command: tuple[str, ...]) -> str:
-    """What the compiler says of itself."""
-    asked = subprocess.run(
-        [*command, "--version"], capture_output=True, text=True, errors="replace", check=False
-    )
-    return asked.stdout
 
 
 @cache
@@ -123,68 +92,28 @@ def library() -> Path:
     """
     cxx, vectors = compiler(), _vectors(isa())
     plain = ",".join(f"{key}={value}" for key, value in PLAIN.items())
+    what = "the operators for onnxruntime cannot be built"
     advice = f"install a C++ compiler (apt install g++), or use ort:{plain}"
     if cxx is None:
-        raise BackendError(
-            "the operators for onnxruntime cannot be built",
-            f"there is no C++ compiler: {no_compiler()}",
-            advice,
-        )
-    made_by = [digest(), cxx, compiler_version(tuple(cxx)), FLAGS, BASELINE, vectors]
-    built = build_root() / "native" / f"operators-{sha256_json(made_by)[:16]}.so"
-    if is_ours(built):
-        return built
-    built.parent.mkdir(parents=True, exist_ok=True)
-    with waiting_lock(built.with_suffix(".lock")):
-        if not is_ours(built):
-            _build([*cxx, *BASELINE, *FLAGS, *vectors], built, advice)
-    return built
+        raise BackendError(what, f"there is no C++ compiler: {no_compiler()}", advice)
+    units = [source for source in SOURCES if source.suffix == ".cc"]
 
+    def build(out: Path) -> None:
+        libraries.say_once("the operators for onnxruntime are built, once: about a minute")
+        if reason := compile_library([*cxx, *BASELINE, *FLAGS, *vectors], units, out):
+            raise BackendError(what, reason, advice)
 
-def is_ours(library: Path) -> bool:
-    """Whether a library is the one that was built here: nobody else owns it or may write it, and
-    its content has the hash that lies beside it."""
-    note = library.with_suffix(".sha256")
+    made_by = [digest(), identity(tuple(cxx)), FLAGS, BASELINE, vectors]
     try:
-        states = [file.stat(follow_symlinks=False) for file in (library, note)]
-        if any(state.st_uid != os.getuid() or state.st_mode & 0o022 for state in states):
-            return False
-        return note.read_text() == sha256_file(library)
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def _build(command: Sequence[str], library: Path, advice: str) -> None:
-    """Run the compiler; the library takes its name when it is whole."""
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as folder:
-        fresh = Path(folder) / library.name
-        units = [str(source) for source in SOURCES if source.suffix == ".cc"]
-        done = subprocess.run(
-            [*command, *units, "-o", str(fresh)],
-            capture_output=True, text=True, errors="replace", check=False,
-        )  # fmt: skip
-        if done.returncode or not fresh.is_file():
-            raise BackendError(
-                f"{shlex.join(command[:1])} could not build the operators for onnxruntime",
-                done.stderr.strip()[-2000:] or "it wrote nothing",
-                advice,
-            )
-        library.unlink(missing_ok=True)  # another user's, or torn: not written over
-        library.with_suffix(".sha256").unlink(missing_ok=True)
-        write_atomic(library, fresh.read_bytes())
-    write_atomic(library.with_suffix(".sha256"), sha256_file(library))
+        return libraries.library(f"operators-{sha256_json(made_by)[:16]}.so", build)
+    except OSError as error:
+        raise BackendError(what, str(error), advice) from error
 
 
 def _vectors(isa: str) -> list[str]:
     """The compiler's flags for the widest vectors that the operators know of this CPU's."""
-    flags = set(isa.split())
-    return next((made for needed, made in VECTORS if needed <= flags and _takes(made)), [])
-
-
-def _takes(flags: list[str]) -> bool:
-    """Whether the compiler, which may be older than the CPU, knows these."""
-    cxx = compiler()
-    if cxx is None:
-        return False
-    test = [*cxx, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
-    return subprocess.run(test, capture_output=True, check=False).returncode == 0
+    cxx, flags = compiler(), set(isa.split())
+    for needed, made in VECTORS:
+        if cxx is not None and needed <= flags and takes(tuple(cxx), tuple(made)):
+            return made
+    return []
