@@ -58,6 +58,12 @@ GROUPS: dict[str, tuple[Verb, ...]] = {
             "a bundle becomes a static folder that draws in the browser",
             (*TORCH, "onnx", "onnxscript", "starlette"),
         ),
+        Verb(
+            "export triton",
+            "serve.triton.repository",
+            "a bundle becomes a model repository of NVIDIA's Triton",
+            TORCH,
+        ),
         Verb("verify", "export.verify", "hash a bundle's files against its manifest"),
         Verb("image", "backends.commands.image", "one image of a prompt, as a PNG", TORCH),
         Verb(

@@ -14,6 +14,7 @@ kept beside LoadGen's own logs, and the two must agree within 1%.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             gap_s=args.gap,
         ),
         Path(args.runs),
+        ["addbench", "load", *(sys.argv[1:] if argv is None else argv)],
         remote=args.remote,
     )
     return EXIT_OK if done else EXIT_FAILED

@@ -228,6 +228,12 @@ def mismatches(claim: Claim, ours: Ours) -> list[str]:
         ("scope", claim.scope, "end-to-end"),
         ("memory", False, cell.low_memory),
         ("picture", "", cell.encoder),
+        # A period is that of a card that always has work, which is what `offline` gives it.
+        (
+            "scenario",
+            "offline" if claim.metric == "period" and cell.scenario else "",
+            cell.scenario,
+        ),
     )
     found = [name for name, wanted, have in pairs if wanted is not None and wanted != have]
     wanted, nfe = claim.evaluations, ours.nfe

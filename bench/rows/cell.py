@@ -30,6 +30,7 @@ class Cell:
             after the other); `embedding` (the scale is an input of the UNet).
         low_memory: each part is loaded when a call needs it and released after, within the call.
         encoder, strength: of the picture that the images start from; "" and 1 without one.
+        scenario: of `addbench load`; "" for one call after the other.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Cell:
     low_memory: bool = False
     encoder: str = ""
     strength: float = 1.0
+    scenario: str = ""
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Self:
@@ -92,6 +94,8 @@ class Cell:
             words.append("low memory")
         if self.encoder:
             words.append(f"from a picture ({self.encoder}) strength {self.strength:g}")
+        if self.scenario:
+            words.append(self.scenario)
         return " ".join(words)
 
     def __str__(self) -> str:

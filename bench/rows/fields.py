@@ -205,6 +205,13 @@ FIELDS: tuple[Field, ...] = (
     key("strength", NUMBER,
          "the share of `steps` that run on that picture, the last ones; 1 without one",
          since=PICTURES, older=1.0),
+    key("scenario", TEXT,
+         "of `addbench load`: `single-stream`, `offline`, `server 20/s` or `typists 4`, with "
+         "`over http` behind it where a server was asked. `samples_ms` are then the requests' "
+         "times: from being sent to their picture; in `offline`, where all are sent at once, from "
+         "being begun; of typists from the key. Empty where the harness makes one call after the "
+         "other",
+         since=PICTURES, older=""),
     figure("samples_ms", ListOf(NUMBER),
          "every timed call, in order: prompt strings in, uint8 images in host memory out. Empty "
          "if none was made",
@@ -226,7 +233,9 @@ FIELDS: tuple[Field, ...] = (
     figure("p90_ms", NUMBER,
          "smallest sample with 90% of all at or below it; null for fewer than 64 samples"),
     figure("p99_ms", NUMBER, "the same for 99%; null for fewer than 662"),
-    figure("images_per_s", NUMBER, "batch over median: calls one after the other"),
+    figure("images_per_s", NUMBER,
+         "batch over median: calls one after the other; with a `scenario` the pictures a second "
+         "that came"),
     figure("period_ms", NUMBER,
          "between the ends of two calls while calls are always in flight and the whole card is "
          "busy; null where calls are only made one after the other",

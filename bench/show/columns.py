@@ -71,6 +71,7 @@ COLUMNS = (
     Column("low memory", lambda line: "yes" if line.cell.low_memory else ""),
     Column("encoder", lambda line: line.cell.encoder),
     Column("strength", lambda line: line.cell.strength if line.cell.encoder else None, 2),
+    Column("scenario", lambda line: line.cell.scenario),
     Column("provenance", lambda line: line.provenance),
     Column("decoder", lambda line: line.cell.decoder),
     Column("batch", lambda line: line.cell.batch),
@@ -114,11 +115,11 @@ COLUMNS = (
 ALWAYS = ("weights", "backend", "numerics", "decoder", "batch", "steps", "flags")
 """Columns of the Markdown table that stay even where they say the same in every line."""
 CONDITIONS = ("model", "device", "size (px)", "scheduler", "guidance", "low memory", "encoder",
-              "strength", "provenance",
+              "strength", "scenario", "provenance",
               "captions judged", "FID network")  # fmt: skip
 """Said once above the table where all lines agree."""
 BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory", "encoder",
-         "strength", "encode (ms)", "frames/s", "decoder",
+         "strength", "scenario", "encode (ms)", "frames/s", "decoder",
          "batch", "steps", "NFE", "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)",
          "period (ms)", "images/s", "images/J", "images/J at TDP", "CV (%)", "UNet step (ms)",
          "decode (ms)", "loading (ms)", "peak memory (MB)", "samples", "image PSNR",
@@ -126,7 +127,8 @@ BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory"
 """Columns of the short table: in the terminal and in the README."""
 
 
-SINCE = ("guidance", "low memory", "encoder", "strength", "encode (ms)", "frames/s", "loading (ms)",
+SINCE = ("guidance", "low memory", "encoder", "strength", "scenario", "encode (ms)", "frames/s",
+         "loading (ms)",
          "low (ms)", "high (ms)",
          "high, switching (ms)", "period (ms)", "images/J", "images/J at TDP",
          "captions right (%)", "own FID", "captions judged", "FID network")  # fmt: skip

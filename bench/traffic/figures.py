@@ -84,6 +84,12 @@ def figures_of(job: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return figures
 
 
+def times_of(scenario: str, samples: Sequence[Mapping[str, int]]) -> list[float]:
+    """Milliseconds of each request that was answered with a picture, in the order of its end."""
+    since = "started_ns" if scenario == "offline" else "issued_ns"
+    return [(s["done_ns"] - s[since]) / 1e6 for s in samples if s["code"] == 200]
+
+
 def apart(
     scenario: str, figures: Mapping[str, Any], taken: Sequence[float], loadgen: Mapping[str, Any]
 ) -> dict[str, float]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +18,10 @@ import numpy as np
 
 from backends.check.gate import gate_for, image_distance
 from backends.registry import parse_backend
-from bench.machine import environment
 from bench.rows.store import now_utc
-from bench.traffic.figures import agrees, figures_of
+from bench.traffic.figures import agrees, figures_of, read_samples, times_of
 from bench.traffic.generator import IMAGE
+from bench.traffic.rows import LoadRun
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT, write_json
 from distill.captions import captions
@@ -58,8 +57,12 @@ class Load:
     gap_s: float
 
 
-def measure(load: Load, runs: Path, remote: bool = False) -> bool:
+def measure(load: Load, runs: Path, command: Sequence[str] = (), remote: bool = False) -> bool:
     """Measure, print and keep; whether nothing failed and LoadGen's figures agree.
+
+    Args:
+        runs: where the run's folder is made, which `addbench show` and the others read.
+        command: as it was typed.
 
     Raises:
         PreconditionError: it cannot be measured here; nothing was written.
@@ -75,36 +78,46 @@ def measure(load: Load, runs: Path, remote: bool = False) -> bool:
             "pip install -e '.[load]'",
         )  # fmt: skip
     served = check_server(load.sut, bundle, remote) if over_http else None
-    folder = runs / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-load-{load.scenario}"
-    folder.mkdir(parents=True)
+    steps = load.steps or bundle.steps
+    worker = served["workers"][0] if served else {"backend": load.backend}
+    load_run = LoadRun(
+        bundle,
+        worker["backend"],
+        runs,
+        command,
+        decoder=load.decoder or next(iter(worker.get("decoders", ())), None),
+        steps=steps,
+        seconds=load.seconds,
+        requests=load.requests,
+        provenance="measured" if served is None else provenance_of(served),
+        served=served,
+    )
+    folder = load_run.run.path
     record: dict[str, Any] = {
         "kind": "load",
         "time_utc": now_utc(),
-        "provenance": "measured" if served is None else provenance_of(served),
         "asked": asdict(load),
-        "model": bundle.name,
-        "weights": bundle.weights,
-        "bundle_hash": bundle.hash,
         "server": served,
-        "environment": environment.collect(),
-        "git": environment.git_state(),
         "measurements": [],
     }
 
-    def keep(figures: dict[str, Any]) -> dict[str, Any]:
+    def keep(figures: dict[str, Any], samples_ms: Sequence[float], begun: str) -> dict[str, Any]:
+        # Each as it is done: nothing finished is lost.
         record["measurements"].append(figures)
-        write_json(folder / RECORD, record)  # each as it is done: nothing finished is lost
+        write_json(folder / RECORD, record)
+        load_run.keep(scenario_of(figures), samples_ms, figures, begun)
         print(text_of(figures), flush=True)
         return figures
 
     if load.scenario == "typists":
         from bench.traffic.typists import type_all
 
-        figures = keep(type_all(load.sut, lines_of(bundle), load.typists, load.keys, load.gap_s))
+        begun = now_utc()
+        figures = type_all(load.sut, lines_of(bundle), load.typists, load.keys, load.gap_s)
+        keep(figures, figures["samples_ms"], begun)
         print(folder)
-        return bool(figures["last_drawn"] == load.typists and figures["in_order"])
+        return bool(figures["ok"])
 
-    steps = load.steps or bundle.steps
     run = Measuring(load, bundle, steps, folder, keep)
     if load.scenario != "server":
         good = run(load.scenario)["ok"]
@@ -131,7 +144,7 @@ class Measuring:
         bundle: Bundle,
         steps: int,
         folder: Path,
-        keep: Callable[[dict[str, Any]], dict[str, Any]],
+        keep: Callable[[dict[str, Any], Sequence[float], str], dict[str, Any]],
     ) -> None:
         self.load, self.bundle, self.steps, self.folder, self.keep = (
             load, bundle, steps, folder, keep,
@@ -158,6 +171,7 @@ class Measuring:
             "seeds": SEEDS,
             **more,
         }
+        begun = now_utc()
         generate(job, folder)
         figures = figures_of(job, folder) | {"image_check": self.image_check(folder)}
         figures["agrees"] = agrees(figures)
@@ -165,7 +179,7 @@ class Measuring:
         failed = figures["failed"] and scenario != "server"
         check = figures["image_check"]["status"]
         figures["ok"] = figures["agrees"] and not failed and check != "mismatch"
-        return self.keep(figures)
+        return self.keep(figures, times_of(scenario, read_samples(folder)), begun)
 
     def image_check(self, folder: Path) -> dict[str, Any]:
         """The reference's picture, drawn by what is under load, against torch in FP32."""
@@ -259,6 +273,14 @@ def check_server(url: str, bundle: Bundle, remote: bool) -> dict[str, Any]:
 def provenance_of(served: Mapping[str, Any]) -> str:
     kinds = {worker.get("provenance", "measured") for worker in served["workers"]}
     return "measured" if kinds == {"measured"} else ", ".join(sorted(kinds))
+
+
+def scenario_of(figures: Mapping[str, Any]) -> str:
+    """What a row calls a measurement."""
+    scenario = str(figures["scenario"])
+    if scenario == "typists":
+        return f"typists {figures['typists']}"
+    return f"server {figures['rate']:g}/s" if scenario == "server" else scenario
 
 
 def text_of(figures: Mapping[str, Any]) -> str:

@@ -94,18 +94,24 @@ def type_all(
     if not taken:
         raise AddbenchError("no picture came", f"{typists} typists were answered with errors or not"
                             " at all", "look at what the server printed")  # fmt: skip
+    seconds = time.perf_counter() - started
+    last_drawn = sum(typist.ids[-1:] == [keys] for typist in crowd)
+    in_order = all(typist.ids == sorted(set(typist.ids)) for typist in crowd)
     return {
         "scenario": "typists",
         "typists": typists,
         "keys": keys * typists,
         "gap_ms": 1e3 * gap_s,
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": round(seconds, 3),
         "pictures": len(taken),
+        "per_second": round(len(taken) / seconds, 4),
         "p50_ms": round(percentile(taken, 0.5), 3),
         "p95_ms": round(percentile(taken, 0.95), 3),
         "server_ms": round(percentile(own, 0.5), 3) if own else None,
-        "last_drawn": sum(typist.ids[-1:] == [keys] for typist in crowd),
-        "in_order": all(typist.ids == sorted(set(typist.ids)) for typist in crowd),
+        "last_drawn": last_drawn,
+        "in_order": in_order,
+        "ok": last_drawn == typists and in_order,
+        "failed": typists - last_drawn,
         "errors": sum(typist.errors for typist in crowd),
         "samples_ms": [round(ms, 3) for ms in taken],
     }

@@ -112,7 +112,7 @@ def test_an_unknown_verb_names_the_nearest() -> None:
     assert done.returncode == 2
     assert "did you mean compare?" in done.stderr
     assert "next: addbench compare --help" in done.stderr
-    assert "its verbs: export, export web, verify," in addbench("xyzzy").stderr
+    assert "its verbs: export, export web, export triton, verify," in addbench("xyzzy").stderr
 
 
 def test_the_version_names_the_revision(tmp_path: Path) -> None:

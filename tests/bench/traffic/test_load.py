@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +16,16 @@ from typing import Any
 import pytest
 
 from bench.commands.load import main
+from bench.commands.show import main as show
+from bench.limits.ledger import Claim, Ours, mismatches, read_claims
+from bench.rows.cell import Cell
+from bench.rows.store import now_utc, open_run
 from bench.traffic.figures import agrees, figures_of, mean_of_md1, percentile, read_samples
+from bench.traffic.rows import LoadRun
 from core.cli import run
 from core.files import ROOT
 from export.bundle import Bundle
+from tests.bench import made
 
 SLEEPER = """
 import json, sys, time
@@ -143,11 +150,69 @@ def test_a_pipeline_with_its_image_check(
     (figures,) = record["measurements"]
     assert code == (0 if figures["agrees"] else 4)
     assert figures["image_check"]["status"] == "ok"
-    assert record["provenance"] == "measured"
-    assert record["environment"]["cores_logical"]
-    assert record["bundle_hash"] == tiny_bundle.hash
+    opened = open_run("latest", tmp_path)
+    assert opened.header.environment["cores_logical"]
+    assert opened.header.command[:3] == ["addbench", "load", "single-stream"]
+    (row,) = opened.rows()
+    assert row["status"] == ("ok" if figures["agrees"] else "failed")
+    assert (row["backend"], row["scenario"]) == ("null", "single-stream")
+    assert (row["provenance"], row["bundle_hash"]) == ("measured", tiny_bundle.hash)
+    assert row["image_check"]["status"] == "ok"
+    assert len(row["samples_ms"]) == figures["samples"]
+    assert row["median_ms"] == pytest.approx(figures["p50_ms"], rel=0.05)
+    assert row["images_per_s"] == figures["per_second"]
+    assert row["period_ms"] is None
+    assert not opened.missing()
     assert (folder / "01-single-stream" / "mlperf_log_detail.txt").stat().st_size
     assert "not MLPerf-compliant" in capsys.readouterr().out
+
+
+def test_every_measurement_is_a_row_of_its_own_cell(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    load_run = LoadRun(
+        tiny_bundle, "null:unet_ms=3", tmp_path, ["addbench", "load"], decoder="taesd", steps=1,
+        seconds=1.0, requests=3, provenance="measured", served={"id": "x"},
+    )  # fmt: skip
+    good: dict[str, Any] = {"ok": True, "failed": 0, "per_second": 50.0}
+    load_run.keep("offline", [9.0, 10.0, 12.0], good, now_utc())
+    load_run.keep("server 20/s", [9.0, 10.0, 12.0], good | {"per_second": 19.0}, now_utc())
+    load_run.keep("server 40/s", [9.0], good | {"ok": False, "failed": 4}, now_utc())
+    wrong = {"status": "mismatch", "psnr_db": 9.1, "ssim": 0.1}
+    load_run.keep("single-stream", [9.0], good | {"ok": False, "image_check": wrong}, now_utc())
+    opened = open_run("latest", tmp_path)
+    rows = {row["scenario"]: row for row in opened.rows()}
+    assert set(rows) == {f"{name} over http" for name in
+                         ("offline", "server 20/s", "server 40/s", "single-stream")}  # fmt: skip
+    assert len(opened.plan) == 4
+    assert not opened.missing()
+    offline = rows["offline over http"]
+    assert (offline["median_ms"], offline["period_ms"], offline["options"]) == (
+        10.0, 20.0, "unet_ms=3"
+    )  # fmt: skip
+    assert rows["server 20/s over http"]["period_ms"] is None
+    assert rows["server 40/s over http"]["error"]["what"] == "4 requests were refused or failed"
+    assert rows["single-stream over http"]["status"] == "mismatch"
+    assert str(Cell.of(offline)).endswith("offline over http")
+    # What shows and compares runs reads them.
+    for form in ("table", "csv", "json", "page"):
+        assert run(show, [opened.name, "--runs", str(tmp_path), "--as", form,
+                          "--out", str(tmp_path / f"out.{form}")]) in (0, 4), form  # fmt: skip
+
+
+def test_a_period_under_full_load_answers_a_claim_about_periods() -> None:
+    claim = next(claim for claim in read_claims() if claim.metric == "period")
+    cell = made.cell(size=f"{claim.size}x{claim.size}", steps=claim.steps or 1,
+                  batch=claim.batch or 1, decoder=claim.decoder or "vae",
+                  precision=claim.precision or "fp16")  # fmt: skip
+    other = next(claim for claim in read_claims() if claim.metric == "latency")
+
+    def differs(claim: Claim, scenario: str) -> bool:
+        ours = Ours(claim.hardware, replace(cell, scenario=scenario), "run", 9.0, 8.0, None, None)
+        return "scenario" in mismatches(claim, ours)
+
+    assert [differs(claim, name) for name in ("", "offline", "server 9/s")] == [False, False, True]
+    assert [differs(other, name) for name in ("", "offline", "single-stream")] == [
+        False, True, True
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""A bundle behind NVIDIA's Triton: the repository that it reads, and what it runs."""
