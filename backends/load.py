@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from backends.locked import LockedRecipe, refuse_beside
@@ -33,6 +34,7 @@ def load_pipeline(
     guidance: float | None = None,
     guidance_mode: str | None = None,
     encoder: str | None = None,
+    on_part: Callable[[str, str], None] | None = None,
 ) -> Pipeline:
     """Load a pipeline for a model's name or a bundle's folder, ready to be called.
 
@@ -50,6 +52,7 @@ def load_pipeline(
         encoder: of pictures, `vae` or `taesd`, loaded with the rest; None for none until a call
             starts from a picture, which then takes that of the decoder.
         scheduler, guidance, guidance_mode: see `backends.pipeline.recipe.make_recipe`.
+        on_part: called as `Pipeline.on_part` is: ("compiling" or "loading", part) before each.
 
     Raises:
         PreconditionError: the backend cannot be used (checked first), or there is no such bundle;
@@ -63,7 +66,9 @@ def load_pipeline(
         }  # fmt: skip
         refuse_beside(f"{name}=" for name, value in own.items() if value is not None)
         locked = LockedRecipe.read(recipe)
-        pipe = load_pipeline(**locked.arguments(), embedding_cache=embedding_cache, encoder=encoder)
+        pipe = load_pipeline(
+            **locked.arguments(), embedding_cache=embedding_cache, encoder=encoder, on_part=on_part
+        )
         if text := locked.elsewhere(pipe.bundle.hash):
             warnings.warn(text, stacklevel=2)
         return pipe
@@ -83,6 +88,8 @@ def load_pipeline(
         embedding_cache=embedding_cache,
         recipe=make_recipe(bundle, scheduler, guidance, guidance_mode),
     )
+    if on_part is not None:
+        made.on_part = on_part
     if encoder is not None:
         made.use_encoder(encoder)
     return (made.use_low_memory() if low_memory else made).prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -141,30 +142,31 @@ UNETS = {
 """(takes the pooled embedding, takes the guidance scale) -> form."""
 
 
-def register_statistics(wrapper: nn.Module, config: Any, half: nn.Module) -> bool:
-    """Give `wrapper` the mean and deviation of each channel of the latents, in SDXL's form; whether
-    the VAE has them."""
-    mean, deviation = config.latents_mean, config.latents_std
-    if mean is None or deviation is None:
-        return False
-    like = next(half.parameters())
-    for name, values in (("mean", mean), ("deviation", deviation)):
-        channels = torch.tensor(values, dtype=like.dtype, device=like.device)
-        wrapper.register_buffer(name, channels.reshape(1, -1, 1, 1))
-    return True
-
-
-class VaeDecoder(nn.Module):
-    """latent_sample [batch, 4, h, w] -> sample [batch, 3, 8h, 8w] in about [-1, 1], not clamped."""
+class AutoencoderHalf(nn.Module):
+    """An encoder or decoder with what stands between its latents and those of the UNet: a factor,
+    and of some VAEs the mean and deviation of each channel, in SDXL's form."""
 
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, half: nn.Module) -> None:
         super().__init__()
-        vae: Any = module
-        self.scale = float(vae.config.scaling_factor)
-        self.has_statistics = register_statistics(self, vae.config, vae.decoder)
+        config: Any = module.config
+        self.scale = float(config.scaling_factor)
+        statistics = {"mean": getattr(config, "latents_mean", None),
+                      "deviation": getattr(config, "latents_std", None)}  # fmt: skip
+        self.has_statistics = None not in statistics.values()
+        like = next(half.parameters())
+        for name, values in statistics.items() if self.has_statistics else ():
+            channels = torch.tensor(values, dtype=like.dtype, device=like.device)
+            self.register_buffer(name, channels.reshape(1, -1, 1, 1))
+
+
+class VaeDecoder(AutoencoderHalf):
+    """latent_sample [batch, 4, h, w] -> sample [batch, 3, 8h, 8w] in about [-1, 1], not clamped."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae, vae.decoder)
         self.post_quant_conv = vae.post_quant_conv
         self.decoder = vae.decoder
 
@@ -178,19 +180,13 @@ class VaeDecoder(nn.Module):
         return self.decoder(latents)
 
 
-class VaeEncoder(nn.Module):
+class VaeEncoder(AutoencoderHalf):
     """image [batch, 3, height, width] in [-1, 1] -> latent_sample [batch, 4, h, w]: the mean of
     the posterior, scaled as the UNet knows latents. A sample of it would flicker from one frame to
     the next that is the same."""
 
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        vae: Any = module
-        self.scale = float(vae.config.scaling_factor)
-        self.has_statistics = register_statistics(self, vae.config, vae.encoder)
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae, vae.encoder)
         self.encoder = vae.encoder
         self.quant_conv = vae.quant_conv
 
@@ -204,13 +200,11 @@ class VaeEncoder(nn.Module):
         return mean * self.scale
 
 
-class TaesdEncoder(nn.Module):
+class TaesdEncoder(AutoencoderHalf):
     """image [batch, 3, height, width] in [-1, 1] -> latent_sample [batch, 4, h, w]."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        taesd: Any = module
-        self.scale = float(taesd.config.scaling_factor)
+    def __init__(self, taesd: Any) -> None:
+        super().__init__(taesd, taesd.encoder)
         self.encoder = taesd.encoder
 
     def forward(self, image: Tensor) -> Tensor:
@@ -218,20 +212,18 @@ class TaesdEncoder(nn.Module):
         return latents if self.scale == 1.0 else latents * self.scale
 
 
-class TaesdDecoder(nn.Module):
+class TaesdDecoder(AutoencoderHalf):
     """latent_sample [batch, 4, h, w] -> sample [batch, 3, 8h, 8w] in about [-1, 1], not clamped."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        taesd: Any = module
-        self.scale = float(taesd.config.scaling_factor)
+    def __init__(self, taesd: Any) -> None:
+        super().__init__(taesd, taesd.decoder)
         self.decoder = taesd.decoder
 
     def forward(self, latent_sample: Tensor) -> Tensor:
         return self.decoder(latent_sample if self.scale == 1.0 else latent_sample / self.scale)
 
 
-AUTOENCODERS: dict[str, type[nn.Module]] = {
+AUTOENCODERS: dict[str, Callable[[Any], AutoencoderHalf]] = {
     "vae_decoder": VaeDecoder,
     "taesd_decoder": TaesdDecoder,
     "vae_encoder": VaeEncoder,

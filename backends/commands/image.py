@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
+    from rich.console import Console
 
     from backends.load import load_pipeline
     from backends.pipeline.prompts import check_prompts, check_seeds
@@ -107,23 +108,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_flags(args)
     check_prompts(args.prompt)
     check_seeds(args.seed, 1)
-    with load_pipeline(
-        args.model,
-        args.backend,
-        args.decoder,
-        weights=args.weights,
-        dtype=args.dtype,
-        size=args.size,
-        low_memory=args.low_memory,
-        scheduler=args.scheduler,
-        guidance=args.guidance,
-        guidance_mode=args.guidance_mode,
-        encoder=args.encoder,
-    ) as pipeline:
+    status = Console(stderr=True).status(f"opening {args.model}")
+    with (
+        status,
+        load_pipeline(
+            args.model,
+            args.backend,
+            args.decoder,
+            weights=args.weights,
+            dtype=args.dtype,
+            size=args.size,
+            low_memory=args.low_memory,
+            scheduler=args.scheduler,
+            guidance=args.guidance,
+            guidance_mode=args.guidance_mode,
+            encoder=args.encoder,
+            on_part=lambda doing, part: status.update(f"{doing} {part}"),
+        ) as pipeline,
+    ):
         bundle = pipeline.bundle
         if locked and (text := locked.elsewhere(bundle.hash)):
             print(f"note: {text}", file=sys.stderr)
         steps = args.steps or bundle.steps
+        status.update(f"drawing, steps: {steps}")
         out = pipeline(
             [args.prompt],
             steps=steps,

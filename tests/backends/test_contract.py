@@ -87,6 +87,17 @@ def test_an_image_does_not_depend_on_its_batch(name: str, tiny_bundle: Bundle) -
     assert not np.array_equal(together[0], together[1])
 
 
+def test_every_part_is_announced_before_it_is_compiled_and_loaded(tiny_bundle: Bundle) -> None:
+    said: list[tuple[str, str]] = []
+
+    def on_part(doing: str, part: str) -> None:
+        said.append((doing, part))
+
+    with load_pipeline(str(tiny_bundle.path), "null", "taesd", on_part=on_part) as pipeline:
+        parts = pipeline.parts
+    assert said == [(doing, part) for doing in ("compiling", "loading") for part in parts]
+
+
 @pytest.mark.parametrize("name", COMPUTING)
 @pytest.mark.parametrize("decoder", ["vae", "taesd"])
 def test_images_match_the_references(name: str, decoder: str, tiny_bundle: Bundle) -> None:
