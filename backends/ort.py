@@ -158,9 +158,11 @@ class OrtBackend(Backend):
         tiles = built and operators.may_use_tiles()
         best = "tiles" if tiles else "winograd" if vectors and not small else "op"
         linear, attention = ("linear", "operator") if vectors else ("op", "multihead")
+        # Tiles multiply numbers of 16 bits: there onnxruntime's kernel of 8-bit weights stays.
+        whole = self.scheme is not None and (tiles or self.scheme.name != "weight-int8")
         for key, chosen, refused in (
             ("convolutions", best, integers),
-            ("products", linear, self.scheme is not None),
+            ("products", linear, whole),
             ("attention", attention, False),
             ("norms", "operator" if vectors else "layer", False),
         ):
@@ -282,7 +284,8 @@ class OrtBackend(Backend):
             form,
             attention=cast("Attention", self.options["attention"]),
             convolutions=cast("Convolutions", self.options["convolutions"]),
-            products=cast("Products", self.options["products"]),
+            # What becomes integers is laid out after it has.
+            products=cast("Products", "op" if self.scheme else self.options["products"]),
             norms=cast("Norms", self.options["norms"]),
             arithmetic="bf16" if self.options["precision"] == "bf16" else "fp32",
         )
@@ -312,6 +315,8 @@ class OrtBackend(Backend):
         options = {key: self.texts[key] for key in ("level", "prepack")}
         if self.scheme is None:
             return options
+        if self.options["products"] == "linear":  # of the scheme, not of the profile
+            options["products"] = "linear"
         # Layers are measured on an image of the whole bundle.
         return options | {"scheme": str(self.scheme), "bundle": bundle.hash}
 
@@ -380,7 +385,7 @@ class OrtBackend(Backend):
         from export.lower import linear
 
         kept = self._laid_out(bundle, part).laid_out
-        if self.options["products"] == "linear":
+        if self.scheme is None and self.options["products"] == "linear":
             kept += linear.saved(bundle.source(part).graph)
         folded = max(0, self._weight_bytes(bundle, part) - kept)
         need = int(1.4 * folded) + COPIES + SMALL

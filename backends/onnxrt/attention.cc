@@ -84,7 +84,7 @@ void multiply_panels(int64_t rows, const Word* x, Word* columns, int64_t panels,
   auto* from = reinterpret_cast<float*>(columns);
   for (int64_t panel = 0; panel < panels; ++panel, out += kRows * kPanel)
     for (int half = 0; half < kHalves; ++half, from += words * kSide)
-      multiply_some<Rounded, kRows>(rows, x, nullptr, from, words, false, out + half * kSide);
+      multiply_some<Rounded, kRows>(rows, x, kWidened, from, words, false, out + half * kSide);
 }
 
 // The scores of one query to weights, of which it sees so many; 1 / their sum.

@@ -1,9 +1,13 @@
-// A matrix product with weights that stay in FP16, as an operator of onnxruntime: y = x w + bias.
+// Matrix products with weights that stay small, as operators of onnxruntime: y = x w + bias.
 //
-//   x [..., K] FP32, weights [N/32, K/2, 32, 2] FP16 (N and K filled up with zeros to multiples of
-//   32), bias [N] FP32, and what is added, in the shape of y -> y [..., N] FP32. `features` is N.
+//   Linear       x [..., K] FP32, weights [N/32, K/2, 32, 2] FP16 (N and K filled up with zeros to
+//                multiples of 32), bias [N] FP32, and what is added, in the shape of y
+//                -> y [..., N] FP32. `features` is N.
+//   LinearBytes  the same with weights [N/32, K, 32] of 8 bits and scales [N/32, K/block, 32] FP32,
+//                where K is filled up to a multiple of block too.
 //
-// The arithmetic is that of FP32 weights: an FP16 number is one of FP32 and of BF16 pairs too.
+// The arithmetic is that of FP32 weights: an FP16 number is one of FP32 and of BF16 pairs too, and
+// one of 8 bits is multiplied with its scale in FP32 before it meets x.
 //
 // Where the CPU has tiles (AMX), x is cut into three BF16 numbers whose sum it is, a weight into
 // two, and their products, which are exact, are summed in FP32: 15 times the arithmetic a second for
@@ -26,6 +30,7 @@
 #include <atomic>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 
 namespace {
 
@@ -36,13 +41,25 @@ constexpr int64_t kGroup = 16;        // panels of a piece of work, at least, if
 struct Problem {
   const float *x, *bias, *residual;
   const Half* weights;
+  const int8_t* numbers;  // in place of weights
+  const float* scales;
+  int shift;              // log2 of the depth that has one scale
   float* y;
   int64_t rows, inputs, features;  // of x; K; N
-  int64_t depth, panels;           // K in steps of 32; of 32 columns
+  int64_t depth, panels;           // K as it is filled up; of 32 columns
   bool rounded;                    // to BF16
 
   const Half* panel(int64_t number, int64_t k) const {
     return weights + (number * depth + k) * kPanel;
+  }
+  // Panel `number` from depth k on, of weights that Panel describes.
+  template <class Panel>
+  Panel from(int64_t number, int64_t k) const {
+    if constexpr (std::is_same_v<Panel, Bytes>)
+      return {numbers + (number * depth + k) * kPanel,
+              scales + ((number * depth + k) >> shift) * kPanel, shift};
+    else
+      return panel(number, k);
   }
 };
 
@@ -171,13 +188,18 @@ void multiply_with_tiles(const Problem& p, int64_t from, int64_t to, int64_t fir
 
 constexpr int64_t kPiece = 256;                 // words of the depth whose panel is near
 // Part `index` of `count` equal ones of the next panel, on its way into the second cache.
-void fetch(const Half* panel, int64_t halves, int64_t index, int64_t count) {
-  for (int64_t at = halves * index / count; at < halves * (index + 1) / count; at += 32)
+template <class Number>
+void fetch(const Number* panel, int64_t numbers, int64_t index, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(Number);
+  for (int64_t at = numbers * index / count; at < numbers * (index + 1) / count; at += kLine)
     __builtin_prefetch(panel + at, 0, 2);
+}
+void fetch(const Bytes& panel, int64_t numbers, int64_t index, int64_t count) {
+  fetch(panel.numbers, numbers, index, count);
 }
 
 // Rows [from, to) times panels [first, end).
-template <bool Rounded>
+template <bool Rounded, class Panel>
 void multiply_with_vectors(const Problem& p, int64_t from, int64_t to, int64_t first,
                            int64_t end) {
   constexpr int64_t kNumbers = kPiece * numbers_of(Rounded);
@@ -194,14 +216,14 @@ void multiply_with_vectors(const Problem& p, int64_t from, int64_t to, int64_t f
       pack_rows<Rounded>(p.x + (from + b * kRows) * p.inputs + k, p.inputs, rows_of(b), p.inputs - k,
                          words, rows_of(b), rows + b * kRows * words);
     for (int64_t panel = first; panel < end; ++panel) {
-      const Half* halves = p.panel(panel, k);
-      if (!kMeanwhile) widen_panel<Rounded>(halves, words, weights);
+      Panel fresh = p.from<Panel>(panel, k);
+      if (!kMeanwhile) widen_some<Rounded>(fresh, 0, words, weights);
       float* part = sums + (pieces ? (panel - first) * count * kPanel : 0);
       for (int64_t b = 0; b < blocks; ++b, part += kRows * kPanel) {
-        if (panel + 1 < end) fetch(p.panel(panel + 1, k), deep * kPanel, b, blocks);
+        if (panel + 1 < end) fetch(p.from<Panel>(panel + 1, k), deep * kPanel, b, blocks);
         for (int half = 0; half < kHalves; ++half)
           multiply_some<Rounded, kRows>(rows_of(b), rows + b * kRows * words,
-                                        kMeanwhile && b == 0 ? halves : nullptr,
+                                        kMeanwhile && b == 0 ? fresh : Panel{},
                                         weights + half * words * 2 * kLanes, words, k > 0,
                                         part + half * 2 * kLanes);
         if (k + deep == p.depth)
@@ -225,16 +247,48 @@ void work(void* data, size_t index) noexcept {
   int64_t from = block * kBlock, to = std::min(p.rows, from + kBlock);
   int64_t first = p.panels * group / job.groups, end = p.panels * (group + 1) / job.groups;
   try {
+    if (p.numbers) return multiply_with_vectors<false, Bytes>(p, from, to, first, end);
 #ifdef ADDBENCH_AMX
     if (p.rows > kFewRows && may_use_tiles())
       return (p.rounded ? multiply_with_tiles<1> : multiply_with_tiles<3>)(p, from, to, first, end);
 #endif
-    (p.rounded ? multiply_with_vectors<true> : multiply_with_vectors<false>)(p, from, to, first,
-                                                                             end);
+    (p.rounded ? multiply_with_vectors<true, const Half*>
+               : multiply_with_vectors<false, const Half*>)(p, from, to, first, end);
   } catch (const std::bad_alloc&) {
     job.failed = true;
   }
 }
+
+// y = x w + bias + residual. What p says of the weights is there; `fits` whether that is right.
+OrtStatus* multiply(const Api& api, OrtKernelContext* context, Problem& p, const Tensor& x,
+                    const Tensor& bias, const Tensor& residual, bool fits, const char* wanted) {
+  int64_t dims[Tensor::kMost];
+  std::copy(x.dims, x.dims + Tensor::kMost, dims);
+  if (fits) dims[x.rank - 1] = p.features;
+  if (!fits || p.panels != (p.features + kPanel - 1) / kPanel ||
+      (bias.data && (bias.rank != 1 || bias.dims[0] != p.features)) ||
+      (residual.data &&
+       (residual.rank != x.rank || !std::equal(dims, dims + x.rank, residual.dims))))
+    return api.CreateStatus(kInvalidArgument, wanted);
+  p.rows = 1;
+  for (size_t i = 0; i + 1 < x.rank; ++i) p.rows *= x.dims[i];
+  p.x = x.floats(), p.bias = bias.floats(), p.residual = residual.floats();
+  if (auto* error = write(api, context, dims, x.rank, &p.y)) return error;
+  if (p.rows == 0) return nullptr;
+  // Rows are cut again in each group: few groups, but work for all cores.
+  int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
+  int64_t blocks = (p.rows + kBlock - 1) / kBlock;
+  int64_t wanted_groups = std::clamp(p.panels / kGroup, cores, 2 * cores);
+  Job job{&p, blocks, std::min(p.panels, (wanted_groups + blocks - 1) / blocks)};
+  if (auto* error = api.KernelContext_ParallelFor(
+          context, work, static_cast<size_t>(job.blocks * job.groups), 0, &job))
+    return error;
+  return job.failed ? api.CreateStatus(kFail, "bad_alloc: no memory for the rows of a product")
+                    : nullptr;
+}
+
+// A multiple of `step`.
+int64_t filled_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
 struct Linear {
   static constexpr const char* kName = "Linear";
@@ -259,36 +313,50 @@ struct Linear {
     p.inputs = fits ? x.dims[x.rank - 1] : 0, p.features = features;
     p.rounded = bf16 != 0;
     p.depth = 2 * weights.dims[1], p.panels = weights.dims[0];
-    int64_t dims[Tensor::kMost];
-    std::copy(x.dims, x.dims + Tensor::kMost, dims);
-    if (fits) dims[x.rank - 1] = features;
-    if (!fits || p.depth != (p.inputs + 31) / 32 * 32 || p.panels != (features + 31) / 32 ||
-        weights.dims[2] != kPanel || weights.dims[3] != 2 ||
-        (bias.data && (bias.rank != 1 || bias.dims[0] != features)) ||
-        (residual.data &&
-         (residual.rank != x.rank || !std::equal(dims, dims + x.rank, residual.dims))))
-      return api.CreateStatus(kInvalidArgument,
-                              "Linear wants x [..., K], weights [N/32, K/2, 32, 2], bias [N], and"
-                              " what is added in the shape of the output");
-    p.rows = 1;
-    for (size_t i = 0; i + 1 < x.rank; ++i) p.rows *= x.dims[i];
-    p.x = x.floats(), p.bias = bias.floats(), p.residual = residual.floats();
     p.weights = static_cast<const Half*>(weights.data);
-    if (auto* error = write(api, context, dims, x.rank, &p.y)) return error;
-    if (p.rows == 0) return nullptr;
-    // Rows are cut again in each group: few groups, but work for all cores.
-    int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
-    int64_t blocks = (p.rows + kBlock - 1) / kBlock;
-    int64_t wanted = std::clamp(p.panels / kGroup, cores, 2 * cores);
-    Job job{&p, blocks, std::min(p.panels, (wanted + blocks - 1) / blocks)};
-    if (auto* error = api.KernelContext_ParallelFor(
-            context, work, static_cast<size_t>(job.blocks * job.groups), 0, &job))
-      return error;
-    return job.failed ? api.CreateStatus(kFail, "bad_alloc: no memory for the rows of a product")
-                      : nullptr;
+    fits = fits && p.depth == filled_up(p.inputs, kPanel) && weights.dims[2] == kPanel &&
+           weights.dims[3] == 2;
+    return multiply(api, context, p, x, bias, residual, fits,
+                    "Linear wants x [..., K], weights [N/32, K/2, 32, 2], bias [N], and what is"
+                    " added in the shape of the output");
+  }
+};
+
+struct LinearBytes {
+  static constexpr const char* kName = "LinearBytes";
+  static constexpr int kInputs[] = {kFloat, kInt8, kFloat, kFloat, kFloat};
+  static constexpr size_t kNeeded = 3;
+  static constexpr int kOverwritten = -1;
+
+  Api api;
+  int64_t features = 0, block = 0;
+
+  OrtStatus* configure(const OrtKernelInfo* info) {
+    if (auto* error = api.KernelInfoGetAttribute_int64(info, "block", &block)) return error;
+    if (block < kFresh || block > kPiece || (block & (block - 1)))
+      return api.CreateStatus(kInvalidArgument, "LinearBytes wants a block of 4, 8, ... 256");
+    return api.KernelInfoGetAttribute_int64(info, "features", &features);
+  }
+
+  OrtStatus* compute(OrtKernelContext* context) const {
+    Tensor x, numbers, scales, bias, residual;
+    if (auto* error = read(api, context, {&x, &numbers, &scales, &bias, &residual})) return error;
+    bool fits = x.rank >= 1 && x.rank <= Tensor::kMost && numbers.rank == 3 && scales.rank == 3;
+    Problem p{};
+    p.inputs = fits ? x.dims[x.rank - 1] : 0, p.features = features;
+    p.depth = numbers.dims[1], p.panels = numbers.dims[0];
+    p.numbers = static_cast<const int8_t*>(numbers.data), p.scales = scales.floats();
+    while (int64_t{1} << p.shift < block) ++p.shift;
+    fits = fits && p.depth == filled_up(p.inputs, std::max<int64_t>(kPanel, block)) &&
+           numbers.dims[2] == kPanel && scales.dims[0] == p.panels &&
+           scales.dims[1] == p.depth / block && scales.dims[2] == kPanel;
+    return multiply(api, context, p, x, bias, residual, fits,
+                    "LinearBytes wants x [..., K], numbers [N/32, K, 32], scales"
+                    " [N/32, K/block, 32], bias [N], and what is added in the shape of the output");
   }
 };
 
 }  // namespace
 
 extern const OrtCustomOp kLinear = describe<Linear>();
+extern const OrtCustomOp kLinearBytes = describe<LinearBytes>();

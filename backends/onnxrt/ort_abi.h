@@ -29,7 +29,7 @@ struct OrtApiBase {
   const char* (*GetVersionString)() noexcept;
 };
 
-enum : int { kFloat = 1, kHalf = 10, kBFloat16 = 16 };  // ONNXTensorElementDataType
+enum : int { kFloat = 1, kInt8 = 3, kHalf = 10, kBFloat16 = 16 };  // ONNXTensorElementDataType
 enum : int { kRequired = 0, kOptional = 1 };   // OrtCustomOpInputOutputCharacteristic
 enum : int { kFail = 1, kInvalidArgument = 2 };  // OrtErrorCode
 enum : int { kDefaultMemory = 0 };             // OrtMemType

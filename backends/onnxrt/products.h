@@ -62,15 +62,53 @@ void widen_panel(const Half* from, int64_t words, float* out) {
   widen_pairs(from, words, kPanel, out);
 }
 
+// The same of weights in FP16 from some word of the depth on.
+template <bool Rounded>
+inline void widen_some(const Half* panel, int64_t word, int64_t words, float* out) {
+  widen_panel<Rounded>(panel + word * kPanel * numbers_of(Rounded), words, out);
+}
+
+// A panel of weights in 8 bits, [depth][32], with a scale for each column and 2^shift of the depth.
+struct Bytes {
+  const int8_t* numbers = nullptr;
+  const float* scales = nullptr;  // [depth >> shift][32]
+  int shift = 0;
+  explicit operator bool() const { return numbers != nullptr; }
+};
+
+template <bool Rounded>
+inline void widen_some(const Bytes& panel, int64_t word, int64_t words, float* out) {
+  static_assert(!Rounded, "numbers of 8 bits with scales are widened to FP32");
+  constexpr int kPair = 2 * kLanes;
+  for (int64_t k = 0; k < words; ++k) {
+    const int8_t* numbers = panel.numbers + (word + k) * kPanel;
+    const float* scales = panel.scales + ((word + k) >> panel.shift) * kPanel;
+    for (int c = 0; c < kPanel; c += kLanes) {
+      float* to = out + (c / kPair * words + k) * kPair + c % kPair;
+#if defined(__AVX512F__)
+      __m128i some = _mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers + c));
+      _mm512_storeu_ps(to, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(some)) *
+                               _mm512_loadu_ps(scales + c));
+#elif defined(__AVX2__)
+      __m128i some = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(numbers + c));
+      _mm256_storeu_ps(to, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(some)) *
+                               _mm256_loadu_ps(scales + c));
+#else
+      for (int i = c; i < c + kLanes; ++i) to[i - c] = float(numbers[i]) * scales[i];
+#endif
+    }
+  }
+}
+
 // R rows of x times two vectors of columns: sums [R][32], or what is added to them, for `more`. The
 // weights are widened from `fresh` on the way, if that is there: other units do it meanwhile.
-template <bool Rounded, int R>
-void multiply_rows(const Word* x, const Half* fresh, float* weights, int64_t words, bool more,
+template <bool Rounded, int R, class Panel>
+void multiply_rows(const Word* x, const Panel& fresh, float* weights, int64_t words, bool more,
                    float* sums) {
   Vec sum[R][2] = {};
   for (int64_t w = 0; w < words;) {
     int64_t until = fresh ? std::min(w + kFresh, words) : words;
-    if (fresh) widen_panel<Rounded>(fresh + w * kPanel * numbers_of(Rounded), until - w, weights);
+    if (fresh) widen_some<Rounded>(fresh, w, until - w, weights);
     for (; w < until; ++w, weights += 2 * kLanes, x += R) {
       Vec left = load(weights), right = load(weights + kLanes);
 #pragma GCC unroll 12
@@ -89,10 +127,13 @@ void multiply_rows(const Word* x, const Half* fresh, float* weights, int64_t wor
 }
 
 // As many rows as are left, at most R.
-template <bool Rounded, int R>
-void multiply_some(int64_t rows, const Word* x, const Half* fresh, float* weights, int64_t words,
+template <bool Rounded, int R, class Panel>
+void multiply_some(int64_t rows, const Word* x, const Panel& fresh, float* weights, int64_t words,
                    bool more, float* sums) {
   if constexpr (R > 1)
     if (rows < R) return multiply_some<Rounded, R - 1>(rows, x, fresh, weights, words, more, sums);
   multiply_rows<Rounded, R>(x, fresh, weights, words, more, sums);
 }
+
+// Weights that are there already, widened.
+constexpr const Half* kWidened = nullptr;

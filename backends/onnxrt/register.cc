@@ -3,8 +3,8 @@
 
 #include <mutex>
 
-extern const OrtCustomOp kFusedAttention, kGroupNorm, kLinear, kTiledConv, kWinogradConv,
-    kWinogradConvBF16;
+extern const OrtCustomOp kFusedAttention, kGroupNorm, kLinear, kLinearBytes, kTiledConv,
+    kWinogradConv, kWinogradConvBF16;
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     OrtSessionOptions* options, const OrtApiBase* base) {
@@ -19,8 +19,8 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(
     OrtCustomOpDomain* fresh = nullptr;
     if (auto* error = api.CreateCustomOpDomain("addbench", &fresh)) return error;
     for (const OrtCustomOp* op :
-         {&kFusedAttention, &kGroupNorm, &kLinear, &kTiledConv, &kWinogradConv,
-          &kWinogradConvBF16})
+         {&kFusedAttention, &kGroupNorm, &kLinear, &kLinearBytes, &kTiledConv,
+          &kWinogradConv, &kWinogradConvBF16})
       if (auto* error = api.CustomOpDomain_Add(fresh, op)) return error;
     domain = fresh;
   }

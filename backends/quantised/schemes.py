@@ -135,7 +135,7 @@ def quantise(job: Mapping[str, Any], graph: Path, out: Path) -> None:
     here = {layer.name for layer in find_layers(reopen(graph), scheme)}
     layers = {name: found for name, found in measured.items() if name in here}
     taken = {name for name, found in layers.items() if found["error"] <= scheme.bound}
-    rewrite(graph, scheme, taken, out)
+    rewrite(graph, scheme, taken, out, own=job["options"]["products"] == "linear")
     record = {
         "scheme": asdict(scheme),
         "quantised": len(taken),

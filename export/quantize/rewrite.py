@@ -6,7 +6,8 @@ the bias in the kernel's last step. A convolution is the same over its windows, 
 by side as bytes; onnxruntime's own ConvInteger takes one scale for all channels and its kernels are
 those of uint8 weights, which no dot-product instruction serves on x86.
 
-`weight-*`: MatMulNBits, with activations and sums in FP32 (accuracy level 1).
+`weight-*`: MatMulNBits, with activations and sums in FP32 (accuracy level 1), or for 8 bits the
+project's own LinearBytes (backends/onnxrt/linear.cc): the same numbers, laid out for it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from typing import BinaryIO
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from export.lower import storage
+from export.lower import linear, storage
 from export.lower.edit import Edit, attribute
 from export.quantize import Scheme
-from export.quantize.integers import quantise_blocks, quantise_columns
+from export.quantize.integers import Bytes, Floats, quantise_blocks, quantise_columns
 from export.quantize.layers import Layer, find_layers
 
 DOMAIN = "com.microsoft"
@@ -31,13 +33,16 @@ _FP32_SUMS = 1
 _END = np.iinfo(np.int64).max
 
 
-def rewrite(graph: Path, scheme: Scheme, names: Collection[str], out: Path) -> None:
+def rewrite(
+    graph: Path, scheme: Scheme, names: Collection[str], out: Path, *, own: bool = False
+) -> None:
     """Write the lowered graph at `graph` to `out`, its layers as `scheme` has them.
 
     Args:
         graph: FP32 arithmetic (`lower` with the profile CPU), weights as they were stored.
         names: of the layers to quantise, of which the graph may hold a part; others stay.
         out: the `model.onnx` to write; the weights lie beside it, the integers in a file of theirs.
+        own: 8-bit weights become LinearBytes, else MatMulNBits.
     """
     model = storage.reopen(graph)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,13 +54,16 @@ def rewrite(graph: Path, scheme: Scheme, names: Collection[str], out: Path) -> N
             if layer.name not in names:
                 continue
             if not scheme.dynamic:
-                _weight_only(model, layer, scheme, weights)
+                kind = _linear_bytes if own and scheme.bits == 8 else _weight_only
+                kind(model, layer, scheme, weights)
                 continue
             known = shared.get(layer.source.name or "")
             if known is None:
                 known = shared[layer.source.name or ""] = _quantised(model, layer.source)
             _dynamic(model, layer, scheme, known, weights)
     model.graph.opset_imports[DOMAIN] = 1
+    if own:
+        model.graph.opset_imports[linear.DOMAIN] = 1
     storage.save(model, out)
 
 
@@ -170,3 +178,38 @@ def _weight_only(model: ir.Model, layer: Layer, scheme: Scheme, weights: _Weight
             accuracy_level=_FP32_SUMS,
         )
     )
+
+
+def _linear_bytes(model: ir.Model, layer: Layer, scheme: Scheme, weights: _Weights) -> None:
+    numbers, scales = quantise_blocks(layer.matrix(), scheme.bits, scheme.block)
+    packed, panel_scales = pack_bytes(numbers, scales)
+    edit = Edit(model, layer.last)
+    edit.replace(
+        edit(
+            "LinearBytes",
+            layer.source,
+            weights.add(f"{layer.name}/int8", packed),
+            weights.add(f"{layer.name}/scales", panel_scales),
+            layer.bias,
+            None,
+            domain=linear.DOMAIN,
+            features=layer.columns,
+            block=scheme.block,
+        )
+    )
+
+
+def pack_bytes(numbers: Bytes, scales: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """What `quantise_blocks` made, as LinearBytes wants it: int8 [N/32, K, 32], scales
+    [N/32, blocks, 32], where K and N are filled up with zeros to multiples of 32."""
+    columns, blocks, block = numbers.shape
+    panels = -(-columns // linear.PANEL)
+    depth = -(-blocks * block // linear.PANEL) * linear.PANEL
+    whole = np.zeros((panels * linear.PANEL, depth), np.int8)
+    whole[:columns, : blocks * block] = (numbers.reshape(columns, -1) ^ 128).view(np.int8)
+    spread = np.zeros((panels * linear.PANEL, depth // block), np.float32)
+    spread[:columns, :blocks] = scales
+    return tuple(
+        np.ascontiguousarray(each.reshape(panels, linear.PANEL, -1).transpose(0, 2, 1))
+        for each in (whole, spread)
+    )  # type: ignore[return-value]

@@ -199,6 +199,22 @@ def test_operators_are_refused_beside_what_they_cannot_join(own: str, other: str
     assert parse_backend(f"ort:{other}").options[key] == "op"
 
 
+@pytest.mark.parametrize(("tiles", "products"), [(False, "linear"), (True, "op")])
+def test_weights_of_8_bits_have_an_operator_where_there_are_no_tiles(
+    tiles: bool, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort, "isa", lambda: "x86_64 avx2 fma f16c")
+    monkeypatch.setattr(operators, "compiler", lambda: ["c++"])
+    monkeypatch.setattr(operators, "may_use_tiles", lambda: tiles)
+    found = parse_backend("ort:storage=int8")
+    assert isinstance(found, ort.OrtBackend)
+    assert found.options["products"] == products
+    assert found.profile("unet").products == "op", "integers are laid out after lowering"
+    assert parse_backend("ort:storage=int8,products=op").options["products"] == "op"
+    monkeypatch.setattr(operators, "compiler", lambda: None)
+    assert parse_backend("ort:storage=int8").options["products"] == "op"
+
+
 @pytest.mark.parametrize("others", ["", ",precision=int8,conv=int8", ",storage=int4"])
 def test_group_norms_are_an_operator_at_any_precision(
     others: str, monkeypatch: pytest.MonkeyPatch

@@ -50,6 +50,10 @@ def record(artifact: Artifact) -> dict[str, Any]:
     return found
 
 
+def has_own_products() -> bool:
+    return parse_backend("ort:storage=int8").options["products"] == "linear"
+
+
 def key(text: str, bundle: Bundle, part: str = "unet") -> str:
     return artifact_key(parse_backend(text), bundle, part, Shapes(1, *bundle.size))
 
@@ -95,6 +99,10 @@ def test_weights_in_blocks(tiny_bundle: Bundle) -> None:
     artifact = compiled(tiny_bundle, "text_encoder", "ort:storage=int4,block=16")
     assert record(artifact)["scheme"]["bits"] == 4
     assert operators(artifact)["MatMulNBits"] == 12
+    own = operators(compiled(tiny_bundle, "text_encoder", "ort:storage=int8"))
+    plain = operators(compiled(tiny_bundle, "text_encoder", "ort:storage=int8,products=op"))
+    assert own["LinearBytes"] + own["MatMulNBits"] == plain["MatMulNBits"] == 12
+    assert bool(own["LinearBytes"]) == has_own_products()
     for text, storage in (("ort:storage=int4", "int4"), ("ort:storage=int8", "int8")):
         backend = parse_backend(text)
         assert (backend.precision(tiny_bundle), backend.storage(tiny_bundle)) == ("fp32", storage)
@@ -134,6 +142,7 @@ def test_the_key_holds_what_the_integers_depend_on(
         "ort:precision=int8,bound=0.01",
         "ort:precision=int8,conv=int8",
         "ort:storage=int8",
+        *(["ort:storage=int8,products=op"] if has_own_products() else []),
         "ort:storage=int4",
         "ort:storage=int4,block=64",
     ]

@@ -75,9 +75,11 @@ def lowered(model: onnx.ModelProto, profile: Profile) -> onnx.ModelProto:
         return onnx.load(out)
 
 
-def session(model: onnx.ModelProto | Path) -> onnxruntime.InferenceSession:
-    """Unoptimised, so that what `lower` wrote is what runs."""
+def session(model: onnx.ModelProto | Path, own: bool = False) -> onnxruntime.InferenceSession:
+    """Unoptimised, so that what `lower` wrote is what runs; `own`: with the project's operators."""
     options = onnxruntime.SessionOptions()
+    if own:
+        operators.register(options)
     options.intra_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = str(model) if isinstance(model, Path) else model.SerializeToString()

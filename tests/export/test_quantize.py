@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowering import Arrays, model_of, normal, session
+from lowering import Arrays, model_of, needs_compiler, normal, session
 from onnx import helper
 
 from backends.quantised.recording import open_recording
@@ -54,11 +54,13 @@ class Place:
         lower(self.canonical, CPU, self.lowered)
         return self.lowered
 
-    def rewrite(self, model: onnx.ModelProto, scheme: Scheme) -> onnxruntime.InferenceSession:
+    def rewrite(
+        self, model: onnx.ModelProto, scheme: Scheme, own: bool = False
+    ) -> onnxruntime.InferenceSession:
         """A session of `model` with every layer quantised."""
         names = [layer.name for layer in find_layers(storage.reopen(self.lower(model)), scheme)]
-        rewrite(self.lowered, scheme, names, self.small)
-        return session(self.small)
+        rewrite(self.lowered, scheme, names, self.small, own=own)
+        return session(self.small, own)
 
     def operators(self) -> Counter[str]:
         return operators(self.small)
@@ -244,18 +246,20 @@ def test_blocks_have_a_scale_each(depth: int, block: int, bits: int, seed: int) 
     assert np.all(np.abs(restored - weight) <= steps * 1.001)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("bits", "own"), [(4, False), (8, False), pytest.param(8, True, marks=needs_compiler)]
+)
 @pytest.mark.parametrize("bias", [False, True])
-def test_blocks_are_what_the_kernel_reads(bits: int, bias: bool, place: Place) -> None:
+def test_blocks_are_what_the_kernel_reads(bits: int, own: bool, bias: bool, place: Place) -> None:
     x = normal(1, 7, 100, seed=3, dtype=np.float16)
     nodes, constants = linear(100, 24, bias)
     scheme = Scheme("weight-int4" if bits == 4 else "weight-int8", bits, bound=1.0, block=32)
-    run = place.rewrite(model_of(nodes, {"x": x}, constants=constants), scheme)
+    run = place.rewrite(model_of(nodes, {"x": x}, constants=constants), scheme, own)
     (found,) = run.run(None, {"x": x.astype(np.float32)})
     wanted = x.astype(np.float32) @ approximation(constants["w"].astype(np.float32), bits, 32)
     wanted = wanted + constants["b"].astype(np.float32) if bias else wanted
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
-    assert place.operators()["MatMulNBits"] == 1
+    assert place.operators()["LinearBytes" if own else "MatMulNBits"] == 1
     assert not place.operators()["MatMul"]
 
 
