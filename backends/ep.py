@@ -155,6 +155,8 @@ class EpBackend(Backend):
         self.form = self._form()
         self.placements: dict[str, Placement] = {}
         """Where the nodes of each part that was compiled went."""
+        self.told: set[str] = set()
+        """Parts of which it was said, when they were loaded, that nodes of them run on the CPU."""
 
     def _named_provider(self) -> Provider:
         library, name = self.options["library"], self.options["name"]
@@ -357,8 +359,8 @@ class EpBackend(Backend):
     @property
     def keeps_context(self) -> bool:
         """Whether artifacts hold what the provider compiled."""
-        asked = self.options["context"]
-        return self.provider.context if asked == "auto" else bool(asked == "yes")
+        asked, plugin = self.options["context"], self.target.device is not None
+        return self.provider.context and plugin if asked == "auto" else bool(asked == "yes")
 
     def profile(self, part: str) -> Profile:
         return self.form
@@ -472,6 +474,9 @@ class EpBackend(Backend):
             raise
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise translate(error, doing) from error
+        if (placement := self.placement(artifact)).left and artifact.part not in self.told:
+            self.told.add(artifact.part)
+            print(f"ep: {artifact.part}: {placement.text}", file=sys.stderr, flush=True)
         return EpSession(session, bundle, artifact.part)
 
 

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
     from export.bundle import Bundle
 
-PROVIDER = "QNNExecutionProvider"
 PACKAGE = "onnxruntime-qnn"
 HTP = Profile("htp", attention="matmul", norms="layer", batch=1)
 """Static shapes. GroupNormalization and InstanceNormalization run out of memory when the graph is
@@ -47,11 +46,11 @@ FP16 they are not: 2e-4 against 0.25 relative error at a standard deviation of 3
 
 def session_options(arch: str, *, fallback: bool = False) -> Any:
     """`fallback`: leave to the CPU what the provider does not take."""
-    import onnxruntime_qnn
-
-    library = Path(onnxruntime_qnn.get_library_path())
-    (device,) = providers.plugin_devices(PROVIDER, library)
-    chosen = providers.new_options(PROVIDER, device, {"backend_type": "htp", "htp_arch": arch})
+    provider = providers.PROVIDERS["qnn"]
+    library = providers.plugin_library(provider)
+    assert library is not None  # the probe looked for it
+    (device,) = providers.plugin_devices(provider.ep, library, ())
+    chosen = providers.new_options(provider.ep, device, {**provider.options, "htp_arch": arch})
     chosen.log_severity_level = 4
     chosen.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(not fallback)))
     return chosen
@@ -180,7 +179,7 @@ def refused_ops(lowered: Path, arch: str) -> list[str]:
         except Exception:  # whatever it raised, this operator is what raised it
             refused.append(op)
             continue
-        if providers.Placement.of(session, PROVIDER).left:
+        if providers.Placement.of(session, providers.PROVIDERS["qnn"].ep).left:
             refused.append(op)
     return refused
 

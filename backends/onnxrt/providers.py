@@ -46,7 +46,8 @@ class Provider:
         where: what else it needs, in words.
         profile: the form of graph that suits it.
         precision: of the arithmetic: `fp32`, or that of the `graph`.
-        context: whether it gives what it compiled back (EPContext), to be kept.
+        context: whether its plugin gives what it compiled back (EPContext), to be kept. The build
+            onnxruntime-openvino 1.24 does too, and then does not load it.
         options: of its own, unless others are given.
         environment: variables that its library reads.
         emulated: what computes for it where its device is the host's CPU; "" where that CPU is
@@ -114,7 +115,7 @@ LISTED = (
              profile=replace(GENERAL, attention="multihead"), device="cuda"),
     Provider("tensorrt", "TensorrtExecutionProvider", build="onnxruntime-gpu",
              where="an NVIDIA GPU and TensorRT's libraries; the backend trt needs no onnxruntime",
-             context=True, device="cuda"),
+             device="cuda"),
     Provider("nv-tensorrt-rtx", "NvTensorRTRTXExecutionProvider", "onnxruntime-ep-nv-tensorrt-rtx",
              where="an NVIDIA RTX GPU, Ampere or later", context=True, device="cuda"),
     Provider("migraphx", "MIGraphXExecutionProvider", build="onnxruntime-migraphx",
@@ -122,7 +123,7 @@ LISTED = (
     Provider("directml", "DmlExecutionProvider", build="onnxruntime-directml", where="Windows"),
     Provider("coreml", "CoreMLExecutionProvider", build="onnxruntime", where="macOS"),
     Provider("mlx", "MLXExecutionProvider", "onnxruntime-ep-mlx", where="macOS on Apple silicon"),
-    Provider("vitisai", "VitisAIExecutionProvider", context=True,
+    Provider("vitisai", "VitisAIExecutionProvider",
              where="an AMD NPU and the onnxruntime of AMD's Ryzen AI software"),
     Provider("cann", "CANNExecutionProvider", build="onnxruntime-cann", where="a Huawei Ascend"),
 )  # fmt: skip
@@ -172,11 +173,13 @@ def plugin_library(provider: Provider) -> Path | None:
     """Return the library that the provider's package brings; None where it is not installed."""
     if not provider.package or importlib.util.find_spec(provider.module) is None:
         return None
-    return Path(importlib.import_module(provider.module).get_library_path())
+    return Path(importlib.import_module(provider.module).get_library_path()).resolve()
 
 
 @cache
-def plugin_devices(ep: str, library: Path, environment: tuple[tuple[str, str], ...] = ()) -> Any:
+def plugin_devices(
+    ep: str, library: Path, environment: tuple[tuple[str, str], ...]
+) -> tuple[Any, ...]:
     """Register `library` under the name `ep`, once a process; return the devices it offers.
 
     Args:

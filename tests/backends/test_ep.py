@@ -210,6 +210,10 @@ def test_what_falls_back_is_counted_and_shown(
     said = capsys.readouterr().out
     assert f"0 nodes on the provider, {sum(record['left'].values())} nodes (" in said
     assert f"{convolutions} Conv" in said
+    for _ in range(2):
+        backend.load(tiny_bundle, artifact).close()
+    told = capsys.readouterr().err
+    assert told.count(f"ep: {PART}: 0 nodes on the provider") == 1, "once, not with every load"
 
 
 def test_without_fallback_it_is_refused_also_out_of_the_cache(
@@ -278,8 +282,9 @@ def test_a_plugin_computes_what_torch_does(name: str, tiny_bundle: Bundle, build
     error = float((result.float() - expected).norm() / expected.norm())
     assert error < GATES[backend.precision(tiny_bundle)].relative_error, error
     graph = onnx.load(artifact.folder / "model.onnx", load_external_data=False).graph
-    kept = "EPContext" in {node.op_type for node in graph.node}
-    assert kept == PROVIDERS[name].context
+    assert isinstance(backend, EpBackend)
+    assert ("EPContext" in {node.op_type for node in graph.node}) == backend.keeps_context
+    assert backend.keeps_context == (PROVIDERS[name].context and backend.target.device is not None)
 
 
 def cast_for(session: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -329,5 +334,8 @@ def test_a_plugin_is_taken_by_its_library_too(tiny_bundle: Bundle, build: Path) 
         probe = backend.probe()
         assert probe.usable, probe
         assert backend.device == parse_backend(f"ep:provider={name}").device
+        other = parse_backend(f"ep:provider={name},device=99").probe()
+        assert "no device 99" in other.what
+        assert "it offers 0: " in other.why
         return
     pytest.skip("no plugin can be used here")
