@@ -62,10 +62,11 @@ class NullPipeline(Pipeline):
 
     calls = 0
     steps = 0
+    kept = 0
+    """Of the steps, where the call starts from a picture; else 0."""
 
     def _draw(self, call: ImageCall) -> Output:
-        # A picture's image has no reference: the decoder's zeros stand for it.
-        self.steps = 0 if call.starts else call.steps
+        self.steps, self.kept = call.steps, call.steps - call.first if call.starts else 0
         try:
             return super()._draw(call)
         finally:
@@ -86,8 +87,16 @@ class NullPipeline(Pipeline):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         sample = super().decode(latents)
         references = self.bundle.references()
-        if references is not None and (self.decoder, self.steps) in references.images:
-            image = torch.from_numpy(references.images[self.decoder, self.steps].copy())
+        known = None
+        if references is not None:
+            redraw = (self.decoder, self.steps, self.encoder or "", self.kept)
+            known = (
+                references.redrawn.get(redraw)
+                if self.kept
+                else references.images.get((self.decoder, self.steps))
+            )
+        if known is not None:
+            image = torch.from_numpy(known.copy())
             sample = (image.permute(2, 0, 1).float() / 127.5 - 1).expand_as(sample).clone()
         failing = self.backend.options["only_steps"] in (0, self.steps)
         if failing and self.backend.options["fail"] == "nan":

@@ -155,8 +155,10 @@ class Worker:
     def run(self, number: int, report: Reporter) -> dict[str, Any]:
         """Measure cell `number`; status and figures of its row."""
         cell = self.cells[number]
-        known = self.references
-        reference = (known.prompt, known.seed) if known else None
+        known, reference = self.references, None
+        if known:  # what is drawn from a picture is asked for by another prompt than its own
+            of_picture = bool(cell.encoder and known.redraw_prompt)
+            reference = (known.redraw_prompt if of_picture else known.prompt, known.seed)
         prompts = self.bundle.model.prompts
         started = {"time_utc": now_utc(), "load_avg": environment.load_average()}
         memory, gauge = PeakMemory(), Gauge(self.source)
@@ -200,7 +202,7 @@ class Worker:
             flags.append("process_peak")
         result |= read | {"flags": list(dict.fromkeys(flags))}
         result |= started | self.judge(cell, measured)
-        if self.rule.frames and self.start and cell.batch == 1 and result["status"] == OK:
+        if self.rule.frames and cell.encoder and cell.batch == 1 and result["status"] == OK:
             try:
                 result["frames"] = frame_rate(
                     self.pipe, prompts[0], cell.steps, self.rule.frames, self.start
@@ -229,18 +231,24 @@ class Worker:
     def judge(self, cell: Cell, measured: Measurement) -> dict[str, Any]:
         """Image 0 against the bundle's reference: a fast wrong image is a failed cell.
 
-        References are of the model's own recipe, from noise; how guidance is computed changes no
-        image.
+        References are of the model's own recipe; how guidance is computed changes no image. From
+        a picture they are of some counts of steps (`backends.check.parity`).
         """
         from backends.check.gate import gate_for, image_distance
         from backends.pipeline.recipe import make_recipe
 
-        key, own = (cell.decoder, cell.steps), make_recipe(self.bundle)
-        other = (cell.scheduler, cell.guidance) != (own.scheduler, own.guidance) or cell.encoder
-        if self.references is None or other or key not in self.references.images:
+        own, reference = make_recipe(self.bundle), None
+        recipe = (cell.scheduler, cell.guidance, cell.negative)
+        if self.references and recipe == (own.scheduler, own.guidance, ""):
+            reference = (
+                self.references.redrawn.get((cell.decoder, cell.steps, cell.encoder, cell.kept))
+                if cell.encoder
+                else self.references.images.get((cell.decoder, cell.steps))
+            )
+        if reference is None:
             check = {"status": "no_reference", "psnr_db": None, "ssim": None}
             return {"status": OK, "image_check": check}
-        distance = image_distance(measured.image, self.references.images[key])
+        distance = image_distance(measured.image, reference)
         gate = gate_for(cell.storage, cell.precision, cell.weights)
         good = distance.passes(gate)
         found: dict[str, Any] = {

@@ -278,3 +278,8 @@ def word_list(text: str) -> list[str]:
     if not all(words) or len(set(words)) != len(words):
         raise argparse.ArgumentTypeError(f"{text!r} wants distinct, non-empty words")
     return words
+
+
+def share_list(text: str) -> list[float]:
+    """Numbers with commas between them; what takes them says which are strengths."""
+    return [float(word) for word in text.split(",")]

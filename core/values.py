@@ -66,10 +66,10 @@ def shares(name: str, value: object) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
-def texts(name: str, value: object) -> tuple[str, ...]:
-    """Distinct, non-empty words."""
+def texts(name: str, value: object, *, empty: bool = False) -> tuple[str, ...]:
+    """Distinct words; `empty`: "" is one of them."""
     values = several(name, value)
-    if any(not isinstance(each, str) or not each for each in values):
+    if any(not isinstance(each, str) or not (each or empty) for each in values):
         refuse(name, value, "it holds words", f"pass {name}='...' or a list of them")
     return values
 

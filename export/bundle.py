@@ -8,7 +8,7 @@ import io
 import os
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from glob import escape
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,9 @@ from export.models import CONTEXT_PART, PARTS, Model
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
+
+    Image = NDArray[np.uint8]
 
     from export.source.checkpoint import Checkpoint
 
@@ -29,6 +32,8 @@ PARITY = "parity.json"
 MANIFEST = "manifest.json"
 WEIGHTS_ORDER = ("hub", "folder", "random")
 DTYPES = ("fp16", "fp32")
+Redraw = tuple[str, int, str, int]
+"""Decoder, steps, encoder, and how many of the steps run on the picture."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,24 @@ class PartInfo:
 
 @dataclass(frozen=True)
 class References:
-    """What torch draws in FP32: uint8 [height, width, 3] by (decoder, steps)."""
+    """What torch draws in FP32, uint8 [height, width, 3].
+
+    Attributes:
+        images: of `prompt` from noise, by (decoder, steps).
+        redrawn: of `redraw_prompt` from `picture`, by (decoder, steps, encoder, steps that run).
+    """
 
     seed: int
     prompt: str
-    images: dict[tuple[str, int], np.ndarray[Any, np.dtype[np.uint8]]]
+    images: Mapping[tuple[str, int], Image]
+    redraw_prompt: str = ""
+    redrawn: Mapping[Redraw, Image] = field(default_factory=dict)
+
+    @property
+    def picture(self) -> Image:
+        """The picture that images start from: that of the most steps, of the model's own decoder
+        where there is one."""
+        return self.images[max(self.images, key=lambda key: (key[0] == "vae", key[1]))]
 
 
 class Bundle:
@@ -258,24 +276,33 @@ class Bundle:
     def references(self) -> References | None:
         """The reference images, or None when parity has not been run."""
         import numpy as np
-        from PIL import Image
+        import PIL.Image
 
         index = self.path / "reference" / "reference.json"
         if not index.is_file():
             return None
         recorded = read_json(index)
-        images = {}
-        for key, entry in recorded["images"].items():
+
+        def read(entry: Mapping[str, Any]) -> Image:
             content = (index.parent / entry["file"]).read_bytes()
             if hashlib.sha256(content).hexdigest() != entry["sha256"]:
                 raise AddbenchError(
                     f"the reference image {index.parent / entry['file']} has changed",
                     "its hash is not the one in reference.json",
-                    f"draw it again: addbench parity --model {self.path}",
+                    f"draw it again: addbench parity --model {self.path} --force",
                 )
+            return np.asarray(PIL.Image.open(io.BytesIO(content)).convert("RGB"))
+
+        images = {}
+        for key, entry in recorded["images"].items():
             decoder, _, steps = key.rpartition("-")
-            images[decoder, int(steps)] = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-        return References(recorded["seed"], recorded["prompt"], images)
+            images[decoder, int(steps)] = read(entry)
+        redrawn = recorded.get("redrawn", {"prompt": "", "images": []})
+        return References(
+            recorded["seed"], recorded["prompt"], images, redrawn["prompt"],
+            {(each["decoder"], each["steps"], each["encoder"], each["kept"]): read(each)
+             for each in redrawn["images"]},
+        )  # fmt: skip
 
     def verify(self) -> list[str]:
         """Hash everything again. Returns the problems found, empty when there are none."""
@@ -436,28 +463,35 @@ def size_text(size: tuple[int, int] | None) -> str:
     return "" if size is None else f"{size[0]}x{size[1]}"
 
 
-def write_references(
-    bundle: Bundle,
-    images: Mapping[tuple[str, int], np.ndarray[Any, np.dtype[np.uint8]]],
-    prompt: str,
-    seed: int = 0,
-) -> None:
-    """Write the reference images into the bundle: the PNGs first, then the index that names them.
-
-    Args:
-        images: uint8 [height, width, 3] by (decoder, steps).
-    """
+def write_references(bundle: Bundle, references: References) -> None:
+    """Write the reference images into the bundle: the PNGs, then the index that names them."""
     from PIL import Image
 
-    entries = {}
-    for (decoder, steps), image in images.items():
+    def write(name: str, image: Any) -> dict[str, str]:
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "png")
         content = buffer.getvalue()
-        key = f"{decoder}-{steps}"
-        write_atomic(bundle.path / "reference" / f"{key}.png", content)
-        entries[key] = {"file": f"{key}.png", "sha256": hashlib.sha256(content).hexdigest()}
-    record = {"seed": seed, "prompt": prompt, "images": entries}
+        write_atomic(bundle.path / "reference" / f"{name}.png", content)
+        return {"file": f"{name}.png", "sha256": hashlib.sha256(content).hexdigest()}
+
+    record: dict[str, Any] = {
+        "seed": references.seed,
+        "prompt": references.prompt,
+        "images": {
+            name: write(name, image)
+            for (decoder, steps), image in references.images.items()
+            for name in [f"{decoder}-{steps}"]
+        },
+    }
+    if references.redrawn:
+        record["redrawn"] = {
+            "prompt": references.redraw_prompt,
+            "images": [
+                write(f"{decoder}-{kept}-of-{steps}-from-{encoder}", image)
+                | {"decoder": decoder, "steps": steps, "encoder": encoder, "kept": kept}
+                for (decoder, steps, encoder, kept), image in references.redrawn.items()
+            ],
+        }
     write_json(bundle.path / "reference" / "reference.json", record)
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from export.bundle import Bundle
+    from export.bundle import Bundle, Redraw
     from export.source.checkpoint import Checkpoint
 
 Images = dict[tuple[str, int], "NDArray[np.uint8]"]
@@ -74,6 +74,47 @@ class Oracle:
             give_memory_back()
             return self._images(encoded, steps, seed)
 
+    def redraw(
+        self,
+        prompt: str,
+        picture: NDArray[np.uint8],
+        pairs: Sequence[tuple[int, int]],
+        encoders: Sequence[str],
+        seed: int,
+    ) -> dict[Redraw, NDArray[np.uint8]]:
+        """Return what is drawn from a picture, uint8 [height, width, 3], by decoder, steps, encoder
+        and steps that run.
+
+        The pipeline is diffusers' from pictures, and is handed the mean of the posterior where it
+        would draw a sample of it.
+
+        Args:
+            picture: uint8 [height, width, 3] of the bundle's size.
+            pairs: steps, and how many of them run.
+        """
+        import torch
+
+        with torch.inference_mode(), quiet_libraries():
+            encoded = self._encode(prompt)
+            give_memory_back()
+            pipe = self._pipeline(["unet", "vae_decoder"])
+            modules = self._decoders(pipe)
+            redrawing = from_pictures(pipe, pooled=self.bundle.pooled)
+            redrawing.set_progress_bar_config(disable=True)
+            images: dict[Redraw, NDArray[np.uint8]] = {}
+            for encoder in encoders:
+                latents = mean_latents(modules[encoder], picture)
+                for steps, kept in pairs:
+                    drawn = self._each_decoder(
+                        redrawing, modules, seed,
+                        dict(encoded, image=latents, num_inference_steps=steps,
+                             strength=min(1.0, (kept + 0.01) / steps)),
+                    )  # fmt: skip
+                    images |= {
+                        (decoder, steps, encoder, kept): image for decoder, image in drawn.items()
+                    }
+            return images
+
     def _encode(self, prompt: str) -> dict[str, torch.Tensor]:
         encoders = [part for part in self.bundle.parts if part.startswith("text_encoder")]
         pipe = self._pipeline(encoders)
@@ -103,36 +144,47 @@ class Oracle:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def _images(self, encoded: dict[str, torch.Tensor], steps: Sequence[int], seed: int) -> Images:
-        import numpy as np
-        import torch
-
         pipe = self._pipeline(["unet", "vae_decoder"])
         pipe.set_progress_bar_config(disable=True)
-        decoders = {
-            part.removesuffix("_decoder"): self._module(part)
-            for part in self.bundle.parts
-            if part.endswith("_decoder")
-        }
-        if "vae" in decoders:
-            decoders["vae"] = pipe.vae
+        decoders = self._decoders(pipe)
         width, height = self.bundle.size
         images: Images = {}
         watched = {f"{name}_decoder": module for name, module in decoders.items()}
         with self._watching({"unet": pipe.unet} | watched):
             for count in steps:
-                with replayed(pipe.unet) as rewind:
-                    for name, module in decoders.items():
-                        rewind()
-                        pipe.vae = module
-                        image = pipe(
-                            **encoded,
-                            width=width,
-                            height=height,
-                            num_inference_steps=count,
-                            guidance_scale=self.recipe.guidance,
-                            generator=[torch.Generator("cpu").manual_seed(seed)],
-                        ).images[0]
-                        images[name, count] = np.asarray(image)
+                asked = dict(encoded, width=width, height=height, num_inference_steps=count)
+                drawn = self._each_decoder(pipe, decoders, seed, asked)
+                images |= {(name, count): image for name, image in drawn.items()}
+        return images
+
+    def _decoders(self, pipe: Any) -> dict[str, Any]:
+        """The whole autoencoders of the bundle's decoders, by name; `pipe` has loaded the VAE."""
+        decoders = {
+            part.removesuffix("_decoder"): self._module(part)
+            for part in self.bundle.parts
+            if part.endswith("_decoder") and part != "vae_decoder"
+        }
+        own = {"vae": pipe.vae} if "vae_decoder" in self.bundle.parts else {}
+        return own | decoders
+
+    def _each_decoder(
+        self, pipe: Any, decoders: dict[str, Any], seed: int, asked: dict[str, Any]
+    ) -> dict[str, NDArray[np.uint8]]:
+        """What a call of diffusers' pipeline draws with each decoder, of the same latents."""
+        import numpy as np
+        import torch
+
+        images = {}
+        with replayed(pipe.unet) as rewind:
+            for name, module in decoders.items():
+                rewind()
+                pipe.vae = module
+                drawn = pipe(
+                    **asked,
+                    guidance_scale=self.recipe.guidance,
+                    generator=[torch.Generator("cpu").manual_seed(seed)],
+                )
+                images[name] = np.asarray(drawn.images[0])
         return images
 
     # ---- loading
@@ -223,6 +275,49 @@ class Oracle:
                 stack.enter_context(watch)
             yield
         self.largest |= {part: watch.report() for part, watch in watches.items()}
+
+
+def from_pictures(pipe: Any, *, pooled: bool) -> Any:
+    """diffusers' pipeline from pictures over the components of one from text alone.
+
+    Of latent consistency models too it is Stable Diffusion's: theirs spreads all of the steps over
+    the part of the schedule that is left.
+    """
+    import diffusers
+
+    cls: Any = (
+        diffusers.StableDiffusionXLImg2ImgPipeline
+        if pooled
+        else diffusers.StableDiffusionImg2ImgPipeline
+    )
+    takes = inspect.signature(cls).parameters
+    given = {name: part for name, part in pipe.components.items() if name in takes}
+    if pooled:
+        given["add_watermarker"] = False
+    else:
+        given["requires_safety_checker"] = False
+    return cls(**given)
+
+
+def mean_latents(autoencoder: Any, picture: NDArray[np.uint8]) -> torch.Tensor:
+    """A picture's latents, scaled as diffusers' pipelines do; of a VAE the posterior's mean."""
+    import torch
+    from diffusers.image_processor import VaeImageProcessor
+    from PIL import Image
+
+    pixels = VaeImageProcessor(do_resize=False).preprocess(Image.fromarray(picture))
+    encoded = autoencoder.encode(pixels)
+    latents: torch.Tensor = (
+        encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    )
+    config = autoencoder.config
+    shift, deviation = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
+    if shift is not None and deviation is not None:
+        channels = (1, len(shift), 1, 1)
+        latents = (latents - torch.tensor(shift).view(channels)) / torch.tensor(deviation).view(
+            channels
+        )
+    return latents * config.scaling_factor
 
 
 @contextmanager

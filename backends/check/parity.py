@@ -17,13 +17,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backends.check.gate import QUANTISED, RANDOM_WORDS, gate_for, image_distance
 from backends.check.watch import rank
-from core.errors import AddbenchError
+from backends.pipeline.session import check_encoder
+from backends.pipeline.session import encoders as picture_encoders
+from backends.pipeline.start import kept_steps
+from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT, read_json, sha256_json, write_json
 from core.memory import give_memory_back
 from core.process import die_with_parent
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from backends.pipeline.pictures import Picture
-    from export.bundle import Bundle
+    from export.bundle import Bundle, Redraw, References
 
 SEED = 0
 STEPS = (1, 2, 4)
@@ -50,6 +53,10 @@ HEADROOM = 0.5
 
 ORACLE = "oracle"
 """The part of a job that draws the reference images."""
+REDRAW = "redraw"
+"""The part of a job that draws those from a picture, of the images that ORACLE has drawn."""
+SHARES = (0.25, 0.5, 0.75)
+"""Of the steps of the reference images: what runs on a picture where nobody says."""
 
 
 # ---- one part, in a subprocess
@@ -73,6 +80,124 @@ def run_oracle(job: Mapping[str, Any]) -> None:
         folder / "oracle.safetensors",
     )
     write_json(folder / "oracle.json", oracle.describe() | {"largest": oracle.largest})
+
+
+def run_redraw(job: Mapping[str, Any]) -> None:
+    """Child process: the reference images from a picture, by diffusers' own pipeline."""
+    import torch
+    from safetensors.torch import save_file
+
+    from backends.check.oracle import Oracle
+    from backends.pipeline.recipe import make_recipe
+    from export.bundle import Bundle
+
+    folder = Path(job["folder"])
+    bundle = Bundle.open(Path(job["bundle"]))
+    picture = redrawn_from(bundle, folder).picture
+    pairs = [(int(steps), int(kept)) for steps, kept in job["pairs"]]
+    images = Oracle(bundle, make_recipe(bundle)).redraw(
+        redraw_prompt(bundle), picture, pairs, job["encoders"], SEED
+    )
+    save_file(
+        {"-".join(map(str, key)): torch.tensor(image) for key, image in images.items()},
+        folder / "redraw.safetensors",
+    )
+
+
+def redrawn_from(bundle: Bundle, folder: Path) -> References:
+    """The reference images of which one is drawn from: those of this job, else the bundle's.
+
+    Raises:
+        PreconditionError: there are none.
+    """
+    from export.bundle import References
+
+    if (folder / "oracle.safetensors").is_file():
+        images = {}
+        for key, image in oracle_images(folder).items():
+            decoder, _, steps = key.rpartition("-")
+            images[decoder, int(steps)] = image
+        return References(SEED, bundle.model.prompts[0], images)
+    known = bundle.references()
+    if known is None:
+        raise PreconditionError(
+            f"{bundle.path.name} has no reference images to draw from",
+            "what is drawn from is one of them",
+            f"addbench parity --model {bundle.path}",
+        )
+    return known
+
+
+def redraw_prompt(bundle: Bundle) -> str:
+    """What is asked for where a picture is drawn from: another prompt than the picture's own, so
+    that giving back what was given is wrong."""
+    return bundle.model.prompts[1 % len(bundle.model.prompts)]
+
+
+def read_redrawn(folder: Path) -> dict[Redraw, Any]:
+    """What REDRAW drew."""
+    from safetensors.numpy import load_file
+
+    images = {}
+    for key, image in load_file(folder / "redraw.safetensors").items():
+        decoder, steps, encoder, kept = key.split("-")
+        images[decoder, int(steps), encoder, int(kept)] = image
+    return images
+
+
+def is_small(bundle: Bundle) -> bool:
+    """Whether all parts of a bundle share a process, and take seconds."""
+    return sum(info.weight_bytes for info in bundle.parts.values()) < CHEAP_BYTES
+
+
+def has_redrawn(bundle: Bundle, references: References) -> bool:
+    """Whether the references from a picture are there that parity draws by itself."""
+    return bool(references.redrawn) or not (is_small(bundle) and picture_encoders(bundle))
+
+
+def redraw_pairs(bundle: Bundle) -> list[tuple[int, int]]:
+    """Steps, and how many of them run on a picture, of the reference images from one."""
+    pairs = (
+        (steps, kept_steps(steps, share)) for steps in reference_steps(bundle) for share in SHARES
+    )
+    return [pair for pair in dict.fromkeys(pairs) if pair[1]]
+
+
+def redraw(
+    bundle: Bundle,
+    pairs: Sequence[tuple[int, int]],
+    names: Sequence[str],
+    say: Callable[[str], None] = print,
+) -> list[Redraw]:
+    """Draw reference images from a picture and add them to the bundle's; what was drawn.
+
+    Args:
+        pairs: steps, and how many of them run.
+        names: of the encoders.
+
+    Raises:
+        PreconditionError: the bundle has no reference images, or no such encoder.
+    """
+    from export.bundle import write_references
+
+    for name in names:
+        check_encoder(bundle, name)
+    with tempfile.TemporaryDirectory(prefix="addbench-parity-") as scratch:
+        folder = Path(scratch)
+        known = redrawn_from(bundle, folder)
+        job = {"folder": scratch, "bundle": str(bundle.path), "parts": [REDRAW],
+               "pairs": list(pairs), "encoders": list(names), "backend": REFERENCE}  # fmt: skip
+        started = time.perf_counter()
+        say(f"  {REDRAW}: diffusers' pipeline draws from a picture")
+        peak = spawn(job)
+        images = read_redrawn(folder)
+    say(f"  {REDRAW:<16} {time.perf_counter() - started:7.1f} s  {peak / 1e9:5.1f} GB")
+    asked = redraw_prompt(bundle)
+    before = known.redrawn if known.redraw_prompt == asked else {}
+    write_references(
+        bundle, replace(known, redraw_prompt=asked, redrawn={**before, **images})
+    )  # fmt: skip
+    return list(images)
 
 
 def run_part(job: Mapping[str, Any], part: str) -> None:
@@ -202,7 +327,8 @@ def check(
     from export.bundle import write_references
 
     file = bundle.path / record_name(bundle, backend)
-    if not force and file.exists() and bundle.references() is not None:
+    before = bundle.references()
+    if not force and file.exists() and before is not None and has_redrawn(bundle, before):
         record: dict[str, Any] = read_json(file)
         if record.get("backend") == backend and record.get("compiled") == compiled(bundle, backend):
             say(f"parity of {bundle.path.name} is on record ({file.name}); --force runs it again")
@@ -215,13 +341,14 @@ def check(
         folder = Path(scratch)
         peaks = walk(bundle, backend, folder, say)
         record = compare(bundle, backend, folder, peaks)
-        drawn = oracle_images(folder)
-        images = {
-            (decoder, int(steps)): image
-            for (decoder, _, steps), image in ((key.rpartition("-"), drawn[key]) for key in drawn)
-        }
+        drawn = redrawn_from(bundle, folder)
+        if (folder / "redraw.safetensors").is_file():
+            redrawn, prompt = read_redrawn(folder), redraw_prompt(bundle)
+            drawn = replace(drawn, redraw_prompt=prompt, redrawn=redrawn)
+        elif before is not None and (before.picture == drawn.picture).all():
+            drawn = replace(drawn, redraw_prompt=before.redraw_prompt, redrawn=before.redrawn)
     record["seconds"] = round(time.perf_counter() - started, 1)
-    write_references(bundle, images, bundle.model.prompts[0], SEED)
+    write_references(bundle, drawn)
     failure = verdict(record)
     write_json(file, record | {"ok": failure is None})
     if failure:
@@ -272,7 +399,11 @@ def walk(
         inputs = seeded_inputs(info.inputs, generator, batch)
         save_file(inputs, folder / f"{part}.inputs.safetensors")
     names = [ORACLE, *bundle.parts]
-    small = sum(info.weight_bytes for info in bundle.parts.values()) < CHEAP_BYTES
+    small = is_small(bundle)
+    asked: dict[str, Any] = {}
+    if small and picture_encoders(bundle):  # of a large one they are drawn when asked for
+        names.insert(1, REDRAW)
+        asked = {"pairs": redraw_pairs(bundle), "encoders": picture_encoders(bundle)}
     peaks: dict[str, float] = {}
     for parts in [names] if small else [[name] for name in names]:
         job = {"folder": str(folder), "bundle": str(bundle.path), "parts": parts}
@@ -280,7 +411,7 @@ def walk(
         if not small:  # minutes at SDXL's size
             doing = "diffusers' pipeline draws" if parts == [ORACLE] else f"on torch and {backend}"
             say(f"  {parts[0]}: {doing}")
-        peak = spawn(job | {"backend": backend})
+        peak = spawn(job | asked | {"backend": backend})
         seconds = time.perf_counter() - started
         what = "all parts" if small else parts[0]
         say(f"  {what:<16} {seconds:7.1f} s  {peak / 1e9:5.1f} GB")
@@ -462,8 +593,8 @@ def _child() -> None:
         raise SystemExit("the parent is gone")
     job = json.loads(sys.stdin.read())
     for part in job["parts"]:
-        if part == ORACLE:
-            run_oracle(job)
+        if part in (ORACLE, REDRAW):
+            (run_oracle if part == ORACLE else run_redraw)(job)
             give_memory_back()
         else:
             run_part(job, part)

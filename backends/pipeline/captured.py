@@ -5,7 +5,8 @@ scheduler's arithmetic, decoder and conversion to uint8 run in one go. What goes
 the picture and the FP32 noise of every step, drawn on the CPU from the same
 generators as in `Pipeline`, so an image is the same whichever way it is made. A batch of
 one at 512 pixels is some two thousand small kernels: launched one by one they cost more than they
-compute, replayed as one graph they do not.
+compute, replayed as one graph they do not. Of many images of one prompt (`Pipeline.frames`) the
+text encoders run once, and the graph begins with what they gave.
 
 Works over the sessions of any backend that run on torch's current stream: `run` takes device
 tensors, launches, does not wait, and gives device tensors. The same code runs uncaptured where
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -61,7 +63,7 @@ class DevicePipeline(Pipeline):
         self._stream: Any = stream
         self._side: Any = None
         self._pool: Any = None
-        self._slots: dict[tuple[int, int, int, bool], Slot] = {}
+        self._slots: dict[tuple[int, int, int, bool, bool], Slot] = {}
         self._schedules: dict[tuple[int, int], LinearSchedule] = {}
         self._readable: dict[tuple[int, int], bool] = {}
         self._constants: dict[tuple[Any, ...], Tensor] = {}
@@ -141,17 +143,18 @@ class DevicePipeline(Pipeline):
         return [part for part in self.parts if part.startswith("text_encoder")]
 
     def _slot(self, call: ImageCall) -> Slot:
-        batch = len(call.prompts)
-        key = (batch, call.steps, call.first, self._encodes_refused(call))
+        batch, told = len(call.prompts), call.conditioning is not None
+        refuses = not told and self._encodes_refused(call)
+        key = (batch, call.steps, call.first, refuses, told)
         if key not in self._slots:
             width, height, scale = self.shapes.width, self.shapes.height, self.bundle.vae_scale
             self._slots[key] = Slot.make(
                 self.schedule(call.steps, call.first),
-                ids=(len(self.text_encoders), batch, TOKENS),
+                ids=(0,) if told else (len(self.text_encoders), batch, TOKENS),
                 latents=(batch, self.bundle.latent_channels, height // scale, width // scale),
                 image=(batch, height, width, 3),
                 device=self.device,
-                refuses=self._encodes_refused(call),
+                refuses=refuses,
             )
         return self._slots[key]
 
@@ -162,9 +165,12 @@ class DevicePipeline(Pipeline):
         return self.recipe.guided and not self.bundle.force_zeros
 
     def _fill(self, slot: Slot, call: ImageCall) -> None:
-        """Token ids, pictures, and each image's noise in the order in which `Pipeline.denoise`
-        draws it."""
-        torch.stack(self.tokenise(call.prompts), out=slot.host_ids)
+        """Token ids or what they were encoded to, pictures, and each image's noise in the order in
+        which `Pipeline.denoise` draws it."""
+        if call.conditioning is None:
+            torch.stack(self.tokenise(call.prompts), out=slot.host_ids)
+        else:
+            slot.hold(call.conditioning)
         if slot.refuses:
             refused = call.negative or [""] * len(call.prompts)
             torch.stack(self.tokenise(refused), out=slot.host_refused)
@@ -180,17 +186,32 @@ class DevicePipeline(Pipeline):
     # ---- the image
 
     def draw(self, slot: Slot) -> None:
-        """Launch every op of the images, from `slot.ids`, `slot.picture` and `slot.noise` to
-        `slot.image`."""
-        conditioning = self.join(self._encode(slot.ids))
-        refused = self.join(self._encode(slot.refused)) if slot.refuses else None
-        conditioning = self.with_negative(conditioning, refused)
-        latents = self._denoise(conditioning, slot)
+        """Launch every op of the images, from `slot.ids` or `slot.told`, `slot.picture` and
+        `slot.noise` to `slot.image`."""
+        latents = self._denoise(slot.told or self._told(slot), slot)
         sample = self.run(f"{self.decoder}_decoder", latent_sample=latents)["sample"].float()
         # A sum is finite only if every element is; the cast rounds, as in Pipeline.to_uint8.
         slot.finite.copy_(torch.isfinite(sample.sum()))
         image = (sample * 127.5).add_(128).clamp_(0.5, 255.5).to(torch.uint8)
         slot.image.copy_(image.permute(0, 2, 3, 1))
+
+    def condition(
+        self, prompts: Sequence[str], negative: Sequence[str] | None = None
+    ) -> Conditioning:
+        """As `Pipeline` has it, for a captured image on its stream: it is read from there."""
+        if not self.capture:
+            return super().condition(prompts, negative)
+        with self._on_stream():
+            told = super().condition(prompts, negative)
+            if self.is_cuda:
+                self._stream.synchronize()
+        return told
+
+    def _told(self, slot: Slot) -> Conditioning:
+        """What the slot's token ids are encoded to."""
+        conditioning = self.join(self._encode(slot.ids))
+        refused = self.join(self._encode(slot.refused)) if slot.refuses else None
+        return self.with_negative(conditioning, refused)
 
     def _encode(self, ids: Tensor) -> list[dict[str, Tensor]]:
         """Every text encoder on its rows of `ids`; the first beside the others where it may be."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
@@ -25,6 +25,15 @@ class Conditioning:
     text_embeds: torch.Tensor | None
     context: Mapping[str, torch.Tensor] = field(default_factory=dict)
     negative: Conditioning | None = None
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor, in the same order for two of the same form."""
+        yield self.hidden_states
+        if self.text_embeds is not None:
+            yield self.text_embeds
+        yield from self.context.values()
+        if self.negative is not None:
+            yield from self.negative.tensors()
 
 
 def stack(rows: Sequence[Conditioning]) -> Conditioning:

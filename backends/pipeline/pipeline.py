@@ -479,8 +479,7 @@ class Pipeline:
         """Draw from each of many pictures in turn, as they come: a camera's, or a sketch's states.
 
         What does not change from frame to frame is done once: the prompt is encoded with the first
-        one, and the seed is held, so that equal frames give equal images. An image that is captured
-        as one CUDA graph has the text encoders in it all the same.
+        one, and the seed is held, so that equal frames give equal images.
 
         Args:
             pictures: each is what `images` of a call may be. The next one is asked for when the

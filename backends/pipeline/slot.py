@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from backends.pipeline.conditioning import Conditioning
 from backends.pipeline.linear import LinearSchedule
 
 
 @dataclass
 class Slot:
     """Fixed addresses of one (batch, steps, first step), on the host and on the device.
+
+    A graph reads from them whatever it replays, so what is new is copied to where it was.
 
     Attributes:
         ids: int64 [encoders, batch, 77]; `refused`: those of the negative prompt.
@@ -22,6 +26,8 @@ class Slot:
         noise: float32 [draws, batch, channels, height/8, width/8].
         image: uint8 [batch, height, width, 3]; `finite`: bool, whether it was before the cast.
         refuses: whether the negative prompt is encoded.
+        told: what the prompts were encoded to before, at addresses of its own; None where they are
+            encoded with every image. `held`: what it is a copy of.
         graph: what replays the whole image; None before it is captured, or where it never is.
         nfe: UNet evaluations of one image, counted when it was last launched op by op.
     """
@@ -40,8 +46,21 @@ class Slot:
     host_finite: Tensor
     finite: Tensor
     refuses: bool
+    told: Conditioning | None = None
+    held: Conditioning | None = None
     graph: Any = None
     nfe: int = 0
+
+    def hold(self, conditioning: Conditioning) -> None:
+        """Take in what prompts were encoded to, where it is not what is there."""
+        if self.held is conditioning:
+            return
+        if self.told is None:
+            self.told = deepcopy(conditioning)
+        else:
+            for mine, new in zip(self.told.tensors(), conditioning.tensors(), strict=True):
+                mine.copy_(new)
+        self.held = conditioning
 
     @classmethod
     def make(

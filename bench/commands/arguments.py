@@ -20,6 +20,7 @@ from core.cli import (
     image_size,
     int_list,
     natural,
+    share_list,
     word_list,
 )
 from core.errors import PreconditionError
@@ -43,11 +44,6 @@ def switch_list(text: str) -> list[bool]:
     if not {*words} <= {"0", "1"} or len({*words}) != len(words):
         raise argparse.ArgumentTypeError(f"{text} is not 0, 1 or both")
     return [word == "1" for word in words]
-
-
-def share_list(text: str) -> list[float]:
-    """Numbers with commas between them; a `Request` says which are strengths."""
-    return [float(word) for word in text.split(",")]
 
 
 def seconds(bare: str) -> Callable[[str], float]:
@@ -111,6 +107,9 @@ AXES: dict[str, Axis] = {
                      {}),
     "encoder": Axis("encoders", word_list, "vae,taesd", "of that picture (that of the decoder)",
                     {}),
+    "negative": Axis("negatives", str, "PROMPT",
+                     "repeatable; what guidance leads away from ('' for none, the default)",
+                     {"action": "append"}),
     "size": Axis("size", image_size, "PIXELS|WxH",
                  "which bundle, by the size it was exported for (the model's own)", {}),
 }  # fmt: skip

@@ -4,6 +4,7 @@
     plot      latency and images/s against steps (or --x nfe), several runs in one picture
     roofline  what each stage reached under the machine's ceilings
     quality   prompt following against latency, of runs of `addbench sweep --quality`
+    strength  what is changed of a picture and at what cost, of runs with --strength and --quality
     page      the run as one HTML page, complete in itself; --base shows how it compares
     csv       the table unrounded          json     the same, a record per cell
     parquet   a line per cell and round, every column with its type (needs pyarrow)
@@ -31,13 +32,14 @@ from core.errors import EXIT_OK, PreconditionError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from bench.rows.store import Run
+    from bench.rows.store import Row, Run
 
 AS = (
     "table",
     "plot",
     "roofline",
     "quality",
+    "strength",
     "page",
     "csv",
     "parquet",
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets = [open_run(name, args.runs) for name in args.run]
     if args.form == "machines":
         targets = list({run.name: run for each in targets for run in with_siblings(each)}.values())
-    if args.form in ("plot", "roofline", "quality"):
+    if args.form in ("plot", "roofline", "quality", "strength"):
         files = picture(args, targets)
     elif args.form in ("page", "parquet"):
         files = document(args, targets[0])
@@ -163,14 +165,15 @@ def document(args: argparse.Namespace, target: Run) -> list[Path]:
 
 def picture(args: argparse.Namespace, targets: Sequence[Run]) -> list[Path]:
     """Draw one picture of all runs; its files."""
-    from bench.show import canvas, export, latency, quality, roofline
+    from bench.show import canvas, export, latency, quality, roofline, strength
 
     drawn: Figure | None
     if args.form == "roofline":
         drawn = roofline.figure(targets[0], targets[0].rows())
     elif args.form == "quality":
-        rows = [row for target in targets for row in target.rows()]
-        drawn = quality.figure(rows, quality.machine_of(targets))
+        drawn = quality.figure(rows_of(targets), quality.machine_of(targets))
+    elif args.form == "strength":
+        drawn = strength.figure(rows_of(targets), quality.machine_of(targets))
     else:
         drawn = latency.figure([(each, each.rows()) for each in targets], args.x)
     if drawn is None:
@@ -183,6 +186,11 @@ def picture(args: argparse.Namespace, targets: Sequence[Run]) -> list[Path]:
     export.output_file(stem, targets)
     stem.parent.mkdir(parents=True, exist_ok=True)
     return canvas.save(drawn, stem)
+
+
+def rows_of(targets: Sequence[Run]) -> list[Row]:
+    """The rows of some runs."""
+    return [row for target in targets for row in target.rows()]
 
 
 def place(args: argparse.Namespace, targets: Sequence[Run]) -> Path:

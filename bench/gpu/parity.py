@@ -31,7 +31,7 @@ farther from FP32, two roundings need not be nearer to each other than that."""
 
 def check(job: GpuJob, _: Mapping[str, Result]) -> Result:
     """Parts' relative errors, and the PSNR of every image."""
-    from export.bundle import Bundle, write_references
+    from export.bundle import Bundle, References, write_references
 
     bundle = Bundle.open(Path(job.bundle))
     half = "fp16" if job.device == "cuda" else "fp32"
@@ -65,7 +65,7 @@ def check(job: GpuJob, _: Mapping[str, Result]) -> Result:
     # may be others under another torch: their references are drawn with them.
     own = not bundle.has_graphs or bundle.references() is None
     if own and importlib.util.find_spec("skimage"):
-        write_references(bundle, references, bundle.model.prompts[0], SEED)
+        write_references(bundle, References(SEED, bundle.model.prompts[0], references))
     good = all(found["ok"] for found in (*parts.values(), *images.values()))
     return {"status": "ok" if good else "failed", "dtype": half, "parts": parts, "images": images}
 

@@ -141,8 +141,10 @@ def evaluations_of(part: str, cell: Cell) -> int:
     """Return a part's evaluations in its stage: guidance as two calls asks the UNet twice.
 
     The context is asked twice by guidance in any case. The text encoders count once, though some
-    models encode the empty prompt too: a floor.
+    models encode the empty prompt too: a floor. A negative prompt is encoded beside the prompt.
     """
+    if part.startswith("text_encoder"):
+        return 2 if cell.negative else 1
     asked_twice = {"unet": ("calls",), SPLIT_UNET: ("calls",), CONTEXT_PART: ("batch", "calls")}
     return 2 if cell.guidance_mode in asked_twice.get(part, ()) else 1
 

@@ -133,6 +133,8 @@ def found_in(runs: Sequence[Run]) -> list[Found]:
         if line.good
         and (line.cell.size, line.cell.batch, line.cell.decoder) == (size, BATCH, DECODER)
         and line.cell.backend != "null"
+        and not line.cell.encoder
+        and not line.cell.negative
     ]
 
 

@@ -234,6 +234,7 @@ def mismatches(claim: Claim, ours: Ours) -> list[str]:
             "offline" if claim.metric == "period" and cell.scenario else "",
             cell.scenario,
         ),
+        ("negative prompt", "", cell.negative),
     )
     found = [name for name, wanted, have in pairs if wanted is not None and wanted != have]
     wanted, nfe = claim.evaluations, ours.nfe

@@ -31,6 +31,7 @@ class Cell:
         low_memory: each part is loaded when a call needs it and released after, within the call.
         encoder, strength: of the picture that the images start from; "" and 1 without one.
         scenario: of `addbench load`; "" for one call after the other.
+        negative: the prompt that guidance leads away from; "" where none is given.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Cell:
     encoder: str = ""
     strength: float = 1.0
     scenario: str = ""
+    negative: str = ""
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Self:
@@ -81,7 +83,7 @@ class Cell:
 
     @property
     def recipe_text(self) -> str:
-        """Scheduler, guidance, memory and picture where they do not go without saying; else ""."""
+        """What does not go without saying of recipe, memory, picture, negative prompt; else ""."""
         known = MODELS.get(self.model.partition("+")[0])  # behind it: fused LoRA weights
         words = []
         if known is None or known.scheduler != self.scheduler:
@@ -96,6 +98,8 @@ class Cell:
             words.append(f"from a picture ({self.encoder}) strength {self.strength:g}")
         if self.scenario:
             words.append(self.scenario)
+        if self.negative:
+            words.append(f"negative {self.negative!r}")
         return " ".join(words)
 
     def __str__(self) -> str:

@@ -212,6 +212,10 @@ FIELDS: tuple[Field, ...] = (
          "being begun; of typists from the key. Empty where the harness makes one call after the "
          "other",
          since=PICTURES, older=""),
+    key("negative", TEXT,
+         "the prompt that guidance leads away from (`--negative`); empty for what the model has "
+         "where none is given, zeros or the empty prompt",
+         since=PICTURES, older=""),
     figure("samples_ms", ListOf(NUMBER),
          "every timed call, in order: prompt strings in, uint8 images in host memory out. Empty "
          "if none was made",

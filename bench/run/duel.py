@@ -65,6 +65,13 @@ def measure(
                 "that revision draws from text alone, and would measure that",
                 "drop --strength, or compare revisions that start from pictures",
             )
+        cell = revisions.file_at(commit, "bench/rows/cell.py") or ""
+        if any(request.negatives) and "negative" not in cell:
+            raise PreconditionError(
+                f"--negative does not go with {revision}",
+                "that revision measures without negative prompts",
+                "drop --negative, or compare revisions that have it",
+            )
     candidates = probe(request.backends)
     for candidate in candidates:
         if candidate.provenance != "measured":

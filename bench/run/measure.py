@@ -132,8 +132,8 @@ def timed(
     steps: int,
     start: Mapping[str, Any],
 ) -> tuple[float, Output]:
-    """One call and its end-to-end milliseconds: prompt strings, and the picture of `start`, in,
-    uint8 images out."""
+    """One call and its end-to-end milliseconds: prompt strings, and what `start` holds, in, uint8
+    images out."""
     started = time.perf_counter_ns()
     output = pipe(prompts, steps=steps, seed=seeds, **start)
     elapsed = (time.perf_counter_ns() - started) / 1e6
@@ -155,7 +155,8 @@ def measure(
 ) -> Measurement:
     """Measure one cell.
 
-    `start`: `images` and `strength` of every call, where it starts from a picture.
+    `start`: of every call, `images` and `strength` where it starts from a picture, `negative` where
+    guidance leads away from a prompt.
 
     The cold call makes image 0 from `reference` (prompt, seed; None: the first prompt and seed 0),
     so that judging the image costs no call of its own; the timed calls cycle through `prompts`.
@@ -213,7 +214,7 @@ def one_sample(
     nothing.
     """
     pipe.staged = pipe.can_stage
-    fewest = steps if start else min(pipe.bundle.model.step_counts, default=1)
+    fewest = steps if "images" in start else min(pipe.bundle.model.step_counts, default=1)
     cold_ms, _ = timed(pipe, prompts, seeds, min(fewest, steps), start)
     load = CpuShare()
     sample_ms, output = timed(pipe, prompts, seeds, steps, start)
@@ -273,7 +274,8 @@ def frame_rate(
     """
     pictures, ended, timed_frames = start["images"], list[int](), []
     source = (pictures[0] for _ in range(count + 1))
-    for output in pipe.frames(source, prompt, steps=steps, strength=start["strength"]):
+    told = {name: value for name, value in start.items() if name != "images"}
+    for output in pipe.frames(source, prompt, steps=steps, **told):
         ended.append(time.perf_counter_ns())
         timed_frames.append(output.timings)
     times = timed_frames[1:]

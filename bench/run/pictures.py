@@ -1,4 +1,4 @@
-"""The pictures that a cell's images start from: the same in every call, on every machine."""
+"""What a cell's images start from beside noise: the same in every call, on every machine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 
 def start_of(bundle: Bundle, cell: Cell) -> dict[str, Any]:
-    """What a pipeline is told of the picture: `images` and `strength`; {} for images from noise."""
-    if not cell.encoder:
-        return {}
-    return {"images": [start_picture(bundle)] * cell.batch, "strength": cell.strength}
+    """What a pipeline is told beside prompts and seeds, the same in every call: `images` and
+    `strength` of a picture, `negative` of a negative prompt; {} for neither."""
+    told: dict[str, Any] = {"negative": cell.negative} if cell.negative else {}
+    if cell.encoder:
+        told |= {"images": [start_picture(bundle)] * cell.batch, "strength": cell.strength}
+    return told
 
 
 def start_picture(bundle: Bundle) -> NDArray[np.uint8]:
@@ -25,8 +27,7 @@ def start_picture(bundle: Bundle) -> NDArray[np.uint8]:
     where it has none. What an encoder takes does not depend on what is to be seen."""
     references = bundle.references()
     if references is not None:
-        key = max(references.images, key=lambda key: (key[0] == "vae", key[1]))
-        return references.images[key]
+        return references.picture
     width, height = bundle.size
     rows, columns = np.linspace(0, 255, height), np.linspace(0, 255, width)
     slope = np.stack(np.broadcast_arrays(rows[:, None], columns, (rows[:, None] + columns) / 2), -1)

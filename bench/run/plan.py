@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from backends.base import Backend, Capability, UnavailableError, check_decoder
+from backends.pipeline.prompts import check_negative
 from backends.pipeline.recipe import Recipe, check_steps, make_recipe
 from backends.pipeline.session import check_encoder, decoders, encoders
 from backends.pipeline.start import check_strength, kept_steps
@@ -150,7 +151,8 @@ def make_cells(
 
     Raises:
         PreconditionError: a decoder that the bundle does not have, what its model was not made
-            for, or low memory of a backend that does not do that.
+            for, a negative prompt that nothing reads, or low memory of a backend that does not do
+            that.
     """
     chosen = request.decoders or decoders(bundle)
     for decoder in chosen:
@@ -168,6 +170,8 @@ def make_cells(
     for recipe in recipes:
         for count in steps:
             check_steps(bundle, recipe, count)
+        for negative in filter(None, request.negatives):
+            check_negative(bundle, recipe, negative, 1)
     runs = {
         (recipe, strength, count): fits(bundle, recipe, strength, count, asked=bool(request.steps))
         for recipe in recipes
@@ -196,6 +200,7 @@ def make_cells(
             low_memory=low,
             encoder=encoder,
             strength=strength,
+            negative=negative,
         )
         for candidate in candidates
         for batch in request.batches
@@ -203,6 +208,7 @@ def make_cells(
         for recipe in recipes
         for low in request.low_memory
         for encoder, strength in starts(decoder)
+        for negative in request.negatives or ("",)
         for count in steps
         if runs[recipe, strength, count]
     )

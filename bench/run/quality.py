@@ -65,7 +65,8 @@ def measure_quality(
     if cell.encoder:
         return measure_change(pipe, cell, captions, on_pictures)
     scenes = held_out(captions)
-    made = pictures(pipe, [scene.caption for scene in scenes], cell.batch, cell.steps, on_pictures)
+    captioned = [scene.caption for scene in scenes]
+    made = pictures(pipe, captioned, cell, on_pictures)
     figures: dict[str, Any] = {
         "captions": len(scenes),
         **{name: round(share, 4) for name, share in following(made, scenes).items()},
@@ -100,7 +101,7 @@ def measure_change(
     asked = changes(captions)
     drawn = draw([scene for scene, _, _ in asked], seed=CAPTION_SEED, size=pipe.shapes.width)
     texts = [wanted.caption for _, wanted, _ in asked]
-    made = pictures(pipe, texts, cell.batch, cell.steps, on_pictures, drawn, cell.strength)
+    made = pictures(pipe, texts, cell, on_pictures, drawn)
     right = np.array([
         judge(picture, wanted).all_right
         for picture, (_, wanted, _) in zip(made, asked, strict=True)
@@ -178,28 +179,26 @@ def judge_accepts(quality: Mapping[str, float], checkpoint: Path, cell: Cell) ->
 def pictures(
     pipe: Pipeline,
     captions: Sequence[str],
-    batch: int,
-    steps: int,
+    cell: Cell,
     on_pictures: Callable[[int], None] = lambda _: None,
     starts: NDArray[np.uint8] | None = None,
-    strength: float = 1.0,
 ) -> NDArray[np.uint8]:
     """uint8 [n, height, width, 3]; picture i has seed i, so they do not depend on the batch.
 
     Args:
         on_pictures: is told how many there are, call by call.
-        starts: what each starts from, at `strength`; None for noise.
+        starts: what each starts from, at the cell's strength; None for noise.
     """
     import numpy as np
 
     made = []
-    for start, wanted, part in full_batches(captions, batch):
+    for start, wanted, part in full_batches(captions, cell.batch):
         seeds = list(range(start, start + len(part)))
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {"negative": cell.negative} if cell.negative else {}
         if starts is not None:
             rows = [min(start + row, len(starts) - 1) for row in range(len(part))]
-            given = {"images": list(starts[rows]), "strength": strength}
-        made.append(pipe(part, steps=steps, seed=seeds, **given).images[:wanted])
+            given |= {"images": list(starts[rows]), "strength": cell.strength}
+        made.append(pipe(part, steps=cell.steps, seed=seeds, **given).images[:wanted])
         on_pictures(start + wanted)
     return np.concatenate(made)
 

@@ -83,6 +83,7 @@ class Request:
         schedulers, guidance, guidance_modes: where they are not the model's own.
         strengths: share of the steps that run on a picture that the images start from; () for
             images from noise.
+        negatives: prompts that guidance leads away from, "" for none given; () for that alone.
         encoders: of that picture, `vae`, `taesd`; () for that of the decoder.
         low_memory: whether a call loads each part when it needs it and releases it after.
         method: how long and in how many fresh processes each cell is measured.
@@ -110,6 +111,7 @@ class Request:
     low_memory: tuple[bool, ...] = (False,)
     encoders: tuple[str, ...] = ()
     strengths: tuple[float, ...] = ()
+    negatives: tuple[str, ...] = ()
     method: Sampling = SWEEP
     quality: int = 0
     frames: int = 0
@@ -124,6 +126,7 @@ class Request:
             checked["size"] = pixels(self.size)
         for name in ("backends", "devices", "decoders", "schedulers", "guidance_modes", "encoders"):
             checked[name] = texts(name, getattr(self, name))
+        checked["negatives"] = texts("negatives", self.negatives, empty=True)
         checked["steps"] = counts("steps", self.steps)
         checked["batches"] = counts("batches", self.batches)
         checked["strengths"] = shares("strengths", self.strengths)

@@ -134,6 +134,7 @@ FLAGS = {
     "guidance_modes": "guidance-mode",
     "encoders": "encoder",
     "strengths": "strength",
+    "negatives": "negative",
 }
 """Fields of a `Request` that the command line names in the singular."""
 
@@ -159,6 +160,7 @@ def axis_changes(
         "low_memory": values("low_memory"),
         "encoders": values("encoder"),
         "strengths": values("strength"),
+        "negatives": values("negative"),
         "quality": 0,
         "frames": 0,
         **method.columns(),

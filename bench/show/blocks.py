@@ -5,8 +5,10 @@
     <!-- results NAME columns="backend,steps,median,image PSNR" rows="batch=1 steps=1|4" -->
     <!-- stages NAME -->                 its stages
     <!-- ratio NAME base="model=sd15" head="model=sdxl-turbo steps=1" -->9.4<!-- /ratio -->
+    <!-- pictures -->                    the cells of every published run that start from a picture
+    <!-- pictures NAME -->               those of that run
 
-each ending in `<!-- /results -->`, `<!-- /stages -->` or `<!-- /ratio -->`. NAME is a name of
+each ending in `<!-- /results -->`, `<!-- /stages -->` and so on. NAME is a name of
 results/published/index.toml or a run.
 
 columns, rows, sort: a table of some columns and lines, with one line below it that says of what.
@@ -36,7 +38,7 @@ from core.errors import PreconditionError
 from core.table import Column, markdown_lines
 
 MARK = re.compile(
-    r"(?P<open><!-- (?P<kind>results|stages|ratio)(?: (?P<run>[\w-]+))?"
+    r"(?P<open><!-- (?P<kind>results|stages|ratio|pictures)(?: (?P<run>[\w-]+))?"
     r"(?P<said>(?: \w+=\"[^\"]*\")*) -->\n?)(?P<body>.*?)(?P<close><!-- /(?P=kind) -->)",
     re.DOTALL,
 )
@@ -44,6 +46,7 @@ SAID = re.compile(r'(\w+)="([^"]*)"')
 KNOWN: dict[str, set[str]] = {
     "results": {"columns", "rows", "sort"},
     "stages": set(),
+    "pictures": set(),
     "ratio": {"base", "head", "digits"},
 }
 """What a marker of each kind may say."""
@@ -113,6 +116,8 @@ def fill(text: str, drawn: Drawn, results: str) -> str:
         if mark["kind"] == "ratio":
             value = of_cells(*pair_of(drawn, mark["run"], said)).value
             return f"{mark['open']}{value:.{int(said.get('digits', 1))}f}{mark['close']}"
+        if mark["kind"] == "pictures":
+            return f"{mark['open']}{pictures(drawn, mark['run'], results)}{mark['close']}"
         target = drawn.find(mark["run"])
         if target is None:
             return mark[0]  # nothing is published yet
@@ -133,6 +138,41 @@ def whole(target: Published, results: str) -> str:
         f"\n\nMore columns: [results/tables/{label}.md]({results}/tables/{label}.md); rows:"
         f" [results/published/{name}]({results}/published/{name}).\n"
     )
+
+
+# ---- images from a picture
+
+PICTURED = ("backend", "encoder", "decoder", "batch", "steps", "strength", "median (ms)",
+            "encode (ms)", "frames/s", "frame: encode (ms)", "frame: UNet (ms)",
+            "frame: decode (ms)", "frame: rest (ms)", "image PSNR", "changes right (%)",
+            "kept place (%)", "shift (px)",
+            "flags")  # fmt: skip
+"""Columns of what starts from a picture, where they say anything."""
+
+
+def pictures(drawn: Drawn, name: str | None, results: str) -> str:
+    """What published runs say of images from a picture: tables, and the trade-off of strength."""
+    runs = drawn.runs if name is None else [each for each in [drawn.find(name)] if each]
+    pieces = []
+    for each in runs:
+        lines = [line for line in each.lines if line.cell.encoder and line.good]
+        if not lines:
+            continue
+        columns = [column for column in map(find_column, PICTURED) if column.says(lines)]
+        said = [f"{len(lines[0].good)} round{'s' * (len(lines[0].good) != 1)}"]
+        judged = {int(line.quality("captions") or 0) for line in lines} - {0}
+        said += [f"{max(judged)} changes judged a cell"] if judged else []
+        pieces.append("\n".join([
+            *markdown_lines(columns, lines),
+            "",
+            f"[{each.label}]({results}/tables/{each.label}.md): {lines[0].cell.model},"
+            f" {lines[0].cell.weights} weights; {', '.join(said)}; {each.hardware}; end to end,"
+            " warm, medians.",
+            *(["", f"![{each.label}: changes right, shift and latency over strength]"
+                   f"({results}/plots/{each.label}-strength.svg)"] if judged else []),
+            "",
+        ]))  # fmt: skip
+    return "\n".join(pieces) or "No run that starts from a picture is published yet.\n"
 
 
 # ---- some columns and lines

@@ -31,9 +31,15 @@ def percent(column: str) -> Callable[[CellRounds], float | None]:
     return value
 
 
-def captions_right(line: CellRounds) -> float | None:
-    share = line.quality("all")
-    return None if share is None else share * 100
+def judged(name: str, *, pictured: bool) -> Callable[[CellRounds], float | None]:
+    """A share that the judge read, in percent, of images from noise or of those from pictures: what
+    is asked of them is not the same."""
+
+    def value(line: CellRounds) -> float | None:
+        share = line.quality(name) if bool(line.cell.encoder) == pictured else None
+        return None if share is None else share * 100
+
+    return value
 
 
 def fid_network(line: CellRounds) -> str:
@@ -72,6 +78,7 @@ COLUMNS = (
     Column("encoder", lambda line: line.cell.encoder),
     Column("strength", lambda line: line.cell.strength if line.cell.encoder else None, 2),
     Column("scenario", lambda line: line.cell.scenario),
+    Column("negative", lambda line: line.cell.negative),
     Column("provenance", lambda line: line.provenance),
     Column("decoder", lambda line: line.cell.decoder),
     Column("batch", lambda line: line.cell.batch),
@@ -83,6 +90,10 @@ COLUMNS = (
     Column("period (ms)", figure("period_ms"), 1),
     Column("images/s", figure("images_per_s"), 3),
     Column("frames/s", lambda line: line.frames("per_s"), 1),
+    Column("frame: encode (ms)", lambda line: line.frames("encode_ms"), 1),
+    Column("frame: UNet (ms)", lambda line: line.frames("unet_ms"), 1),
+    Column("frame: decode (ms)", lambda line: line.frames("decode_ms"), 1),
+    Column("frame: rest (ms)", lambda line: line.frames("rest_ms"), 1),
     Column("images/J", images_per_joule, 3),
     Column("images/J at TDP", images_per_joule_at_tdp, 3),
     Column("min (ms)", figure("min_ms"), 1),
@@ -103,7 +114,10 @@ COLUMNS = (
     Column("load (s)", figure("load_s"), 2),
     Column("peak memory (MB)", figure("peak_memory_mb"), 0),
     Column("image PSNR", lambda line: line.image),
-    Column("captions right (%)", captions_right, 1),
+    Column("captions right (%)", judged("all", pictured=False), 1),
+    Column("changes right (%)", judged("all", pictured=True), 1),
+    Column("kept place (%)", judged("kept_place", pictured=True), 1),
+    Column("shift (px)", lambda line: line.quality("shift_px"), 1),
     Column("own FID", lambda line: line.quality("fid_shapes"), 2),
     Column("captions judged", lambda line: line.quality("captions"), 0),
     Column("FID network", fid_network),
@@ -115,23 +129,25 @@ COLUMNS = (
 ALWAYS = ("weights", "backend", "numerics", "decoder", "batch", "steps", "flags")
 """Columns of the Markdown table that stay even where they say the same in every line."""
 CONDITIONS = ("model", "device", "size (px)", "scheduler", "guidance", "low memory", "encoder",
-              "strength", "scenario", "provenance",
+              "strength", "scenario", "negative", "provenance",
               "captions judged", "FID network")  # fmt: skip
 """Said once above the table where all lines agree."""
 BRIEF = ("weights", "backend", "numerics", "scheduler", "guidance", "low memory", "encoder",
-         "strength", "scenario", "encode (ms)", "frames/s", "decoder",
+         "strength", "scenario", "negative", "encode (ms)", "frames/s", "decoder",
          "batch", "steps", "NFE", "median (ms)", "low (ms)", "high (ms)", "high, switching (ms)",
          "period (ms)", "images/s", "images/J", "images/J at TDP", "CV (%)", "UNet step (ms)",
          "decode (ms)", "loading (ms)", "peak memory (MB)", "samples", "image PSNR",
-         "captions right (%)", "own FID", "provenance", "status", "flags")  # fmt: skip
+         "captions right (%)", "changes right (%)", "shift (px)", "own FID", "provenance", "status",
+         "flags")  # fmt: skip
 """Columns of the short table: in the terminal and in the README."""
 
 
-SINCE = ("guidance", "low memory", "encoder", "strength", "scenario", "encode (ms)", "frames/s",
-         "loading (ms)",
-         "low (ms)", "high (ms)",
+SINCE = ("guidance", "low memory", "encoder", "strength", "scenario", "negative", "encode (ms)",
+         "frames/s", "frame: encode (ms)", "frame: UNet (ms)", "frame: decode (ms)",
+         "frame: rest (ms)", "loading (ms)", "low (ms)", "high (ms)",
          "high, switching (ms)", "period (ms)", "images/J", "images/J at TDP",
-         "captions right (%)", "own FID", "captions judged", "FID network")  # fmt: skip
+         "captions right (%)", "changes right (%)", "kept place (%)", "shift (px)", "own FID",
+         "captions judged", "FID network")  # fmt: skip
 """Columns of the CSV that are left out where no cell has a value: tables that were published before
 they existed stay as they are."""
 

@@ -28,8 +28,8 @@ from bench.rows.store import (
     published_runs,
     run_names,
 )
+from bench.show import canvas, latency, quality, schema, stages, strength, sums, table
 from bench.show import frontier as frontier_plot
-from bench.show import latency, schema, stages, sums, table
 from bench.show.blocks import Drawn, Published, disagreements, fill, since_then
 from bench.show.coverage import fresh_pictures
 from bench.show.sums import PUBLISHED
@@ -143,6 +143,9 @@ def derive(results: Path, into: Path) -> Drawn:
         write_atomic(into / "tables" / f"{label}.md", table.page(target, rows))
         write_atomic(into / "tables" / f"{label}.csv", table.csv(rows))
         latency.draw([(target, rows)], into / "plots" / label)
+        if any(map(strength.is_judged, rows)):
+            drawn_from = strength.figure(rows, quality.machine_of([target]))
+            canvas.save(drawn_from, into / "plots" / f"{label}-strength")
         brief = table.markdown(target, rows, brief=True)
         base = (target.header.versus or {}).get("base")
         if base and (published / base / HEADER).exists():

@@ -34,16 +34,16 @@ def series_of(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Point]]:
     """
     judged: dict[tuple[str, ...], dict[int, list[Row]]] = {}
     for row in rows:
-        if not is_timed(row) or not row["quality"]:
-            continue
+        if not is_timed(row) or not row["quality"] or row.get("encoder"):
+            continue  # a change of a picture is another task: bench.show.strength
         backend = row["backend"] + (f":{row['options']}" if row["options"] else "")
         key = (row["model"], backend, row["precision"], row["decoder"])
         judged.setdefault(key, {}).setdefault(row["steps"], []).append(row)
     if not judged:
         raise PreconditionError(
             "no row says anything of quality",
-            "the sweep was run without --quality, or no cell was ok",
-            "addbench sweep --quality",
+            "the sweep was run without --quality, no cell was ok, or all start from a picture",
+            "addbench sweep --quality; of pictures: addbench show --as strength",
         )
     return {
         key: [

@@ -77,12 +77,22 @@ def conditions(target: Run, lines: Sequence[CellRounds]) -> list[str]:
 
 
 def quality_words(lines: Sequence[CellRounds]) -> str:
-    counts = sorted({int(line.quality("captions") or 0) for line in lines} - {0})
-    return (
-        f"captions right: of {' or '.join(map(str, counts))} held-out captions, those whose every"
-        " attribute is read back right from the cell's own pixels; own FID: over a network of this"
-        " project, comparable only with itself."
-    )
+    """What the judge's columns are of: two tasks, of which a run may have either or both."""
+    texts: list[str] = []
+    for pictured, text in (
+        (False, "captions right: of {} held-out captions, those whose every attribute is read back"
+                " right from the cell's own pixels; own FID: over a network of this project,"
+                " comparable only with itself."),
+        (True, "changes right: of {} drawn pictures, each with a held-out caption that asks for"
+               " another shape or colour and names no place, those whose every attribute is read"
+               " back right; shift: how far the object moved, the median; kept place: those whose"
+               " object moved by at most 4 pixels."),
+    ):  # fmt: skip
+        counts = {int(line.quality("captions") or 0) for line in lines
+                  if bool(line.cell.encoder) == pictured} - {0}  # fmt: skip
+        if counts:
+            texts.append(text.format(" or ".join(map(str, sorted(counts)))))
+    return " ".join(texts[:1] + [f"{text[0].upper()}{text[1:]}" for text in texts[1:]])
 
 
 def says_little(line: CellRounds) -> bool:

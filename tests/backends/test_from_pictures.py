@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from test_recipes import PROMPTS, SEEDS, SIZE, Make, in_small, make, ours, theirs
 
 from backends.base import Shapes, UnsupportedError
-from backends.check.gate import image_distance
+from backends.check.gate import gate_for, image_distance
+from backends.check.oracle import Oracle
+from backends.check.parity import redraw_prompt
 from backends.commands.image import main as image_main
 from backends.load import load_pipeline
 from backends.pipeline import start
@@ -31,6 +33,7 @@ from backends.pipeline.captured import DevicePipeline
 from backends.pipeline.pictures import read_pictures
 from backends.pipeline.pipeline import Pipeline
 from backends.pipeline.recipe import Recipe, make_recipe
+from backends.pipeline.session import encoders
 from backends.pipeline.start import kept_steps, pairs
 from backends.registry import parse_backend
 from core.cli import run
@@ -150,6 +153,33 @@ def test_latent_consistency(make: Make) -> None:
     bundle = make(TINY_LCM)
     recipe = make_recipe(bundle, guidance=6.0)
     assert assert_same(bundle, recipe, 4, 0.5, 6.0) == 2
+
+
+@pytest.mark.parametrize("tiny", [TINY_SD, replace(TINY_SDXL, grid=4), TINY_LCM])
+def test_references_from_a_picture_are_what_a_pipeline_draws(make: Make, tiny: Any) -> None:
+    bundle = make(tiny)
+    recipe, prompt, seed = make_recipe(bundle), redraw_prompt(bundle), 0
+    names, pairs = encoders(bundle), [(4, 1), (4, 3)]
+    drawn = Oracle(bundle, recipe).redraw(prompt, PICTURES[1], pairs, names, seed)
+    decoders = [part.removesuffix("_decoder") for part in bundle.parts if "_decoder" in part]
+    assert {*drawn} == {
+        (decoder, *pair[:1], encoder, pair[1])
+        for decoder in decoders for pair in pairs for encoder in names
+    }  # fmt: skip
+    for decoder in decoders:
+        backend = parse_backend("torch:threads=1")
+        with backend.pipeline(bundle, decoder, Shapes(1, *SIZE), recipe=recipe) as pipeline:
+            for encoder in names:
+                pipeline.use_encoder(encoder)
+                right = drawn[decoder, 4, encoder, 3]
+                asked: dict[str, Any] = {"steps": 4, "strength": 0.75, "images": PICTURES[1]}
+                image = pipeline(prompt, seed=seed, **asked).images[0]
+                assert image_distance(image, right).psnr_db >= 45
+                other = drawn[decoder, 4, encoder, 1]
+                assert image_distance(image, other).psnr_db < 40, "of another strength"
+                assert not image_distance(PICTURES[1], right).passes(
+                    gate_for("fp16", "fp16", "hub")
+                )
 
 
 # ---- negative prompts, with a picture and without
@@ -404,10 +434,38 @@ def test_frames_encode_the_prompt_once_and_hold_the_seed(turbo: Bundle, mode: st
     assert np.array_equal(frames[0].images, frames[2].images), "equal frames, equal images"
     for frame, expected in zip(frames, [*alone, alone[0]], strict=True):
         assert image_distance(frame.images[0], expected).psnr_db > 60
+    assert ran.count("text_encoder") == ran.count("text_encoder_2") == 1
+    assert ran.count("taesd_encoder") == ran.count("unet") == ran.count("taesd_decoder") == 3
     if mode == "eager":
-        assert ran.count("text_encoder") == 1
-        assert ran.count("taesd_encoder") == ran.count("unet") == ran.count("taesd_decoder") == 3
         assert all(frame.timings.encode for frame in frames)
+
+
+@pytest.mark.parametrize("negative", [None, "a goat"])
+def test_a_captured_image_takes_new_prompts_where_the_old_ones_were(
+    make: Make, negative: str | None
+) -> None:
+    """A graph reads from fixed addresses: of two sequences of frames each has its own prompt."""
+    bundle = make(TINY_SD)
+    picture = drawings(*SIZE)[0]
+    recipe, shapes = make_recipe(bundle), Shapes(1, *SIZE)
+    draw: dict[str, Any] = {"steps": 4, "seed": 7, "strength": 0.5, "negative": negative}
+    backends = [parse_backend(f"torch:threads=1,mode={mode}") for mode in ("eager", "graph")]
+    by_step, whole = (each.pipeline(bundle, "vae", shapes, recipe=recipe) for each in backends)
+    assert isinstance(whole, DevicePipeline)
+    assert whole.recipe.guided
+    addresses = set()
+    for prompt in PROMPTS:
+        (expected,) = by_step.frames([picture], prompt, **draw)
+        (frame,) = whole.frames([picture], prompt, **draw)
+        assert image_distance(frame.images[0], expected.images[0]).psnr_db > 60
+        (slot,) = whole._slots.values()
+        assert slot.told is not None
+        addresses.add(tuple(tensor.data_ptr() for tensor in slot.told.tensors()))
+    assert len(addresses) == 1
+    alone = whole(PROMPTS[1], images=picture, **draw).images[0]
+    assert image_distance(alone, frame.images[0]).psnr_db > 60, "and without frames the same"
+    for each in (by_step, whole):
+        each.close()
 
 
 def test_frames_are_asked_for_one_by_one(pipe: Pipeline) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from core.cli import run
 from core.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, AddbenchError, PreconditionError
 from core.files import ROOT
 from export.__main__ import main
-from export.bundle import Bundle, find_bundle, write_references
+from export.bundle import Bundle, References, find_bundle, write_references
 
 
 @pytest.fixture
@@ -184,12 +185,20 @@ def test_reference_images_come_back_as_they_were(copy: Path) -> None:
         for decoder in ("vae", "taesd")
         for steps in (1, 2, 4)
     }
-    write_references(bundle, images, prompt="an origami pig", seed=0)
+    plain = References(0, "an origami pig", images)
+    write_references(bundle, plain)
     read = Bundle.open(copy).references()
     assert read is not None
-    assert (read.prompt, read.seed) == ("an origami pig", 0)
-    assert read.images.keys() == images.keys()
-    assert all(np.array_equal(read.images[key], images[key]) for key in images)
+    assert (read.redrawn, read.redraw_prompt) == ({}, ""), "as bundles of before have it"
+    assert np.array_equal(read.picture, images["vae", 4])
+    redrawn = {("taesd", 4, "vae", 2): images["vae", 1], ("vae", 2, "taesd", 1): images["vae", 2]}
+    write_references(bundle, replace(plain, redraw_prompt="a goat", redrawn=redrawn))
+    read = Bundle.open(copy).references()
+    assert read is not None
+    assert (read.prompt, read.seed, read.redraw_prompt) == ("an origami pig", 0, "a goat")
+    for mine, theirs in ((images, read.images), (redrawn, read.redrawn)):
+        assert theirs.keys() == mine.keys()
+        assert all(np.array_equal(theirs[key], mine[key]) for key in mine)
     assert bundle.verify() == []
     file = copy / "reference" / "vae-1.png"
     file.write_bytes(file.read_bytes()[:-4] + b"....")

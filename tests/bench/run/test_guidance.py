@@ -40,6 +40,45 @@ def guided(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle.open(folder)
 
 
+# ---- negative prompts
+
+
+def test_negative_prompts_are_an_axis_where_guidance_reads_them(
+    guided: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model", str(guided.path), "--out", str(tmp_path), "--backend", "null", "--quick"]
+    argv += ["--steps", "2", "--decoder", "taesd", "--min-time", "0.01", "--no-roofline"]
+    assert shell(sweep_main, [*argv, "--negative", "a goat, blurry", "--negative", ""]) == 0
+    run = open_run("latest", tmp_path)
+    with_, without = run.rows()
+    assert (with_["negative"], without["negative"]) == ("a goat, blurry", "")
+    assert with_["image_check"]["status"] == "no_reference"
+    assert str(run.plan[0]).endswith("negative 'a goat, blurry'")
+    assert "| negative" in table.markdown(run, run.rows())
+    assert Cell.of(with_) == run.plan[0] != run.plan[1] == Cell.of(without)
+    capsys.readouterr()
+    resumed = [*argv[:4], "--resume", run.name, "--negative", "a dog"]
+    assert shell(sweep_main, resumed) == 2
+    assert "--negative was ['a goat, blurry', '']" in capsys.readouterr().err
+    for more, said in (
+        (["--guidance", "1"], "reads no negative prompt without guidance"),
+        (["--steps", "2", "--negative", "a dog"], "name each value once"),
+    ):
+        words = [*argv, "--negative", "a dog", "--out", str(tmp_path / "none"), *more]
+        assert shell(sweep_main, words) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_model_without_guidance_reads_no_negative_prompt(
+    tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", str(tiny_bundle.path), "--backend", "null", "--negative", "a dog"]
+    assert shell(sweep_main, [*words, "--out", str(tmp_path / "runs")]) == 2
+    assert "distilled without guidance" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 # ---- cells and rows
 
 

@@ -14,6 +14,7 @@ import pytest
 from made import cell, make_run, row
 
 from backends.base import Shapes
+from backends.commands.parity import main as parity
 from bench.limits.floors import STAGES, call_work, of_row, stage_work, survey
 from bench.rows.cell import Cell
 from bench.rows.fields import LATER
@@ -26,6 +27,7 @@ from bench.run.request import Request
 from bench.show import table
 from bench.show.page.figures import stages
 from bench.show.stages import stages_of
+from core.cli import run as shell
 from core.errors import PreconditionError
 from distill.judge import read_picture
 from distill.shapes import layout, render
@@ -132,11 +134,53 @@ def test_a_sweep_from_a_picture(
     assert "encode" not in plain["stages_ms"]
     assert "stage_gap" not in pictured["flags"]
     assert set(pictured["artifacts"]) - set(plain["artifacts"]) == {"vae_encoder"}
-    assert pictured["image_check"]["status"] == "no_reference"
+    assert pictured["image_check"]["status"] == "ok"
     assert plain["image_check"]["status"] == "ok"
     capsys.readouterr()
     assert sweep(tmp_path, "--resume", "--strength", "0.25") == 2
     assert "--strength was [0.5, 1.0] and is [0.25]" in capsys.readouterr().err
+
+
+def test_an_image_from_a_picture_is_held_against_its_own_reference(
+    sweep: Sweep, tmp_path: Path
+) -> None:
+    flags = ["--decoder", "taesd", "--steps", "2,3", "--quick", "--min-time", "0.01"]
+    flags += ["--strength", "0.5", "--encoder", "vae"]
+    assert sweep(tmp_path, "--backend", "null:fail=wrong", *flags) == 4
+    wrong, unknown = open_run("latest", tmp_path).rows()
+    assert wrong["status"] == wrong["image_check"]["status"] == "mismatch"
+    assert unknown["image_check"]["status"] == "no_reference", "of 3 steps none are drawn"
+    assert sweep(tmp_path, "--backend", "ort", *flags, "--steps", "2") == 0
+    (real,) = open_run("latest", tmp_path).rows()
+    assert real["image_check"]["status"] == "ok"
+    assert real["image_check"]["psnr_db"] >= 45
+
+
+def test_parity_adds_references_from_a_picture(
+    tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    copy = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle.path, copy)
+    before = tiny_bundle.references()
+    assert before is not None
+    assert shell(parity, ["--model", str(copy), "--strength", "0.67", "--steps", "3"]) == 0
+    assert "vae: 2 of 3 steps from a picture (vae)" in capsys.readouterr().out
+    after = Bundle.open(copy).references()
+    assert after is not None
+    assert after.redrawn.keys() - before.redrawn.keys() == {
+        ("vae", 3, "vae", 2), ("taesd", 3, "vae", 2)
+    }  # fmt: skip
+    for words, said in (
+        (["--strength", "0.1", "--steps", "4"], "no step to run"),
+        (["--strength", "1"], "from no picture"),
+        (["--strength", "2"], "above 0 and at most 1"),
+        (["--strength", "0.5", "--encoder", "clip"], "no encoder called"),
+        (["--encoder", "vae"], "without --strength"),
+    ):
+        assert shell(parity, ["--model", str(copy), *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_frames_a_second_stand_in_the_row(sweep: Sweep, tmp_path: Path) -> None:

@@ -48,8 +48,8 @@ class DrawingPipeline:
 
 
 def judged(pipe: DrawingPipeline, captions: int) -> dict[str, Any]:
-    cell: Any = SimpleNamespace(batch=pipe.batch, steps=1, encoder="")
-    return measure_quality(pipe, cell, captions, None)  # type: ignore[arg-type]
+    of = cell(batch=pipe.batch)
+    return measure_quality(pipe, of, captions, None)  # type: ignore[arg-type]
 
 
 def test_drawn_pictures_are_all_right_whatever_the_batch() -> None:
@@ -61,10 +61,10 @@ def test_drawn_pictures_are_all_right_whatever_the_batch() -> None:
 
 
 def test_a_fid_wants_a_least_number_of_pictures_and_names_its_network() -> None:
-    cell: Any = SimpleNamespace(batch=8, steps=1, encoder="")
+    of = cell(batch=8)
     fid = ROOT / "models" / "shapes-turbo" / "fid"
     few, enough = (
-        measure_quality(DrawingPipeline(batch=8), cell, count, fid)  # type: ignore[arg-type]
+        measure_quality(DrawingPipeline(batch=8), of, count, fid)  # type: ignore[arg-type]
         for count in (LEAST_PICTURES - 1, LEAST_PICTURES)
     )
     assert few["fid_shapes"] is None
@@ -99,7 +99,7 @@ def test_the_judge_accepts_what_it_knows_and_nothing_else(
 def test_how_far_the_judging_is_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     counts: list[int] = []
     pipe: Any = DrawingPipeline(batch=4)
-    measure_quality(pipe, SimpleNamespace(batch=4, steps=1, encoder=""), 10, None, counts.append)  # type: ignore[arg-type]
+    measure_quality(pipe, cell(batch=4), 10, None, counts.append)  # type: ignore[arg-type]
     assert counts == [4, 8, 10]
     with Display(1, 1) as display:
         display.begin(cell(steps=2))
