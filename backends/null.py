@@ -63,7 +63,7 @@ class NullPipeline(Pipeline):
     calls = 0
     steps = 0
     kept = 0
-    """Of the steps, where the call starts from a picture; else 0."""
+    """How many of the steps run on a picture; 0 where the call starts from noise."""
 
     def _draw(self, call: ImageCall) -> Output:
         self.steps, self.kept = call.steps, call.steps - call.first if call.starts else 0

@@ -56,7 +56,7 @@ ORACLE = "oracle"
 REDRAW = "redraw"
 """The part of a job that draws those from a picture, of the images that ORACLE has drawn."""
 SHARES = (0.25, 0.5, 0.75)
-"""Of the steps of the reference images: what runs on a picture where nobody says."""
+"""Which shares of the steps run on a picture, in the reference images from one."""
 
 
 # ---- one part, in a subprocess

@@ -1,4 +1,8 @@
-"""`addbench image PROMPT`: one image, with what made it in the PNG's metadata."""
+"""`addbench image PROMPT...`: an image of each prompt, with what made it in the PNG's metadata.
+
+Several prompts are drawn in one call, as a batch, from seeds that follow each other; the files are
+FILE-1.png, FILE-2.png and so on.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ if TYPE_CHECKING:
 
 def parser() -> Parser:
     made = Parser(prog="addbench image", description=__doc__)
-    made.add_argument("prompt", metavar="PROMPT")
+    made.add_argument("prompt", metavar="PROMPT", nargs="+")
     add_model_arguments(made, DEFAULT_MODEL)
     made.set_defaults(model=None)
     made.add_argument("--backend", metavar="NAME[:KEY=VALUE,...]", help="(ort)")
@@ -76,7 +80,7 @@ def recipe_of(args: argparse.Namespace) -> LockedRecipe:
 
     locked = LockedRecipe.read(args.recipe)
     says = locked.arguments() | {"steps": locked.steps, "precision": None}
-    del says["batch"]  # one prompt
+    del says["batch"]  # the prompts say it
     refuse_beside(f"--{name.replace('_', '-')}" for name in says if getattr(args, name))
     vars(args).update(says)
     return locked
@@ -107,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     check_flags(args)
     check_prompts(args.prompt)
-    check_seeds(args.seed, 1)
+    seeds = check_seeds(args.seed, len(args.prompt))
     status = Console(stderr=True).status(f"opening {args.model}")
     with (
         status,
@@ -123,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             guidance=args.guidance,
             guidance_mode=args.guidance_mode,
             encoder=args.encoder,
+            batch=len(args.prompt),
             on_part=lambda doing, part: status.update(f"{doing} {part}"),
         ) as pipeline,
     ):
@@ -132,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         steps = args.steps or bundle.steps
         status.update(f"drawing, steps: {steps}")
         out = pipeline(
-            [args.prompt],
+            args.prompt,
             steps=steps,
             seed=args.seed,
             images=args.image,
@@ -152,8 +157,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         versions = {p: version(p) for p in ("torch", "diffusers", "transformers")}
         facts = {
-            "prompt": args.prompt,
-            "seed": args.seed,
             "steps": steps,
             **asdict(pipeline.recipe),
             **picture,
@@ -172,21 +175,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             "bundle": bundle.hash,
         }
         load_s, compile_s = pipeline.load_s, pipeline.compile_s
-    info = PngInfo()
-    for key, value in facts.items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
-    buffer = io.BytesIO()
-    Image.fromarray(out.images[0]).save(buffer, "PNG", pnginfo=info)
-    try:
-        write_atomic(args.out, buffer.getvalue())
-    except OSError as error:
-        raise PreconditionError(
-            f"{args.out} cannot be written", str(error), "pass another place with --out"
-        ) from error
-    print(
-        f"{args.out}: {bundle.name} ({bundle.weights} weights), {steps} steps, NFE {out.nfe}, "
-        f"seed {args.seed}, {args.backend}, {facts['decoder']}"
-    )
+    for number, (prompt, seed, image) in enumerate(
+        zip(args.prompt, seeds, out.images, strict=True)
+    ):
+        info = PngInfo()
+        for key, value in {"prompt": prompt, "seed": seed, **facts}.items():
+            info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+        file = args.out
+        if len(args.prompt) > 1:
+            file = file.with_stem(f"{file.stem}-{number + 1}")
+        try:
+            write_atomic(file, buffer.getvalue())
+        except OSError as error:
+            raise PreconditionError(
+                f"{file} cannot be written", str(error), "pass another place with --out"
+            ) from error
+        print(
+            f"{file}: {bundle.name} ({bundle.weights} weights), {steps} steps, NFE {out.nfe}, "
+            f"seed {seed}, {args.backend}, {facts['decoder']}"
+        )
     if args.image is not None:
         print(
             f"  from {args.image}, strength {args.strength:g}:"

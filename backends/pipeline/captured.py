@@ -198,7 +198,7 @@ class DevicePipeline(Pipeline):
     def condition(
         self, prompts: Sequence[str], negative: Sequence[str] | None = None
     ) -> Conditioning:
-        """As `Pipeline` has it, for a captured image on its stream: it is read from there."""
+        """Return what `Pipeline` does, of a captured image made on its stream: it is read there."""
         if not self.capture:
             return super().condition(prompts, negative)
         with self._on_stream():

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from bench.commands.arguments import AXES, add_axis_arguments, add_limit_arguments, axes_of
 from bench.verdict.choosing.wants import QUANTITIES
 from core.cli import Parser, add_format_argument, add_out_argument, add_runs_argument
-from core.errors import PreconditionError
+from core.errors import EXIT_OK, PreconditionError
 
 if TYPE_CHECKING:
     from bench.rows.cell import Cell
@@ -64,6 +64,10 @@ def parser() -> Parser:
     how = top.add_argument_group("how to measure, with --model")
     add_limit_arguments(how, bare="s", usual=None, timeout_s=1800.0)
     how.add_argument("--no-roofline", action="store_true", help="order candidates without ceilings")
+    how.add_argument(
+        "--dry-run", action="store_true",
+        help="print what would be measured, in which order, and about how long that takes",
+    )  # fmt: skip
     how.add_argument("--resume", nargs="?", const="latest", metavar="RUN|latest",
                      help="go on with a search that was interrupted")  # fmt: skip
     shown = top.add_argument_group("how it is shown")
@@ -119,6 +123,12 @@ def check(args: argparse.Namespace) -> None:
         raise PreconditionError(
             "--resume with runs to choose from", "one measures, the other does not", "drop one"
         )
+    if args.dry_run and (args.resume or args.save or args.against_grid):
+        flag = "--resume" if args.resume else "--save" if args.save else "--against-grid"
+        raise PreconditionError(
+            f"--dry-run with {flag}", "nothing is measured or chosen, and nothing is written",
+            f"drop {flag}, or --dry-run",
+        )  # fmt: skip
     if args.resume and (args.within or args.best or args.price):
         raise PreconditionError(
             "--resume with limits", "a search keeps those that it began with",
@@ -129,6 +139,7 @@ def check(args: argparse.Namespace) -> None:
     others = [f"--{flag}" for flag, axis in AXES.items()
               if flag not in FILTERS and getattr(args, axis.field, None) is not None]  # fmt: skip
     others += ["--budget"] * bool(args.budget) + ["--no-roofline"] * args.no_roofline
+    others += ["--dry-run"] * args.dry_run
     if others:
         raise PreconditionError(
             f"{others[0]} does not go with runs to choose from",
@@ -149,6 +160,7 @@ def measured(args: argparse.Namespace, wants: Wants, arguments: Sequence[str]) -
         batches_for,
         candidates,
         captions_for,
+        describe,
         final,
         search,
     )
@@ -165,6 +177,9 @@ def measured(args: argparse.Namespace, wants: Wants, arguments: Sequence[str]) -
             axes["backends"], left_out = candidates(wants)
         axes.setdefault("batches", batches_for(wants))
         planned = plan(Request(**axes, method=METHOD, quality=captions_for(wants)))
+    if args.dry_run:
+        describe(planned, wants, args.runs, left_out, args.budget)
+        return EXIT_OK
     aside = sys.stdout if args.format == "table" else sys.stderr  # what is parsed is alone there
     with contextlib.redirect_stdout(aside):
         run, left_out = search(

@@ -18,7 +18,15 @@ from backends.registry import each_backend, parse_backend
 from bench.limits.floors import call_work, stage_work
 from bench.rows.cell import Cell
 from bench.rows.store import Row, Run, create_run
-from bench.run.estimate import TYPICAL_FRACTION, Past, duration_text, past, survey
+from bench.run.estimate import (
+    TYPICAL_FRACTION,
+    Past,
+    duration_text,
+    estimate,
+    past,
+    survey,
+    total,
+)
 from bench.run.measure import StopRule
 from bench.run.orders import Turn
 from bench.run.plan import Plan, groups
@@ -38,6 +46,8 @@ SURVEY_S = 300.0
 """The shortest budget that has room to measure the machine's ceilings."""
 HOPELESS = (1 + RUN_SLOWDOWN) * math.exp(REACH[1])
 """How many times slower than the best an earlier run has to have a cell for it not to be tried."""
+ROUNDS = 5
+"""Rounds that a search of close candidates usually takes: `addbench noise --choices`."""
 ASIDE = {
     "null": "a scripted device for tests",
     "optimum": "another library's pipeline, to compare with",
@@ -317,22 +327,14 @@ def search(
     with sigterm_as_ctrl_c():
         started = time.monotonic()
         known = past(runs, plan)
+        refuse_other_tasks(plan)
         if resumed is None:
             unknown = any(cell not in known.rows for cell in plan.cells)
             room = budget_s is None or budget_s >= SURVEY_S
             if ceilings and room and unknown and known.roofline is None:
                 plan = replace(plan, roofline=survey(plan))
-            kept, without = thinned(plan, wants, known)
+            plan, without, expected = arranged(plan, wants, known)
             left_out = [*left_out, *without]
-            surveyed = plan.roofline or known.roofline
-            expected = {cell: ms for cell in kept if (ms := expected_ms(cell, known, surveyed))}
-            plan = replace(plan, cells=tuple(in_order(kept, expected)))
-            expected = {cell: ms for cell in kept if (ms := no_less_ms(cell, known, surveyed))}
-            if not kept:
-                raise PreconditionError(
-                    "no candidate can meet the limits", "; ".join(without),
-                    "loosen --within, or name others with --backend",
-                )  # fmt: skip
             run = create_run(runs, plan.header(command, extra={"choose": asked(wants, left_out)}))
         else:
             run, expected = resumed, {}
@@ -351,6 +353,89 @@ def search(
             if runner.measure(order.turns(done), order.note) and budget_s is not None:
                 display.say(f"the budget of {duration_text(budget_s)} is spent; {go_on}")
         return run, [*left_out, *order.left_out()]
+
+
+def refuse_other_tasks(plan: Plan) -> None:
+    """Refuse a search among images that start from a picture, or lead away from a prompt.
+
+    Raises:
+        PreconditionError: a choice is among images of text alone.
+    """
+    for flag, cells in (
+        ("--strength", [cell for cell in plan.cells if cell.encoder]),
+        ("--negative", [cell for cell in plan.cells if cell.negative]),
+    ):
+        if cells:
+            raise PreconditionError(
+                f"{flag} does not go with a choice", "it is among images of a prompt alone: other"
+                " pictures are another task, and their figures do not compare",
+                f"drop {flag}; addbench sweep {flag} measures such cells",
+            )  # fmt: skip
+
+
+def arranged(plan: Plan, wants: Wants, known: Past) -> tuple[Plan, list[str], dict[Cell, float]]:
+    """The plan of what is tried, the most promising first; what is left out and why; and what a
+    call takes at least, in milliseconds, of the cells of which that is known.
+
+    Raises:
+        PreconditionError: nothing is left.
+    """
+    kept, without = thinned(plan, wants, known)
+    if not kept:
+        raise PreconditionError(
+            "no candidate can meet the limits", "; ".join(without),
+            "loosen --within, or name others with --backend",
+        )  # fmt: skip
+    surveyed = plan.roofline or known.roofline
+    expected = {cell: ms for cell in kept if (ms := expected_ms(cell, known, surveyed))}
+    least = {cell: ms for cell in kept if (ms := no_less_ms(cell, known, surveyed))}
+    return replace(plan, cells=tuple(in_order(kept, expected))), without, least
+
+
+def describe(
+    plan: Plan, wants: Wants, runs: Path, left_out: Sequence[str], budget_s: float | None
+) -> None:
+    """Print what a search would measure, in its order, and about how long it takes; nothing is
+    measured or written.
+
+    Raises:
+        PreconditionError: no candidate can meet the limits, or they are of another task.
+    """
+    refuse_other_tasks(plan)
+    known = past(runs, plan)
+    plan, without, least = arranged(plan, wants, known)
+    surveyed = plan.roofline or known.roofline
+    expected = {cell: ms / cell.batch for cell in plan.cells
+                if (ms := expected_ms(cell, known, surveyed))}  # fmt: skip
+    best = min(expected.values(), default=0.0)
+    far: dict[Cell, float] = {}
+    for cell in plan.cells if best else ():
+        times = least.get(cell, 0.0) / cell.batch / best
+        if times >= HOPELESS:
+            far[cell] = times
+    print(f"{count_text(len(plan.cells), 'candidate')}, not measured now; in the first round:")
+    for cell in plan.cells:
+        guess = estimate(cell, plan.method.rule, known.rows, surveyed)
+        only = f"; left out once a faster one meets the limits: {far[cell]:.1f} times the best"
+        print(f"  {cell}: {guess.words} ({guess.source}){only if cell in far else ''}")
+    tried = [cell for cell in plan.cells if cell not in far]
+    first = total(plan, known, [(cell, 0) for cell in tried])
+    close = [cell for cell in tried
+             if cell in expected and expected[cell] <= best * math.exp(REACH[1])]  # fmt: skip
+    later = total(plan, known, [(cell, round_) for cell in close for round_ in range(1, ROUNDS)])
+    print(f"{first.words} for the first round")
+    if close and not first.bound:
+        seconds = first.seconds + later.seconds * (len(close) > 1)
+        print(f"about {duration_text(seconds)} in all: {count_text(len(close), 'candidate')} may be"
+              f" too close to tell by one round, and {ROUNDS} rounds usually settle that (at most"
+              f" {MOST_ROUNDS})")  # fmt: skip
+    else:
+        print("how many are close enough for more rounds is not known: at most"
+              f" {MOST_ROUNDS} of each")  # fmt: skip
+    if budget_s is not None:
+        print(f"--budget ends it after {duration_text(budget_s)}")
+    for text in [*left_out, *without]:
+        print(f"not tried: {text}")
 
 
 def in_order(cells: Sequence[Cell], expected: Mapping[Cell, float]) -> list[Cell]:

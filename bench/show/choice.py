@@ -188,8 +188,9 @@ def commands(contender: Contender, model: str = "") -> dict[str, str]:
     dtype = contender.header.bundle["dtype"] if contender.header else "fp16"
     words = axes_words(cell, model or cell.model, dtype)
     low = ["--low-memory"] if cell.low_memory else []
+    prompts = " ".join(["PROMPT"] * cell.batch)
     return {
-        "run": f"addbench image PROMPT {shlex.join([*words, *low])}",
+        "run": f"addbench image {prompts} {shlex.join([*words, *low])}",
         "reproduce": f"addbench sweep {shlex.join([*words, *low, '--batch', str(cell.batch)])}"
         " --rounds 5",
     }

@@ -30,7 +30,7 @@ Key = tuple[str, str, str, str, str, int, int]
 
 
 @dataclass(frozen=True)
-class Panel:
+class Facet:
     """One of the pictures side by side.
 
     Attributes:
@@ -89,11 +89,11 @@ def figure(rows: Sequence[Row], machine: str) -> Figure:
     lines = [line for of in series.values() for line in of]
     unit_ms, unit = scale_of(max(latency_ms(line) for line in lines))
     panels = (
-        Panel("Changes right", "captions with every attribute right (%)",
+        Facet("Changes right", "captions with every attribute right (%)",
               lambda line: 100 * (line.quality("all") or 0.0), 105),
-        Panel("Shift of the object", "median of pictures with one object (px)",
+        Facet("Shift of the object", "median of pictures with one object (px)",
               lambda line: line.quality("shift_px")),
-        Panel("Latency", f"of one image, end to end, warm ({unit})",
+        Facet("Latency", f"of one image, end to end, warm ({unit})",
               lambda line: latency_ms(line) / unit_ms),
     )  # fmt: skip
     columns = 2 if len(series) > 4 else 1
@@ -125,7 +125,7 @@ def latency_ms(line: CellRounds) -> float:
 
 
 def draw_panel(
-    axes: Axes, panel: Panel, series: dict[Key, list[CellRounds]], looks: dict[str, Look]
+    axes: Axes, panel: Facet, series: dict[Key, list[CellRounds]], looks: dict[str, Look]
 ) -> None:
     """Draw a line for each series, its points over strength."""
     steps = sorted({key[-1] for key in series}, reverse=True)

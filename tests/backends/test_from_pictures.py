@@ -612,6 +612,17 @@ def test_the_command_draws_from_a_file(
     assert made.info["encoder"] == "vae"
     assert made.info["strength"] == "0.5"
     out.unlink()
+    several = ["a star", "a circle", *words[1:], "--steps", "1", "--seed", "7"]
+    assert run(image_main, several) == 0
+    assert not out.exists()
+    files = [tmp_path / f"out-{number}.png" for number in (1, 2)]
+    told = [Image.open(each).info for each in files]
+    assert [each["prompt"] for each in told] == ["a star", "a circle"]
+    assert [each["seed"] for each in told] == ["7", "8"]
+    alone = tmp_path / "alone.png"
+    assert run(image_main, ["a circle", *several[2:-1], "8", "--out", str(alone)]) == 0
+    assert np.array_equal(np.asarray(Image.open(alone)), np.asarray(Image.open(files[1])))
+    capsys.readouterr()
     refused = [
         ([*picture, "--steps", "1"], "no step to run"),
         (["--image", str(tmp_path / "none.png"), "--strength", "0.5"], "is not there"),

@@ -141,8 +141,9 @@ def contenders_of(
     gathered: dict[tuple[str, Cell], Contender] = {}
     for run in sorted(runs, key=lambda run: run.name):
         for line in by_cell(run.rows()):
-            if line.cell.encoder or not keep(line.cell):
-                continue  # an image from a picture is another task, and runs fewer steps
+            other = line.cell.encoder or line.cell.negative
+            if other or not keep(line.cell):
+                continue  # other pictures are another task, from a picture with fewer steps too
             entry = contender(line, run, wants)
             before = gathered.get((entry.machine, entry.cell))
             if before is None or (not entry.fault, entry.rounds) >= (

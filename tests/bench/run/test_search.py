@@ -141,8 +141,9 @@ def test_what_was_known_before_is_not_measured_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_regret_and_time_against_a_grid(tmp_path: Path, seed: int) -> None:
-    """Thirty candidates as a machine may have them, none known before, with calls as costly in the
-    grid as in the search: a round of each is a fifth of the grid by itself."""
+    """Thirty candidates as a machine may have them, none known before. With calls as costly in the
+    grid as in the search a round of each is a fifth of the grid by itself; a sweep takes ten
+    samples a cell where a search takes one."""
     rng = np.random.default_rng(seed)
     options = [f"a={number}" for number in range(30)]
     ms = {each: 1000.0 * math.exp(spread)
@@ -158,6 +159,11 @@ def test_regret_and_time_against_a_grid(tmp_path: Path, seed: int) -> None:
     assert 0.2 <= against.time_share <= 0.4
     assert against.time_share == pytest.approx(spent_s(run.rows()) / spent_s(grid.rows()))
     assert "regret" in str(against)
+    swept = [row(each, [ms[each]] * 10, round_, warmup_calls=1)
+             for round_ in range(5) for each in ms]  # fmt: skip
+    warm = make_run(tmp_path, [dict(each, warmup_calls=1) for each in machine.rows], rounds=1)
+    usual = regret(order.decision, warm, make_run(tmp_path, swept, rounds=5))
+    assert usual.time_share <= 0.15
 
 
 def test_regret_is_zero_for_the_best_and_says_what_is_missed(tmp_path: Path) -> None:
@@ -288,6 +294,53 @@ def test_a_budget_holds_and_what_was_not_tried_is_said(
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_written(
+    choose: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    words: list[str], said: str,
+) -> None:  # fmt: skip
+    assert choose(*words) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(
+    choose: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [*FAST, "--backend", "null:unet_ms=1000", "--backend", "null"]
+    asked += ["--within", "latency<=10s"]
+    dry = [*asked, "--dry-run", "--budget", "10m"]
+    assert choose(*dry) == 0
+    told = capsys.readouterr().out
+    assert "3 candidates, not measured now" in told
+    assert "at least" in told
+    assert "--budget ends it after 10 min" in told
+    assert not (tmp_path / "runs").exists()
+    assert choose(*asked) == 0
+    run = open_run("latest", tmp_path / "runs")
+    capsys.readouterr()
+    assert choose(*dry) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == [
+        "null", "null:unet_ms=300", "null:unet_ms=1000"
+    ], "the most promising first"  # fmt: skip
+    assert all(f"(run {run.name})" in line for line in lines[1:4])
+    assert "left out once a faster one meets the limits" in lines[3]
+    assert lines[4].startswith("about ")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--dry-run", "--save", "r.toml"], "--dry-run with --save"),
+        (["--dry-run", "--resume"], "--dry-run with --resume"),
+        (["latest", "--dry-run"], "--dry-run does not go with runs"),
+        (["--dry-run", "--backend", "null", "--steps", "2", "--strength", "0.5"],
+         "--strength does not go with a choice"),
+        (["--backend", "null", "--steps", "2", "--strength", "0.5"],
+         "--strength does not go with a choice"),
+    ],
+)  # fmt: skip
+def test_other_tasks_and_other_ends_are_refused(
     choose: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     words: list[str], said: str,
 ) -> None:  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import cell, make_run, row
 
+from backends.commands.image import parser as image_parser
 from backends.locked import LockedRecipe
 from bench.commands.choose import main
 from bench.rows.store import PUBLISHED, Row
+from bench.show import choice as shown
 from bench.verdict.choosing import simulated
 from bench.verdict.choosing.choice import MOST_ROUNDS, Decision, as_json, decide
 from bench.verdict.choosing.contenders import REACH, Contender, advantage, contenders_of, timed_span
@@ -193,6 +196,8 @@ def test_a_batch_is_taken_for_throughput(tmp_path: Path) -> None:
     assert many.objective.name == "images/s"
     assert many.taken is not None
     assert many.taken.contender.cell.batch == 4
+    run = shown.commands(many.taken.contender)["run"]
+    assert image_parser().parse_args(shlex.split(run)[2:]).prompt == ["PROMPT"] * 4
     paid = choice_of(tmp_path / "c", rows, best="usd/1000", price=3.6)
     assert paid.taken is not None
     span = paid.taken.contender.spans["usd/1000"]
