@@ -162,10 +162,17 @@ class Worker:
         prompts = self.bundle.model.prompts
         started = {"time_utc": now_utc(), "load_avg": environment.load_average()}
         memory, gauge = PeakMemory(), Gauge(self.source)
+        refused = False
 
         def on_sample(so_far: Measurement) -> None:
             gauge.sampled(len(so_far.samples_ms))
             report.progress(number, so_far)
+
+        def accepts(so_far: Measurement) -> bool:
+            """Whether the image is right, or what it shows is judged after it."""
+            nonlocal refused
+            refused = self.judge(cell, so_far)["status"] != OK and not self.rule.quality
+            return not refused
 
         try:
             measured = measure(
@@ -176,11 +183,12 @@ class Worker:
                 prompts=prompts,
                 reference=reference,
                 on_sample=on_sample,
+                accepts=accepts,
                 start=self.start,
             )
             period_s = (
                 None
-                if self.start
+                if self.start or refused
                 else self.pipe.period_s(
                     lambda call: inputs_of_call(call, cell.batch, prompts),
                     cell.steps,
@@ -190,7 +198,8 @@ class Worker:
         except Exception as error:  # any library may raise anything: it becomes the cell's row
             traceback.print_exc()
             return failure(error) | started | {"peak_memory_mb": round(memory.megabytes(), 1)}
-        result = figures(measured, cell.batch, self.rule.min_samples) | {
+        wanted = 0 if refused else self.rule.min_samples
+        result = figures(measured, cell.batch, wanted) | {
             "period_ms": None if period_s is None else rounded(1e3 * period_s),
             "process_cold": number == 0,
             "peak_memory_mb": None if self.backend.elsewhere else round(memory.megabytes(), 1),

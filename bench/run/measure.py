@@ -151,9 +151,12 @@ def measure(
     prompts: Sequence[str] = GENERAL,
     reference: tuple[str, int] | None = None,
     on_sample: Callable[[Measurement], None] = lambda _: None,
+    accepts: Callable[[Measurement], bool] = lambda _: True,
     start: Mapping[str, Any] | None = None,
 ) -> Measurement:
     """Measure one cell.
+
+    `accepts`: whether the image of the cold call is one to sample the time of.
 
     `start`: of every call, `images` and `strength` where it starts from a picture, `negative` where
     guidance leads away from a prompt.
@@ -172,7 +175,8 @@ def measure(
         return one_sample(pipe, asked, seeds, steps, on_sample, start)
     cold_ms, output = timed(pipe, asked, seeds, steps, start)
     result = Measurement(cold_ms, output.images[0].copy(), output.provenance, output.nfe)
-    if output.provenance == EMULATED:  # there is no speed to sample: the image is all it gives
+    # Where there is no speed to sample, or the image is wrong, the image is all it gives.
+    if output.provenance == EMULATED or not accepts(result):
         return result
     calls = 1
     if cold_ms <= LONG_CALL_S * 1e3:

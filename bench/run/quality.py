@@ -166,10 +166,11 @@ def judge_accepts(quality: Mapping[str, float], checkpoint: Path, cell: Cell) ->
     """Whether as many of a cell's captions are right as torch FP32 gets of the same checkpoint.
 
     Both are the same captions and seeds; a checkpoint without that figure, or captions that are
-    too few to tell two points apart, accept nothing.
+    too few to tell two points apart, accept nothing, and what is changed of pictures is another
+    task.
     """
     path = checkpoint / "quality.json"
-    if not path.is_file() or quality["captions"] < JUDGE_CAPTIONS:
+    if cell.encoder or not path.is_file() or quality["captions"] < JUDGE_CAPTIONS:
         return False
     rows = json.loads(path.read_text()).get("student" if cell.decoder == "vae" else "tiny", [])
     wanted = [row["all"] for row in rows if row["steps"] == cell.steps]

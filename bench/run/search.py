@@ -416,8 +416,11 @@ def describe(
     print(f"{count_text(len(plan.cells), 'candidate')}, not measured now; in the first round:")
     for cell in plan.cells:
         guess = estimate(cell, plan.method.rule, known.rows, surveyed)
-        only = f"; left out once a faster one meets the limits: {far[cell]:.1f} times the best"
-        print(f"  {cell}: {guess.words} ({guess.source}){only if cell in far else ''}")
+        times = far.get(cell)
+        only = "" if times is None else (
+            f"; left out once a faster one meets the limits: {times:.1f} times the best"
+        )  # fmt: skip
+        print(f"  {cell}: {guess.words} ({guess.source}){only}")
     tried = [cell for cell in plan.cells if cell not in far]
     first = total(plan, known, [(cell, 0) for cell in tried])
     close = [cell for cell in tried

@@ -124,6 +124,9 @@ def test_a_wrong_image_is_a_mismatch_that_says_by_how_much(faults: Done) -> None
     assert row["image_check"]["status"] == "mismatch"
     assert row["image_check"]["psnr_db"] < 30
     assert "dB" in row["error"]["what"]
+    assert (row["samples_ms"], row["median_ms"]) == ([], None), "times of a wrong image are none"
+    assert row["cold_ms"] > 0
+    assert "under_sampled" not in row["flags"]
 
 
 def test_the_run_folder_holds_what_is_said(faults: Done) -> None:

@@ -92,6 +92,8 @@ def test_the_judge_accepts_what_it_knows_and_nothing_else(
         record = {"student": rows, "tiny": empty} if decoder == "vae" else {"tiny": rows}
         write_json(root / "quality.json", record)
         accepted = judge_accepts(judged, root, cell(decoder=decoder, steps=steps))
+        pictured = cell(decoder=decoder, steps=steps, encoder="vae", strength=0.5)
+        assert not judge_accepts(judged, root, pictured)
     good = captions >= JUDGE_CAPTIONS and share >= recorded - JUDGE_TOLERANCE
     assert accepted == (good and steps in (1, 2))
 
