@@ -182,10 +182,10 @@ def add_published_argument(parser: argparse._ActionsContainer) -> None:
 
 
 def add_recipe_argument(parser: argparse._ActionsContainer) -> None:
-    """`--recipe FILE`: what `addbench choose --save` wrote, in place of the flags it speaks for."""
+    """`--recipe FILE`: what `addbench choose --save FILE` wrote, in place of the flags it says."""
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE",
-        help="of addbench choose --save: model, backend, decoder, batch, steps and how to run them",
+        help="of addbench choose --save FILE: model, backend, decoder, batch, steps and the rest",
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """`addbench parity`: hold a bundle's parts and images to torch in FP32.
 
 With --strength it draws reference images from a picture and adds them to the bundle's, for rows of
-`addbench sweep --strength` to be held against: of large models none are drawn otherwise.
+`addbench sweep --strength 0.5` to be held against: of large models none are drawn otherwise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is drawn from a picture, over strength: how right, how far moved, how fast; SVG and PNG.
 
-From rows that `addbench sweep --strength ... --quality` wrote: another shape or colour is asked for
+From rows that `addbench sweep --strength 0.5 --quality` wrote: another shape or colour is asked for
 of a drawn picture, whose place is to be kept. The more strength, the more of it can change, and the
 less of it stays; one line per backend, precision, encoder, decoder and number of steps.
 """
