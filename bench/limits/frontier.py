@@ -133,8 +133,7 @@ def found_in(runs: Sequence[Run]) -> list[Found]:
         if line.good
         and (line.cell.size, line.cell.batch, line.cell.decoder) == (size, BATCH, DECODER)
         and line.cell.backend != "null"
-        and not line.cell.encoder
-        and not line.cell.negative
+        and not (line.cell.encoder or line.cell.negative or line.cell.scenario)
     ]
 
 

@@ -133,6 +133,10 @@ def csv(rows: Sequence[Row]) -> str:
     return csv_text(columns, lines)
 
 
+NAMED = ("guidance", "low memory", "encoder", "strength", "negative", "captions judged")
+"""Columns that a terminal's caption calls by their name: their texts say too little alone."""
+
+
 def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
     """Print the table's main columns, as many as the terminal (or `width` characters) has room."""
     lines = by_cell(rows)
@@ -142,7 +146,7 @@ def show(target: Run, rows: Sequence[Row], width: int | None = None) -> None:
     _, above = columns_for(lines)
     caption = [
         f"{column.header} {column.text(lines[0])}"
-        if column.header in ("guidance", "low memory")
+        if column.header in NAMED
         else column.text(lines[0])
         for column in above
     ]

@@ -141,9 +141,9 @@ def contenders_of(
     gathered: dict[tuple[str, Cell], Contender] = {}
     for run in sorted(runs, key=lambda run: run.name):
         for line in by_cell(run.rows()):
-            other = line.cell.encoder or line.cell.negative
-            if other or not keep(line.cell):
-                continue  # other pictures are another task, from a picture with fewer steps too
+            cell = line.cell
+            if cell.encoder or cell.negative or cell.scenario or not keep(cell):
+                continue  # other pictures are another task, and times under load another measure
             entry = contender(line, run, wants)
             before = gathered.get((entry.machine, entry.cell))
             if before is None or (not entry.fault, entry.rounds) >= (
