@@ -416,9 +416,9 @@ def describe(
     print(f"{count_text(len(plan.cells), 'candidate')}, not measured now; in the first round:")
     for cell in plan.cells:
         guess = estimate(cell, plan.method.rule, known.rows, surveyed)
-        times = far.get(cell)
-        only = "" if times is None else (
-            f"; left out once a faster one meets the limits: {times:.1f} times the best"
+        behind = far.get(cell)
+        only = "" if behind is None else (
+            f"; left out once a faster one meets the limits: {behind:.1f} times the best"
         )  # fmt: skip
         print(f"  {cell}: {guess.words} ({guess.source}){only}")
     tried = [cell for cell in plan.cells if cell not in far]
