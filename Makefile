@@ -12,6 +12,7 @@ DECODER ?=
 PROMPT ?= a large white star above a large green triangle on a black background
 OUT ?= image.png
 SITE ?= build/web
+TRITON_VENV ?= .venv-triton
 OPTIMUM_VENV ?= $(or $(ADDBENCH_OPTIMUM),.venv-optimum)
 PY = $(VENV)/bin/python
 READY = $(VENV)/.ready-$(EXTRA)
@@ -20,7 +21,7 @@ TYPES = $(VENV)/.ready-types
 # By way of the environment: a prompt may hold quotes.
 export PROMPT
 
-.PHONY: install env-optimum export web sweep image serve test test-slow lint compare publish publish-check
+.PHONY: install env-optimum env-triton export web sweep image serve test test-slow lint compare publish publish-check
 
 # Empty unless someone named a Python: the default does not undo an earlier choice.
 ASKED = $(if $(filter file,$(origin PYTHON)),,$(or $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null),none))
@@ -45,6 +46,14 @@ env-optimum: $(OPTIMUM_VENV)/.ready
 $(OPTIMUM_VENV)/.ready: requirements-optimum.txt
 	$(PYTHON) -m venv $(OPTIMUM_VENV)
 	$(OPTIMUM_VENV)/bin/python -m pip install --quiet --requirement requirements-optimum.txt
+	touch $@
+
+# A real Triton, to try what `addbench export triton` writes; it wants NumPy 1.
+env-triton: $(TRITON_VENV)/.ready
+
+$(TRITON_VENV)/.ready: requirements-triton.txt
+	$(PYTHON) -m venv $(TRITON_VENV)
+	$(TRITON_VENV)/bin/python -m pip install --quiet --requirement requirements-triton.txt
 	touch $@
 
 export: $(READY)

@@ -7,15 +7,19 @@ Python, in an environment that holds addbench; pictures are the pipeline's, bit 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as triton
+from torch.utils.dlpack import from_dlpack
 
+from backends.base import Shapes
 from core.errors import AddbenchError, PreconditionError
-from serve.artist import load
+from export.bundle import Bundle
+from serve.artist import Artist, load
+from serve.triton.parts import PartsBackend
 
 
 class TritonPythonModel:
@@ -33,7 +37,13 @@ class TritonPythonModel:
             "decoders": [self.decoder], "all_decoders": True, "batch": self.batch,
             "scheduler": None, "guidance": None,
         }  # fmt: skip
-        self.artist = load(job, lambda stage, share=None: None)
+        if said["form"] == "python":
+            self.artist = load(job, lambda stage, share=None: None)
+            return
+        bundle = Bundle.open(folder / "bundle")
+        backend, shapes = PartsBackend(config["name"], ask), Shapes(self.batch, *bundle.size)
+        pipeline = backend.pipeline(bundle, self.decoder, shapes).prepare()
+        self.artist = Artist({self.decoder: pipeline}, self.batch, fixed=False, pictures=False)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Draw what the requests ask for; those of the same steps are drawn together."""
@@ -65,6 +75,26 @@ class TritonPythonModel:
         """Give back what was loaded."""
         for pipeline in self.artist.pipelines.values():
             pipeline.close()
+
+
+def ask(model: str, inputs: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+    """Return outputs of another model of the repository."""
+    request = triton.InferenceRequest(
+        model_name=model,
+        requested_output_names=list(outputs),
+        inputs=[triton.Tensor(name, array) for name, array in inputs.items()],
+    )
+    response = request.exec()
+    if response.has_error():
+        raise AddbenchError(
+            f"the model {model} of the repository failed", response.error().message(),
+            "look at Triton's log",
+        )  # fmt: skip
+    tensors = {name: triton.get_output_tensor_by_name(response, name) for name in outputs}
+    return {
+        name: tensor.as_numpy() if tensor.is_cpu() else from_dlpack(tensor).cpu().numpy()
+        for name, tensor in tensors.items()
+    }
 
 
 def pictures_of(request: Any, steps: int) -> list[tuple[int, dict[str, Any]]]:

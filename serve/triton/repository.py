@@ -35,6 +35,11 @@ def parser() -> Parser:
     )
     top.add_argument("--queue", type=count, metavar="N", help="requests that may wait (4 batches)")
     top.add_argument(
+        "--form", choices=("python", "onnx"), default="python",
+        help="one model that runs the backend itself, or a model for each part, which Triton's ONNX"
+        " Runtime runs, and one that asks them (python)",
+    )  # fmt: skip
+    top.add_argument(
         "--environment", type=Path, metavar="FOLDER",
         help="of the environment that holds addbench, where it is not Triton's own Python",
     )  # fmt: skip
@@ -51,9 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     from backends.pipeline.session import check_decoder, decoders
     from backends.registry import parse_backend
+    from core.files import staged_folder
     from export.bundle import find_bundle
     from serve.artist import one_batch_only
+    from serve.triton.parts import part_model, parts_of, write_part
 
+    if args.form == "onnx" and args.backend != "ort":
+        raise PreconditionError(
+            "--backend does not fit --form onnx", "Triton's own ONNX Runtime runs the parts then",
+            "drop one of them",
+        )  # fmt: skip
     backend = parse_backend(args.backend)
     if backend.interpreter is not None:
         raise PreconditionError(
@@ -74,30 +86,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_text(
         bundle, name, args.backend, decoder,
         batch=args.batch, queue=args.queue or 4 * args.batch, environment=args.environment,
+        form=args.form,
     )  # fmt: skip
+    parts = parts_of(bundle, decoder) if args.form == "onnx" else ()
+    for folder in (out / name, *(out / part_model(name, part) for part in parts)):
+        require_ours(folder)
     write(bundle, out / name, config)
+    for part in parts:
+        with staged_folder(out / part_model(name, part)) as staged:
+            write_part(bundle, part, name, staged, MARK)
     print(f"licence: {bundle.licence}")
     print(f"{out / name}: config.pbtxt, 1/model.py and the bundle")
     print(f"  next: tritonserver --model-repository={out}")
     return EXIT_OK
 
 
-def write(bundle: Bundle, folder: Path, config: str) -> None:
-    """Write a model's folder; one that is there is replaced where it was written by this command.
-
-    Raises:
-        PreconditionError: the folder is another model's.
-    """
-    import shutil
-
-    from core.files import require_disk, staged_folder
-
+def require_ours(folder: Path) -> None:
+    """Refuse to replace a folder that this command did not write."""
     there = folder / "config.pbtxt"
     if folder.exists() and not (there.is_file() and there.read_text().startswith(MARK)):
         raise PreconditionError(
             f"{folder} is there and was not written by `addbench export triton`",
             "it would be replaced as a whole", "pass another --name, or move it away",
         )  # fmt: skip
+
+
+def write(bundle: Bundle, folder: Path, config: str) -> None:
+    """Write the folder of the model that is asked for pictures."""
+    import shutil
+
+    from core.files import require_disk, staged_folder
+
     size = sum(file.stat().st_size for file in bundle.path.rglob("*") if file.is_file())
     require_disk(folder.parent, size, "Triton's repository")
     with staged_folder(folder) as staged:
@@ -117,10 +136,12 @@ def config_text(
     batch: int,
     queue: int,
     environment: Path | None,
+    form: str = "python",
 ) -> str:
     """Return the model's config.pbtxt: prompt in, picture out, requests joined as they come."""
     width, height = bundle.size
-    parameters = {"backend": backend, "decoder": decoder, "steps": str(bundle.steps)}
+    parameters = {"backend": backend, "decoder": decoder, "steps": str(bundle.steps),
+                  "form": form}  # fmt: skip
     if environment is not None:
         parameters["EXECUTION_ENV_PATH"] = str(environment.expanduser().absolute())
     said = "\n".join(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +26,9 @@ class Tensor:
     name: str
     array: NDArray[Any]
 
+    def is_cpu(self) -> bool:
+        return True
+
     def as_numpy(self) -> NDArray[Any]:
         return self.array
 
@@ -32,6 +37,40 @@ class Tensor:
 class InferenceResponse:
     output_tensors: list[Tensor]
     error: TritonError | None = None
+
+    def has_error(self) -> bool:
+        return self.error is not None
+
+
+REPOSITORY = Path()
+"""Where the models lie that a model may ask; a test says it."""
+
+
+@dataclass
+class InferenceRequest:
+    """What a model asks of another one, whose graph ONNX Runtime runs as it lies there."""
+
+    model_name: str
+    requested_output_names: list[str]
+    inputs: list[Tensor]
+
+    def exec(self) -> InferenceResponse:
+        session = opened(str(REPOSITORY / self.model_name / "1" / "model.onnx"))
+        feeds = {tensor.name: tensor.array for tensor in self.inputs}
+        arrays = session.run(self.requested_output_names, feeds)
+        named = zip(self.requested_output_names, arrays, strict=True)
+        return InferenceResponse([Tensor(name, array) for name, array in named])
+
+
+@cache
+def opened(path: str) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def get_output_tensor_by_name(response: InferenceResponse, name: str) -> Tensor:
+    return next(tensor for tensor in response.output_tensors if tensor.name == name)
 
 
 @dataclass
