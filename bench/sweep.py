@@ -159,6 +159,8 @@ def over_fleet(args: argparse.Namespace, command: Sequence[str]) -> int:
         machines = select(fleet.machines(), args.on)
         if runs:
             machines, runs = there_now(machines, runs)
+        for busy in (machine for machine in machines if machine.running):
+            print(f"{busy.name} measures {'; '.join(busy.running)}: groups take turns with it")
         check_prices([machine.name for machine in machines], dict(args.price))
         drive = Drive(fleet, machines)
         if runs:

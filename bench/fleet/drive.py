@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bench.fleet import node
-from bench.fleet.protocol import Call, Fleet, Machine
+from bench.fleet.protocol import Call, Fleet, LostError, Machine
 from bench.limits.floors import measured_again
 from bench.rows.cell import Cell
 from bench.rows.store import Run, create_run
@@ -250,27 +250,32 @@ class Drive:
 
         def part(post: Outpost) -> Part:
             plan, run = plan_of[id(post)], run_of.get(id(post))
-            display = Display(len(plan.work), plan.method.rounds, post.machine.name)
+            fault: AddbenchError | None = None
             if run is None:
-                if ceilings:
-                    display.say("measuring its ceilings")
-                    plan = replace(plan, roofline=post.ask(survey, plan))
+                try:
+                    if ceilings:
+                        print(f"{post.machine.name}: measuring its ceilings", flush=True)
+                        plan = replace(plan, roofline=post.ask(survey, plan))
+                except LostError as error:  # a run without a row, for --resume
+                    fault = error
                 plan = with_rounds(plan, past(runs, plan))
-                display = Display(len(plan.work), plan.method.rounds, post.machine.name)
                 about = {"sweep": name, "machine": post.machine.name,
                          "labels": dict(post.machine.labels)}  # fmt: skip
                 commit = post.seat.commit or {}
                 run = create_run(runs, plan.header(command, fleet=about, **commit))
+            display = Display(len(plan.work), plan.method.rounds, post.machine.name)
             display.say(f"run {run.name}: {count_text(len(plan.work), 'cell')}, in {run.path}")
+            side, spent = Side(plan, run, seat=post.seat), False
             left_s = None if deadline is None else deadline - time.monotonic()
-            side = Side(plan, run, seat=post.seat)
-            with Runner([side], display, timeout_s=timeout_s, budget_s=left_s) as runner:
-                try:
-                    spent = runner.measure(round_by_round(plan.work))
-                except AddbenchError as error:
-                    display.say(f"lost: {error.what}: {error.why}")
-                    return Part(post.machine, side.run, fault=error)
-            return Part(post.machine, side.run, spent)
+            if fault is None:
+                with Runner([side], display, timeout_s=timeout_s, budget_s=left_s) as runner:
+                    try:
+                        spent = runner.measure(round_by_round(plan.work))
+                    except AddbenchError as error:
+                        fault = error
+            if fault is not None:
+                display.say(f"lost: {fault.what}: {fault.why}")
+            return Part(post.machine, side.run, spent, fault)
 
         return [future.result() for future in self.at_once(part)]
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util import list_named_actors
@@ -41,8 +41,7 @@ class Doer:
                 "whatever else runs on the machine would slow down what is measured",
                 "start its node with RAY_worker_niceness=0 ray start ...",
             )
-        pairs = Path(f"/proc/{raylet}/environ").read_bytes().split(b"\0")
-        started = dict(os.fsdecode(pair).partition("=")[::2] for pair in pairs if pair)
+        started = psutil.Process(raylet).environ()
         # Ray limits its workers' threads to the CPUs that a call takes: none.
         for name in list(os.environ):
             if name not in started or name.startswith("RAY_"):

@@ -29,6 +29,8 @@ from core.files import build_root
 BEAT_S = 1.0
 LOOK_S = 0.1
 """How often the file of a running job is looked at."""
+STATES = ("idle", "alloc", "mix", "comp", "resv")
+"""Beginnings of the states of nodes that run jobs, now or when others end."""
 LONGEST_MIN = 24 * 60
 """The time limit of a job; `--timeout` ends a cell long before."""
 
@@ -106,7 +108,7 @@ class SlurmFleet:
                 "sinfo lists the partitions that there are",
             )
         return [machine_of(line) for line in sorted({*done.stdout.splitlines()})
-                if "down" not in line.rpartition("|")[2]]  # fmt: skip
+                if line.rpartition("|")[2].startswith(STATES)]  # fmt: skip
 
     def submit(self, machine: Machine, call: Call, title: str) -> tuple[Machine, Any, Path]:
         """See `protocol.Fleet`."""
