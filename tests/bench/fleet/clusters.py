@@ -19,8 +19,12 @@ class Cluster:
 
         head = {"num_cpus": 0, "object_store_memory": MEMORY, "include_dashboard": False}
         self.cluster = RayCluster(initialize_head=True, head_node_args=head)
-        self.nodes = {name: self.add(name) for name in ("left", "right")}
-        self.fleet = engines.fleet_at(self.cluster.address)
+        try:
+            self.nodes = {name: self.add(name) for name in ("left", "right")}
+            self.fleet = engines.fleet_at(self.cluster.address)
+        except BaseException:
+            self.cluster.shutdown()
+            raise
 
     def add(self, name: str, **variables: str) -> Any:
         return self.cluster.add_node(

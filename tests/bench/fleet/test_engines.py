@@ -20,6 +20,7 @@ from clusters import Cluster
 from bench.fleet import engines, node
 from bench.fleet.protocol import Call, Fleet, LostError, Machine, select
 from core.errors import PreconditionError
+from core.process import run_apart
 
 
 def all_of(fleet: Fleet, machine: Machine, call: Callable[[], Iterator[Any]]) -> list[Any]:
@@ -101,6 +102,8 @@ def test_a_cluster_of_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
     assert is_like["mine"] == "left"
     (again,) = all_of(fleet, left, sent(where))
     assert again["pid"] != is_like["pid"]
+    (apart,) = all_of(fleet, left, functools.partial(node.once, run_apart, os.getpid))
+    assert apart not in (again["pid"], is_like["pid"]), "as ceilings are measured"
 
     with pytest.raises(PreconditionError, match="this is wrong") as raised:
         all_of(fleet, left, sent(refused))
