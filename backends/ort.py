@@ -127,6 +127,12 @@ class OrtBackend(Backend):
             " FP16",
             choices=("fp32", "bf16", "int8"),
         ),
+        "rest": Option(
+            "fp32",
+            "at precision=int8, of convolutions and attention, which stay out of the integers: bf16"
+            " rounds both sides of their products, on AMX or AVX-512-BF16",
+            choices=("fp32", "bf16"),
+        ),
     }
 
     def __init__(self, options: Mapping[str, str] | None = None) -> None:
@@ -184,11 +190,12 @@ class OrtBackend(Backend):
                     f"drop {key}={asked}, or drop precision, storage and conv",
                 )
         if self.options["precision"] == "bf16":
-            self._check_bf16(
-                built, {"convolutions": best, "products": linear, "attention": attention}
-            )
+            wanted = {"convolutions": best, "products": linear, "attention": attention}
+            self._check_bf16("precision", built, wanted)
+        elif self.options["rest"] == "bf16":
+            self._check_bf16("rest", built, {"convolutions": best, "attention": attention})
 
-    def _check_bf16(self, built: bool, wanted: Mapping[str, str]) -> None:
+    def _check_bf16(self, key: str, built: bool, wanted: Mapping[str, str]) -> None:
         """Refuse it where it cannot be had, or where something would compute otherwise."""
         why = None
         if not (built and operators.may_multiply_bf16()):
@@ -196,16 +203,19 @@ class OrtBackend(Backend):
                 "this CPU has neither AMX nor AVX-512-BF16, or there is no C++ compiler that knows"
                 " them"
             )
-        elif self.scheme is not None:
+        elif key == "precision" and self.scheme is not None:
             why = "with storage, weights are integers, and products in FP32"
+        elif key == "rest" and self.options["precision"] != "int8":
+            why = "it is of what precision=int8 leaves out, and the precision is another"
         elif any(self.options[key] != value for key, value in wanted.items()):
             named = ", ".join(f"{key}={value}" for key, value in wanted.items())
             why = f"on this CPU what computes in it at its best are {named}"
         if why is not None:
             raise UnsupportedError(
-                "ort:precision=bf16 cannot be had", why,
+                f"ort:{key}=bf16 cannot be had", why,
                 ("apt install g++, or " if operators.no_compiler() else "")
-                + "use precision=int8, or drop precision: FP32 is the default",
+                + ("drop rest=bf16, or add precision=int8" if key == "rest" else
+                   "use precision=int8, or drop precision: FP32 is the default"),
             )  # fmt: skip
 
     @property
@@ -287,15 +297,18 @@ class OrtBackend(Backend):
             # What becomes integers is laid out after it has.
             products=cast("Products", "op" if self.scheme else self.options["products"]),
             norms=cast("Norms", self.options["norms"]),
-            arithmetic="bf16" if self.options["precision"] == "bf16" else "fp32",
+            arithmetic="bf16"
+            if "bf16" in (self.options["precision"], self.options["rest"])
+            else "fp32",
         )
         return replace(form, context=split_unet.form_of(part, self.options["context"]))
 
     def precision(self, bundle: Bundle) -> str:
         precision = str(self.options["precision"])
-        if precision == "bf16" and bundle.dtype != "fp16":
+        rounded = [key for key in ("precision", "rest") if self.options[key] == "bf16"]
+        if rounded and bundle.dtype != "fp16":
             raise UnsupportedError(
-                f"ort:precision=bf16 does not go with {bundle.name}",
+                f"ort:{rounded[0]}=bf16 does not go with {bundle.name}",
                 f"the operators that compute in it take FP16 weights, and its are {bundle.dtype}",
                 "export the model with --dtype fp16",
             )

@@ -215,6 +215,28 @@ def test_weights_of_8_bits_have_an_operator_where_there_are_no_tiles(
     assert parse_backend("ort:storage=int8").options["products"] == "op"
 
 
+def test_what_int8_leaves_out_is_rounded_to_bf16_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ort, "isa", lambda: "x86_64 avx2 fma f16c avx512f avx512_vnni")
+    monkeypatch.setattr(operators, "compiler", lambda: ["c++"])
+    monkeypatch.setattr(operators, "may_use_tiles", lambda: False)
+    monkeypatch.setattr(operators, "may_multiply_bf16", lambda: True)
+    found = parse_backend("ort:precision=int8,rest=bf16")
+    assert isinstance(found, ort.OrtBackend)
+    assert found.profile("vae_decoder").arithmetic == "bf16"
+    plain = parse_backend("ort:precision=int8")
+    assert isinstance(plain, ort.OrtBackend)
+    assert plain.profile("vae_decoder").arithmetic == "fp32"
+    for others, why in (("", "precision is another"), (",storage=int8", "precision is another"),
+                        (",precision=int8,attention=multihead", "attention=operator")):  # fmt: skip
+        with pytest.raises(UnsupportedError, match=rf"(?s)rest=bf16.*{why}"):
+            parse_backend(f"ort:rest=bf16{others}")
+    monkeypatch.setattr(operators, "may_multiply_bf16", lambda: False)
+    with pytest.raises(UnsupportedError, match=r"(?s)rest=bf16.*AVX-512-BF16"):
+        parse_backend("ort:precision=int8,rest=bf16")
+
+
 @pytest.mark.parametrize("others", ["", ",precision=int8,conv=int8", ",storage=int4"])
 def test_group_norms_are_an_operator_at_any_precision(
     others: str, monkeypatch: pytest.MonkeyPatch
