@@ -90,8 +90,8 @@ def measure(
             for revision, bundle in zip(pair, bundles, strict=True)
         ]
         cells, rounds = sides[HEAD].plan.cells, request.method.rounds
-        trial = Trial(cells, rounds, max_slowdown, budget_s, say=say)
         display = Display(2 * rounds * len(cells), rounds)
+        trial = Trial(cells, rounds, max_slowdown, budget_s, say=say, more=display.more)
         with Runner(sides, display, timeout_s=timeout_s) as runner:
             runner.measure(trial.turns(), trial.note)
         notes = notes_on(pair, bundles, extra)

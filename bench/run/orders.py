@@ -87,6 +87,7 @@ class Trial:
             a cell that is measured gets all its rounds.
         cost_s: seconds that one round of a cell took, both sides; the first cell of a group bears
             the start of the processes.
+        more: is told how many cells are measured beyond the plan.
     """
 
     cells: Sequence[Cell]
@@ -95,6 +96,7 @@ class Trial:
     budget_s: float
     clock: Callable[[], float] = time.monotonic
     say: Callable[[str], None] = print
+    more: Callable[[int], None] = lambda cells: None
     rows: dict[tuple[int, Cell, int], Row] = field(default_factory=dict)
     cost_s: dict[Cell, float] = field(default_factory=lambda: defaultdict(float))
     lines: list[Line] = field(default_factory=list)
@@ -112,6 +114,7 @@ class Trial:
         again = range(self.rounds, 2 * self.rounds)
         if chosen:
             self.say(f"{len(chosen)} cells look slower: measuring them once more")
+            self.more(len(SIDES) * self.rounds * len(chosen))
         for round_ in again:
             yield from self.one_round(chosen, round_)
         lines |= self.confirmed(suspects, chosen, again)

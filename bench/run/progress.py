@@ -76,7 +76,9 @@ class Display:
             print(f"{self.place}: {text}" if self.place else text, flush=True)
 
     def loading(self, cells: Sequence[Cell], round_: int) -> None:
-        of = f" (round {round_ + 1} of {self.rounds})" if self.rounds > 1 else ""
+        again, number = divmod(round_, self.rounds)
+        once_more = ", once more" if again else ""
+        of = f" (round {number + 1} of {self.rounds}{once_more})" if self.rounds > 1 else ""
         first, side = cells[0], self.side and f"{self.side} "
         self.count = 0
         self.doing = f"loading {side}{first.backend_text} {first.decoder} batch {first.batch}{of}"

@@ -24,6 +24,7 @@ from bench.rows.store import Row, open_run, run_names
 from bench.run import revisions as sides
 from bench.run.duel import absolute
 from bench.run.orders import BASE, HEAD, Trial, order
+from bench.run.progress import Display
 from bench.verdict.outcome import Line
 from core.errors import AddbenchError, PreconditionError
 from core.files import ROOT
@@ -99,6 +100,22 @@ def test_a_regression_is_measured_once_more() -> None:
     assert "confirmed" in lines[1].reason
     assert scripted.rounds_of(GROUP[1]) == 20
     assert scripted.rounds_of(GROUP[0]) == 10
+
+
+def test_progress_counts_what_is_measured_once_more(capsys: pytest.CaptureFixture[str]) -> None:
+    slow = Scripted(lambda each, _round: 1.3 if each == GROUP[1] else 1.0)
+    display = Display(30, 5)
+    trial = Trial(GROUP, 5, 0.08, 1e6, lambda: slow.now, lambda _: None, display.more)
+    for turn in trial.turns():
+        display.loading(turn.cells, turn.round)
+        for each, measured in slow.measure(turn.side, turn.cells, turn.round):
+            trial.note(turn, each, measured)
+            display.finished(measured)
+    assert verdicts(trial.lines) == ["same", "slower", "same"]
+    assert (display.done, display.total) == (40, 40)
+    shown = capsys.readouterr().out
+    assert "[30/40] loading" in shown
+    assert "(round 5 of 5, once more)" in shown
 
 
 def test_what_is_not_flagged_again_is_no_regression() -> None:
