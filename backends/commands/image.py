@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.low_memory:
         stages += f"loading {1e3 * times.load:.1f} ms, "
     if out.provenance == "emulated":
-        print(f"  {backend.summary}")
+        print(f"  {backend.probe().what}")
     elif out.provenance == "modelled":
         print(f"  modelled, not measured: {stages}total {1e3 * times.total:.1f} ms")
     else:

@@ -38,8 +38,8 @@ MODELLED_WORDS = (
     " model it again."
 )
 EMULATED_WORDS = (
-    "emulated: numerics of an NPU that this CPU emulates, from one call a cell. It has no speed,"
-    " and is no stand-in for the accuracy of a Cloud AI 100."
+    "emulated: numerics of a device that this CPU emulates, from one call a cell. It has no speed,"
+    " and an emulated NPU is no stand-in for the accuracy of a Cloud AI 100."
 )
 
 
