@@ -86,6 +86,15 @@ test: $(READY)
 test-slow: $(READY)
 	$(PY) -m pytest -m 'slow or hypothesis'
 
+# The operators under AddressSanitizer, UBSan and ThreadSanitizer; and as an ARM CPU computes them,
+# under an emulator: numbers, no speed. Both are slow tests too.
+.PHONY: sanitize arm
+sanitize: $(READY)
+	$(PY) -m pytest -rs tests/backends/test_bare.py -k sanitizers
+
+arm: $(READY)
+	$(PY) -m pytest -rs tests/backends/test_bare.py -k arm
+
 # Of no use to anything but lint: 75 MB. The stubs' own dependency is a placeholder for TensorRT.
 $(TYPES): $(READY)
 	$(PY) -m pip install --quiet --constraint constraints.txt basedpyright

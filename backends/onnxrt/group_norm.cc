@@ -65,7 +65,7 @@ Moments moments_of(const float* x, int64_t count) {
   Vec sums[kSums] = {}, squares[kSums] = {};
   each_vector(x, count, 0, [&](int k, Vec v) { sums[k] += v; });
   float mean = static_cast<float>(total(sums) / count);
-  for (Vec& sum : sums) sum = Vec{};
+  for (int k = 0; k < kSums; ++k) sums[k] = Vec{};
   each_vector(x, count, mean, [&](int k, Vec v) {
     Vec deviation = v - mean;
     sums[k] += deviation;

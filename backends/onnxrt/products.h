@@ -9,7 +9,7 @@
 
 constexpr int kPanel = 32;                      // columns that lie together
 constexpr int kHalves = kPanel / (2 * kLanes);  // of a panel, of two vectors
-constexpr int kRows = kLanes == 16 ? 12 : 6;    // of x that meet two vectors in registers
+constexpr int kRows = kManyRegisters ? 12 : 6;  // of x that meet two vectors in registers
 constexpr bool kMeanwhile = kHalves == 1;       // weights are widened while the first rows meet them
 constexpr int64_t kFresh = 4;                   // words, at a time
 
@@ -42,6 +42,33 @@ void pack_rows(const float* x, int64_t stride, int64_t rows, int64_t left, int64
     for (int64_t j = 0; j < std::min<int64_t>(16, words - w); ++j, out += pitch)
       _mm512_storeu_ps(out, square[j]);
   }
+#elif defined(ADDBENCH_NEON)
+  int64_t columns = std::min<int64_t>(16, pitch), i = 0;
+  for (; i + 4 <= std::min(rows, columns); i += 4) {  // squares of 4, rows for columns
+    const float* from = x + i * stride;
+    int64_t w = 0;
+    for (; w + 4 <= std::min(left, words); w += 4) {
+      float32x4_t a = vld1q_f32(from + w), b = vld1q_f32(from + stride + w);
+      float32x4_t c = vld1q_f32(from + 2 * stride + w), d = vld1q_f32(from + 3 * stride + w);
+      float64x2_t ab0 = vreinterpretq_f64_f32(vtrn1q_f32(a, b));
+      float64x2_t ab1 = vreinterpretq_f64_f32(vtrn2q_f32(a, b));
+      float64x2_t cd0 = vreinterpretq_f64_f32(vtrn1q_f32(c, d));
+      float64x2_t cd1 = vreinterpretq_f64_f32(vtrn2q_f32(c, d));
+      float* to = reinterpret_cast<float*>(out) + w * pitch + i;
+      vst1q_f32(to, vreinterpretq_f32_f64(vtrn1q_f64(ab0, cd0)));
+      vst1q_f32(to + pitch, vreinterpretq_f32_f64(vtrn1q_f64(ab1, cd1)));
+      vst1q_f32(to + 2 * pitch, vreinterpretq_f32_f64(vtrn2q_f64(ab0, cd0)));
+      vst1q_f32(to + 3 * pitch, vreinterpretq_f32_f64(vtrn2q_f64(ab1, cd1)));
+    }
+    for (; w < words; ++w)
+      for (int64_t j = 0; j < 4; ++j)
+        out[w * pitch + i + j] =
+            w < left ? reinterpret_cast<const Word*>(from + j * stride)[w] : 0;
+  }
+  for (; i < columns; ++i)
+    for (int64_t w = 0; w < words; ++w)
+      out[w * pitch + i] =
+          i < rows && w < left ? reinterpret_cast<const Word*>(x + i * stride)[w] : 0;
 #else
   for (int64_t i = 0; i < std::min<int64_t>(16, pitch); ++i, x += stride)
     for (int64_t w = 0; w < words; ++w)
@@ -93,6 +120,11 @@ inline void widen_some(const Bytes& panel, int64_t word, int64_t words, float* o
       __m128i some = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(numbers + c));
       _mm256_storeu_ps(to, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(some)) *
                                _mm256_loadu_ps(scales + c));
+#elif defined(ADDBENCH_NEON)
+      uint32_t four;
+      std::memcpy(&four, numbers + c, sizeof four);
+      int16x4_t some = vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))));
+      vst1q_f32(to, vmulq_f32(vcvtq_f32_s32(vmovl_s16(some)), vld1q_f32(scales + c)));
 #else
       for (int i = c; i < c + kLanes; ++i) to[i - c] = float(numbers[i]) * scales[i];
 #endif

@@ -10,6 +10,13 @@
 #include <immintrin.h>
 #endif
 
+// 64-bit ARM: every CPU has these vectors, products that are added in one rounding, and FP16
+// widened.
+#if defined(__aarch64__) && defined(__ARM_NEON)
+#include <arm_neon.h>
+#define ADDBENCH_NEON
+#endif
+
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX__)
@@ -18,12 +25,23 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
+#if defined(__AVX512F__) || defined(ADDBENCH_NEON)
+constexpr bool kManyRegisters = true;  // 32 vectors, not 16
+#else
+constexpr bool kManyRegisters = false;
+#endif
+
 typedef float Vec __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef uint16_t Half;  // bits of an FP16 number
 
+#ifdef ADDBENCH_NEON
+inline Vec load(const float* from) { return (Vec)vld1q_f32(from); }
+inline void store(float* to, Vec value) { vst1q_f32(to, (float32x4_t)value); }
+#else
 inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
 inline void store(float* to, Vec value) { *reinterpret_cast<Vec*>(to) = value; }
+#endif
 
 // The first `count` numbers, fewer than a vector has; the rest of it is `fill`.
 inline Vec load_some(const float* from, int64_t count, float fill) {
@@ -41,6 +59,9 @@ constexpr int numbers_of(bool rounded) { return rounded ? 2 : 1; }
 // sum + x w, in each place; rounded, of both numbers.
 template <bool Rounded>
 inline Vec add_products(Vec sum, Word x, Vec w) {
+#ifdef ADDBENCH_NEON
+  return (Vec)vfmaq_f32((float32x4_t)sum, vreinterpretq_f32_u32(vdupq_n_u32(x)), (float32x4_t)w);
+#endif
   Vec all = (Vec)(Ints{} + static_cast<int32_t>(x));
 #ifdef ADDBENCH_BF16
   if (Rounded) return _mm512_dpbf16_ps(sum, (__m512bh)all, (__m512bh)w);
@@ -110,6 +131,10 @@ inline void widen_pairs(const Half* from, int64_t depth, int columns, float* to)
       __m256i apart = _mm256_permute4x64_epi64(mixed, 0xd8);
       _mm256_storeu_ps(even, _mm256_cvtph_ps(_mm256_castsi256_si128(apart)));
       _mm256_storeu_ps(odd, _mm256_cvtph_ps(_mm256_extracti128_si256(apart, 1)));
+#elif defined(ADDBENCH_NEON)
+      uint16x4x2_t both = vld2_u16(pair);
+      vst1q_f32(even, vcvt_f32_f16(vreinterpret_f16_u16(both.val[0])));
+      vst1q_f32(odd, vcvt_f32_f16(vreinterpret_f16_u16(both.val[1])));
 #else
       for (int i = 0; i < kLanes; ++i) even[i] = widen(pair[2 * i]), odd[i] = widen(pair[2 * i + 1]);
 #endif

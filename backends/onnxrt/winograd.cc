@@ -17,6 +17,9 @@
 // WinogradConvBF16 takes weights [K/8, 16 or 9, C/2 (rounded up), 8, 2] in BF16, rounds Bt d B to
 // it, and sums the products in FP32 (AVX-512-BF16).
 //
+// What is infinite in x, or above some 1e37, spoils all of a tile, not only what it should reach:
+// where products are above 1e18, or no numbers, their tile is computed again by the direct form.
+//
 // Tiles go in panels of two vectors. The products of one element of Bt d B, over all tiles, are a
 // matrix product of their own: weights [K, C] with tiles [C, T].
 #include "kernel.h"
@@ -175,7 +178,7 @@ struct WinogradConv {
     p.channels = x.dims[1], p.height = x.dims[2], p.width = x.dims[3];
     p.filters = weights.dims[0] * kRows;
     p.words = (p.channels + Rounded) / numbers_of(Rounded);
-    p.upsample = upsample != 0, p.relu = relu != 0;
+    p.upsample = upsample != 0, p.relu = relu != 0, p.rounded = Rounded;
     p.finish(x.dims[0]);
     int64_t scale = p.upsample ? 2 : 1;
     int64_t dims[4] = {x.dims[0], p.filters, scale * p.height, scale * p.width};

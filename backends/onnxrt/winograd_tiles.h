@@ -4,6 +4,7 @@
 #include "vectors.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace winograd {
@@ -13,13 +14,14 @@ constexpr int kTiles = 2 * kLanes;   // tiles of a panel
 constexpr int kPanels = 2;           // panels that weights meet before the next ones, in large images
 constexpr int64_t kLarge = 64;       // panels of a large image
 constexpr int kProduct = kRows * kTiles;
+constexpr float kWild = 1e18f;  // products beyond it, or none: their tile is computed again
 
 struct Problem {
   const float *x, *bias, *residual;
   const Word* weights;
   float* y;
   int64_t channels, height, width, filters;  // of the input; K
-  bool upsample, relu;
+  bool upsample, relu, rounded;              // rounded: to BF16
   int64_t words;  // of a tile's channels, each of one or, rounded, two of them
 
   int64_t rows, columns, tiles, panels;  // of tiles: in an image, in all
@@ -162,19 +164,71 @@ void transform_input(const Problem& p, int64_t first, int count, Word* out) {
   }
 }
 
+// The direct form's weights of one channel, out of G w Gt: exact where G's sums were, else within
+// their rounding.
+inline void weights_of(const Problem& p, int64_t filter, int64_t channel, float (&w)[3][3]) {
+  int side = p.upsample ? 3 : 4, numbers = numbers_of(p.rounded);
+  float half[3][4];
+  auto inner = [&](float a, float b, float c) { return p.upsample ? 2 * b - a - c : b - c; };
+  for (int j = 0; j < side; ++j) {
+    float u[4];
+    for (int i = 0; i < side; ++i) {
+      int64_t block = filter / kRows * p.elements + i * side + j;
+      Word word = p.weights[(block * p.words + channel / numbers) * kRows + filter % kRows];
+      uint32_t bits = word;
+      if (p.rounded) bits = channel % 2 ? bits & 0xffff0000 : bits << 16;
+      std::memcpy(&u[i], &bits, sizeof bits);
+    }
+    half[0][j] = u[0], half[2][j] = u[side - 1];
+    half[1][j] = p.upsample ? inner(u[0], u[1], u[2]) : inner(0, u[1], u[2]);
+  }
+  for (int i = 0; i < 3; ++i) {
+    float* h = half[i];
+    w[i][0] = h[0], w[i][2] = h[side - 1];
+    w[i][1] = p.upsample ? inner(h[0], h[1], h[2]) : inner(0, h[1], h[2]);
+  }
+}
+
+// One number of the output by the direct form. The differences of a tile turn an infinity into no
+// number, its sums overflow where those of the direct form need not, and what is as large as that
+// leaves its rounding in the whole tile.
+inline float direct(const Problem& p, int64_t image, int64_t filter, int64_t row, int64_t column) {
+  int64_t scale = p.upsample ? 2 : 1;
+  double sum = p.bias ? p.bias[filter] : 0;
+  for (int64_t c = 0; c < p.channels; ++c) {
+    const float* plane = p.x + (image * p.channels + c) * p.height * p.width;
+    float x[3][3] = {}, w[3][3], any = 0;
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 3; ++j) {
+        int64_t y = row + i - 1, z = column + j - 1;
+        if (y < 0 || y >= scale * p.height || z < 0 || z >= scale * p.width) continue;
+        x[i][j] = plane[y / scale * p.width + z / scale];
+        if (std::isnan(x[i][j])) any = x[i][j];
+      }
+    if (std::isnan(any)) return any;  // at once: a whole image may be no number
+    weights_of(p, filter, c, w);
+    for (int i = 0; i < 3; ++i)
+      for (int j = 0; j < 3; ++j) sum += double{x[i][j]} * w[i][j];
+    if (std::isnan(sum)) break;
+  }
+  return static_cast<float>(sum);
+}
+
 // At m A + bias of a panel of one filter; m [element] at stride kProduct.
 template <bool Upsample>
 void transform_output(const Problem& p, const float* m, int64_t filter, int64_t panel) {
   constexpr int kSide = Upsample ? 3 : 4;
   float result[4][kTiles];
   float bias = p.bias ? p.bias[filter] : 0;
+  int wild[kTiles], any = 0;
   for (int i = 0; i < kTiles; ++i) {
-    float top[kSide], bottom[kSide];
+    float top[kSide], bottom[kSide], squares = 0;
 #pragma GCC unroll 4
     for (int j = 0; j < kSide; ++j) {
       const float* at = m + j * kProduct + i;
       constexpr int kRow = kSide * kProduct;
       float second = Upsample ? 0 : at[2 * kRow], last = at[(kSide - 1) * kRow];
+      squares += at[0] * at[0] + at[kRow] * at[kRow] + second * second + last * last;
       top[j] = at[0] + at[kRow] + second;
       bottom[j] = at[kRow] - second - last;
     }
@@ -183,6 +237,7 @@ void transform_output(const Problem& p, const float* m, int64_t filter, int64_t 
     result[1][i] = bias + top[1] - t2 - top[kSide - 1];
     result[2][i] = bias + bottom[0] + bottom[1] + b2;
     result[3][i] = bias + bottom[1] - b2 - bottom[kSide - 1];
+    wild[i] = !(squares < kWild * kWild), any |= wild[i];
   }
   int64_t height = Upsample ? 2 * p.height : p.height, width = Upsample ? 2 * p.width : p.width;
   int64_t end = std::min(p.tiles, (panel + 1) * kTiles);
@@ -199,6 +254,9 @@ void transform_output(const Problem& p, const float* m, int64_t filter, int64_t 
       for (int64_t i = 0; i < whole; ++i) line[2 * i] = left[i], line[2 * i + 1] = right[i];
       if (whole < run) line[2 * whole] = left[whole];  // an odd width's last column
       int64_t length = whole + run;
+      for (int64_t i = 0; any && i < length; ++i)
+        if (wild[first + i / 2])
+          line[i] = direct(p, row / p.rows, filter, y + half, 2 * column + i);
       if (p.residual)
         for (int64_t i = 0; i < length; ++i) line[i] += p.residual[at + i];
       if (p.relu)

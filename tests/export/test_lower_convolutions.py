@@ -120,6 +120,25 @@ def test_every_instruction_set_gives_it(
 
 
 @needs_compiler
+@pytest.mark.parametrize("enlarged", [False, True])
+@pytest.mark.parametrize("rounded", [False, pytest.param(True, marks=needs_bf16)])
+def test_what_is_infinite_or_too_large_stays_in_its_reach(rounded: bool, enlarged: bool) -> None:
+    """The transforms of a tile would spread it, and make no number of it."""
+    model, inputs = convolution(1, 9, 16, (40, 30), enlarged=enlarged)
+    inputs["x"][0, 3, 5, 6] = np.inf
+    inputs["x"][0, 0, 15, 20] = -np.inf
+    inputs["x"][0, 2, 24, 11] = 3e38
+    inputs["x"][0, 1, 31, 29] = np.nan
+    (wanted,) = session(model).run(None, inputs)
+    result = run(lowered(model, ROUNDED if rounded else PROFILE), inputs)
+    tame = np.abs(wanted) < 1e30
+    assert 0.9 < tame.mean() < 0.99
+    np.testing.assert_allclose(result[tame], wanted[tame], rtol=0, atol=0.1 if rounded else 1e-5)
+    if not rounded:
+        np.testing.assert_allclose(result[~tame], wanted[~tame], rtol=1e-4)
+
+
+@needs_compiler
 def test_fp16_weights_are_transformed_in_fp32() -> None:
     model, inputs = convolution(dtype=np.float16, residual=True)
     low = lowered(model, PROFILE)
