@@ -120,9 +120,8 @@ class EpBackend(Backend):
         ),
         "precision": Option(
             "auto",
-            "of the arithmetic: FP32, FP16 where that is what the bundle holds, or what suits the"
-            " provider",
-            choices=("auto", "fp32", "fp16"),
+            "of the arithmetic: FP32, that of the bundle's graph, or what suits the provider",
+            choices=("auto", "fp32", "graph"),
         ),
         "opset": Option("auto", "of the graphs, 16 to 23", opset_number),
         "attention": Option(
@@ -366,13 +365,9 @@ class EpBackend(Backend):
         return self.form
 
     def precision(self, bundle: Bundle) -> str:
-        if self.options["precision"] == "fp16" and bundle.dtype != "fp16":
-            raise UnsupportedError(
-                f"ep:precision=fp16 does not go with {bundle.name} in {bundle.dtype}",
-                "the arithmetic is that of the graph",
-                "export the model with --dtype fp16, or drop precision",
-            )
-        return "fp32" if self.form.dtype == "float32" else bundle.dtype
+        # onnxruntime's own kernels compute an FP16 graph in FP32, with casts.
+        host = self.provider.ep == providers.HOST
+        return "fp32" if host or self.form.dtype == "float32" else bundle.dtype
 
     def own_options(self) -> dict[str, str]:
         """The options of the provider's own: as given, and what it needs to keep to FP32."""

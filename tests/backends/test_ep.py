@@ -114,6 +114,7 @@ def test_the_form_of_the_graph_can_be_chosen() -> None:
     assert (form.batch, form.dtype) == (1, "float32")
     assert parse_backend("ep:provider=cuda").profile("").dtype == "as-is"
     assert parse_backend("ep:provider=cuda,precision=fp32").profile("").dtype == "float32"
+    assert parse_backend("ep:precision=graph").profile("").dtype == "as-is"
     assert parse_backend("ep:provider=webgpu,attention=op").profile("").opset == 23
     for opset, attention, norms in ((21, "matmul", "op"), (17, "matmul", "layer"),
                                     (16, "matmul", "decomposed")):  # fmt: skip
@@ -252,6 +253,16 @@ def test_what_the_provider_gives_no_context_for_is_refused(
 ) -> None:
     with pytest.raises(BackendError, match=f"compiling {PART}|compiling .*{PART}"):
         parse_backend("ep:context=yes").compile(tiny_bundle, PART, shapes(tiny_bundle))
+
+
+def test_the_precision_is_that_of_the_arithmetic(tiny_bundle: Bundle) -> None:
+    assert tiny_bundle.dtype == "fp16"
+    precisions = {
+        text: parse_backend(f"ep:{text}").precision(tiny_bundle)
+        for text in ("provider=cpu", "precision=graph", "provider=cuda", "provider=webgpu",
+                     "provider=cuda,precision=fp32", "provider=webgpu,precision=graph")
+    }  # fmt: skip
+    assert list(precisions.values()) == ["fp32", "fp32", "fp16", "fp32", "fp32", "fp16"]
 
 
 def test_a_fixed_batch_says_so(tiny_bundle: Bundle, build: Path) -> None:
