@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ Main = Callable[[Sequence[str] | None], int]
 
 def run(main: Main, argv: Sequence[str] | None = None) -> int:
     """Run `main` and turn what it raises into an exit code and a message on stderr."""
+    warnings.formatwarning = warning_text
     try:
         return main(argv)
     except AddbenchError as error:
@@ -77,6 +79,20 @@ def missing_package(what: str, error: ModuleNotFoundError) -> PreconditionError:
         "the environment is not complete, or another Python runs",
         "make install, then .venv/bin/addbench; or `pip install -e .` in the checkout",
     )
+
+
+_PYTHON_S_OWN = warnings.formatwarning
+
+
+def warning_text(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    line: str | None = None,
+) -> str:  # fmt: skip
+    """The line of a warning that the project itself gives; a library's keeps its file and line."""
+    place = Path(filename)
+    if place.is_relative_to(ROOT) and place.relative_to(ROOT).parts[0] in ROOMS:
+        return f"warning: {message}\n"
+    return _PYTHON_S_OWN(message, category, filename, lineno, line)
 
 
 def bug() -> int:

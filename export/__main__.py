@@ -33,7 +33,7 @@ def parser() -> Parser:
     top = Parser(
         prog="addbench export",
         description="Export a checkpoint to a bundle: one ONNX graph for each part.",
-        epilog="`addbench verify PATH` hashes a bundle again.",
+        epilog="`addbench verify BUNDLE` hashes a bundle again.",
     )
     top.add_argument(
         "--model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import io
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import AddbenchError, PreconditionError
 from core.files import build_root, read_json, sha256_file, sha256_json, write_atomic, write_json
-from export.models import CONTEXT_PART, PARTS, Model
+from export.models import CONTEXT_PART, MODELS, PARTS, Model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +98,13 @@ class Bundle:
         Files are checked by size, graphs for weights that lie outside the bundle; `verify` hashes.
         """
         path = Path(path).absolute()
+        if not path.exists():
+            there = sorted(file.parent.name for file in build_root().glob(f"*/{MANIFEST}"))
+            raise PreconditionError(
+                f"there is no folder {path}",
+                f"bundles in {build_root()}: {', '.join(there) or 'none'}",
+                "pass a model's name or a bundle's folder; addbench export makes one",
+            )
         if not (path / MANIFEST).is_file():
             raise PreconditionError(
                 f"{path} is not a bundle", f"it holds no {MANIFEST}", "make one: addbench export"
@@ -357,10 +365,15 @@ def find_bundle(
                     bundle = Bundle.open(path)
                     if size in (None, bundle.size):
                         return bundle
+    why = f"looked for {bundle_path(model, weights or '*', dtype or '*', size)}"
+    advice = _export_command(model, weights, dtype, size)
+    if model.split("+")[0] not in MODELS:
+        why += f", and no model is called {model!r}"
+        near = difflib.get_close_matches(model, MODELS, 1)
+        advice = f"did you mean {near[0]}?" if near else f"known models: {', '.join(MODELS)}"
+        advice += "; a checkpoint's folder or file: addbench export --model PATH"
     raise PreconditionError(
-        f"there is no bundle of {model}" + (f" at {size_text(size)}" if size else ""),
-        f"looked for {bundle_path(model, weights or '*', dtype or '*', size)}",
-        _export_command(model, weights, dtype, size),
+        f"there is no bundle of {model}" + (f" at {size_text(size)}" if size else ""), why, advice
     )
 
 
@@ -407,7 +420,7 @@ def bundle_of_checkpoint(
 def _export_command(
     model: str, weights: str | None, dtype: str | None, size: tuple[int, int] | None
 ) -> str:
-    from export.models import MODELS, default_weights
+    from export.models import default_weights
 
     name, *fused = model.split("+")
     if weights is None:
@@ -422,7 +435,6 @@ def _export_command(
 
 def export_again(bundle: Bundle) -> str:
     """The command that makes this bundle anew, in its place."""
-    from export.models import MODELS
     from export.request import Place
 
     asked = bundle.manifest["request"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -310,9 +311,10 @@ def default_weights(model: Model) -> str:
 
 def find_model(name: str) -> Model:
     if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, 1)
         raise PreconditionError(
             f"there is no model called {name!r}",
-            f"known models: {', '.join(MODELS)}",
+            (f"did you mean {near[0]}? " if near else "") + f"known models: {', '.join(MODELS)}",
             "pick one of these, or pass the folder of a checkpoint in diffusers format",
         )
     return MODELS[name]

@@ -1,4 +1,4 @@
-"""`addbench verify PATH`: hash a bundle's files against its manifest."""
+"""`addbench verify BUNDLE`: hash a bundle's files against its manifest."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from core.errors import EXIT_FAILED, EXIT_OK
 
 def parser() -> Parser:
     top = Parser(prog="addbench verify", description=__doc__)
-    top.add_argument("bundle", type=Path, metavar="PATH", help="the bundle's folder")
+    top.add_argument("bundle", metavar="BUNDLE", help="its folder, or the model whose bundle it is")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    from export.bundle import Bundle
+    from export.bundle import Bundle, find_bundle
 
-    bundle = Bundle.open(args.bundle)
+    folder = Path(args.bundle)
+    bundle = Bundle.open(folder) if folder.is_dir() else find_bundle(args.bundle)
     problems = bundle.verify()
     for problem in problems:
         print(problem)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from core.amounts import bytes_text, count_text
 from core.cli import Parser
 from core.errors import EXIT_FAILED, EXIT_OK, PreconditionError
 
@@ -39,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = disk_bytes(store.entries())
         removed = store.prune(store.cap_gb if args.max_gb is None else args.max_gb)
         for entry in removed:
-            print(f"{entry.key}  {entry.bytes / 1e9:8.3f} GB  {entry.label}")
+            print(f"{entry.key}  {bytes_text(entry.bytes):>9}  {entry.label}")
         freed = before - disk_bytes(store.entries())
-        print(f"removed {len(removed)}, {freed / 1e9:.3f} GB")
+        print(f"removed {len(removed)}, {bytes_text(freed)}")
         return EXIT_OK
     if args.action == "verify":
         verified = store.verify()
@@ -54,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK if all((*verified.values(), *built.values())) else EXIT_FAILED
     entries = store.entries()
     for entry in entries:
-        print(f"{entry.key}  {entry.bytes / 1e9:8.3f} GB  {entry.label}")
+        print(f"{entry.key}  {bytes_text(entry.bytes):>9}  {entry.label}")
     total = disk_bytes(entries)
-    shared = (sum(entry.bytes for entry in entries) - total) / 1e9
+    shared = sum(entry.bytes for entry in entries) - total
     print(
-        f"{len(entries)} artifacts, {total / 1e9:.3f} GB of {store.cap_gb:g} GB"
-        + (f" ({shared:.3f} GB more if none shared its files)" if shared else "")
+        f"{count_text(len(entries), 'artifact')}, {bytes_text(total)} of {store.cap_gb:g} GB"
+        + (f" ({bytes_text(shared)} more if none shared its files)" if shared else "")
         + f", in {store.root}"
     )
     return EXIT_OK

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from core.amounts import count_text
 from core.cli import (
     Parser,
     add_model_arguments,
@@ -193,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{file} cannot be written", str(error), "pass another place with --out"
             ) from error
         print(
-            f"{file}: {bundle.name} ({bundle.weights} weights), {steps} steps, NFE {out.nfe}, "
-            f"seed {seed}, {args.backend}, {facts['decoder']}"
+            f"{file}: {bundle.name} ({bundle.weights} weights), {count_text(steps, 'step')},"
+            f" NFE {out.nfe}, seed {seed}, {args.backend}, {facts['decoder']}"
         )
     if args.image is not None:
         print(

@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+from core.amounts import count_text
 from core.cli import Parser, add_format_argument, add_runs_argument, share
 from core.errors import PreconditionError
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     if not args.history and len(args.run) != 2:
         raise PreconditionError(
-            f"{len(args.run)} runs were named and two are compared",
+            f"{count_text(len(args.run), 'run')} named, and two are compared",
             "the first is the base, the second the head",
             "addbench compare BASE HEAD",
         )

@@ -8,6 +8,7 @@ BF16's), can go below it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -395,7 +396,7 @@ def entry(cost: Cost, ceilings: Ceilings | None, storage: str, precision: str) -
     }
     least = floor(cost, ceilings, storage, precision) if ceilings else None
     if least is not None:
-        found |= {"floor_ms": round(least.ms, 3), "bound": least.bound}
+        found |= {"floor_ms": round(least.ms, 5), "bound": least.bound}
     return found
 
 
@@ -426,7 +427,7 @@ def pipelines(
             for key in ("gflop", "floor_ms"):
                 if all(key in by_part[part] for part in calls):
                     total = sum(n * by_part[part][key] for part, n in calls.items())
-                    line[key] = round(total, 3)
+                    line[key] = round(total, 5)
             found.append(line)
     return found
 
@@ -450,7 +451,11 @@ def show(report: Mapping[str, Any]) -> None:
 
 
 def figure(key: str, rows: Sequence[Mapping[str, Any]]) -> Column:
-    """A column of the report; numbers that are no whole ones have one digit after the point."""
+    """A column of the report; of fractions, three digits of the largest, as far as it has them."""
     header = key.replace("_ms", " (ms)").replace("_mb", " (MB)")
-    fraction = any(isinstance(row.get(key), float) for row in rows)
-    return Column(header, lambda row: row.get(key), 1 if fraction else None)
+    fractions = [abs(row[key]) for row in rows if isinstance(row.get(key), float) and row[key]]
+    if not fractions:
+        return Column(header, lambda row: row.get(key))
+    stored = max(len(f"{value:.5f}".rstrip("0").partition(".")[2]) for value in fractions)
+    digits = max(1, min(stored, 2 - math.floor(math.log10(max(fractions)))))
+    return Column(header, lambda row: row.get(key), digits)

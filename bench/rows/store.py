@@ -5,6 +5,7 @@ Columns are those of `bench.rows.fields`; results/README.md is derived from them
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -350,12 +351,16 @@ def open_run(text: str, out: Path = RUNS) -> Run:
     for path in (*places, Path(text)):
         if (path / HEADER).exists():
             return open_folder(path)
-    published = ", ".join(names_in(PUBLISHED)) or "-"
+    own, published = run_names(out), list(names_in(PUBLISHED))
+    near = difflib.get_close_matches(text, [*published, *own], 1)
     raise PreconditionError(
         f"{text} is not a run",
-        f"there is no {HEADER} in {out / text}; published runs: {published}",
-        f"pass a run folder, `{LATEST}`, a published run's name, or one of:"
-        f" {', '.join(run_names(out)[-5:]) or '-'}",
+        f"there is no {HEADER} in {out / text}"
+        + (f"; did you mean {near[0]}?" if near else "")
+        + (f"; published runs: {', '.join(published)}" if published else ""),
+        "pass a run folder"
+        + (" or a published run's name" if published else "")
+        + (f", `{LATEST}`, or one of: {', '.join(own[-5:])}" if own else ""),
     )
 
 

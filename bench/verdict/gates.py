@@ -46,7 +46,8 @@ def evaluations(bundle: Bundle) -> dict[str, dict[str, int]]:
             continue
         decoder = part.removesuffix("_decoder")
         with backend.pipeline(bundle, decoder, Shapes(1, *bundle.size)) as pipe:
-            counted[decoder] = {str(steps): pipe(["a fox"], steps=steps).nfe for steps in STEPS}
+            prompt = bundle.model.prompts[0]
+            counted[decoder] = {str(steps): pipe(prompt, steps=steps).nfe for steps in STEPS}
     return counted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from core.cli import Parser, int_list, run, word_list
 from core.errors import AddbenchError, PreconditionError
+from core.files import ROOT
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,22 @@ def test_what_is_raised_decides_the_exit_code(
 
     assert run(main) == code
     assert words in capsys.readouterr().err
+
+
+def test_a_warning_of_ours_is_one_line_and_a_library_s_keeps_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+
+    def main(argv: Sequence[str] | None) -> int:
+        said = warnings.formatwarning
+        ours = str(ROOT / "backends" / "pipeline" / "pipeline.py")
+        assert said(UserWarning("no fox"), UserWarning, ours, 7) == "warning: no fox\n"
+        other = str(ROOT / ".venv" / "lib" / "site-packages" / "x.py")
+        assert "x.py:7: UserWarning: no fox" in said(UserWarning("no fox"), UserWarning, other, 7)
+        return 0
+
+    assert run(main) == 0
 
 
 def test_a_usage_error_is_ours() -> None:

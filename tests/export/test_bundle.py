@@ -22,6 +22,7 @@ from core.errors import EXIT_FAILED, EXIT_OK, EXIT_USAGE, AddbenchError, Precond
 from core.files import ROOT
 from export.__main__ import main
 from export.bundle import Bundle, References, find_bundle, write_references
+from export.models import find_model
 
 
 @pytest.fixture
@@ -220,8 +221,43 @@ def test_names_are_looked_up_in_the_build_folder(
     for name in ("tiny-sdxl-random-fp32", "tiny-sdxl-random-fp16", "tiny-sdxl-folder-fp32"):
         shutil.copytree(copy, tmp_path / "build" / name)
     assert find_bundle("tiny-sdxl").path.name == "tiny-sdxl-folder-fp32"
+    assert run(main, ["verify", "tiny-sdxl"]) == EXIT_OK
     assert find_bundle("tiny-sdxl", weights="random").path.name == "tiny-sdxl-random-fp16"
     assert find_bundle("tiny-sdxl", dtype="fp16").path.name == "tiny-sdxl-random-fp16"
+
+
+def test_a_mistyped_model_is_not_told_to_be_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
+    with pytest.raises(PreconditionError) as caught:
+        find_bundle("shapes-trubo")
+    assert "no model is called 'shapes-trubo'" in caught.value.why
+    assert "did you mean shapes-turbo?" in caught.value.next
+    assert "shapes-trubo" not in caught.value.next
+    with pytest.raises(PreconditionError, match=r"did you mean shapes-turbo\?"):
+        find_model("shapes-trubo")
+    with pytest.raises(PreconditionError) as caught:
+        find_bundle("mine")
+    assert "known models: shapes-turbo" in caught.value.next
+    with pytest.raises(PreconditionError) as caught:
+        find_bundle("sdxl-base+lcm-lora")
+    assert "addbench export --model sdxl-base" in caught.value.next
+
+
+def test_a_folder_that_is_not_there_is_no_folder_without_a_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
+    with pytest.raises(PreconditionError, match="there is no folder") as caught:
+        Bundle.open(tmp_path / "typo")
+    assert caught.value.why.endswith("build: none")
+    (tmp_path / "build" / "mine-fp16").mkdir(parents=True)
+    (tmp_path / "build" / "mine-fp16" / "manifest.json").write_text("{}")
+    with pytest.raises(PreconditionError, match="mine-fp16"):
+        Bundle.open(tmp_path / "typo")
+    with pytest.raises(PreconditionError, match="it holds no manifest"):
+        Bundle.open(tmp_path / "build")
 
 
 def test_opening_a_bundle_imports_no_torch(tiny_bundle: Bundle) -> None:

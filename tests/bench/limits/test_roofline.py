@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from bench.commands.roofline import main
 from bench.commands.show import main as show
+from bench.limits import floors
 from bench.limits.floors import (
     call_floor_s,
     floor,
@@ -202,6 +203,18 @@ def test_the_command_gives_the_known_budget(
     for part, line in known.items():
         expected = next(float(v) for k, v in line.items() if column in k and "gflop" in k)
         assert parts[part]["gflop"] == pytest.approx(expected, rel=0.01), part
+
+
+@pytest.mark.parametrize(
+    ("largest", "text"),
+    [(1e-5, "0.00001"), (0.00742, "0.00742"), (9.061, "9.06"), (0.9, "0.90"), (2040.0, "2040.0")],
+)
+def test_no_floor_is_shown_as_0(largest: float, text: str) -> None:
+    rows = [{"floor_ms": largest}, {"floor_ms": largest / 2}, {"floor_ms": 0.0}]
+    column = floors.figure("floor_ms", rows)
+    assert column.text(rows[0]) == text
+    assert float(column.text(rows[0])) > 0
+    assert floors.figure("nfe", [{"nfe": 4}]).text({"nfe": 4}) == "4"
 
 
 def test_cost_per_image_grows_faster_than_the_image() -> None:

@@ -112,7 +112,11 @@ def test_a_run_that_is_not_there_names_those_that_are(
     assert shell(show, ["cpu-zen5", "--runs", str(made.path.parent)]) == 2
     said = capsys.readouterr().err
     assert made.name in said
-    assert "cpu-zen4-peers" in said
+    assert "did you mean cpu-zen4-peers?" in said
+    assert shell(show, ["cpu-zen4-peer", "--runs", str(made.path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert "latest" not in said  # there is none
+    assert ": -" not in said
 
 
 def test_an_index_that_is_none_is_named(made: Run, capsys: pytest.CaptureFixture[str]) -> None:
