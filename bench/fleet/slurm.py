@@ -54,9 +54,17 @@ class Ended:
     """The call has yielded everything."""
 
 
-def fill(file: Path, call: Call, lock: Path | None) -> None:
-    """Run a call on the node and write what it yields into a file, each as it comes."""
+def fill(file: Path, call: Call, lock: Path | None, devices: str | None) -> None:
+    """Run a call on the node and write what it yields into a file, each as it comes.
+
+    Args:
+        lock: what is held meanwhile; None where Slurm keeps others away.
+        devices: the driver's CUDA_VISIBLE_DEVICES, of which submitit's own executor takes all away.
+    """
     alone = FileLock(lock) if lock else contextlib.nullcontext()
+    if lock:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        os.environ |= {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
     with alone, file.open("ab") as stream:
 
         def put(message: Value | Raised | Ended) -> None:
@@ -119,11 +127,14 @@ class SlurmFleet:
             executor.update_parameters(
                 cpus_per_task=int(machine.labels["cpus"]),
                 slurm_partition=self.partition,
-                slurm_additional_parameters={"nodelist": machine.id, "exclusive": True, "mem": 0},
+                slurm_exclusive=True,
+                slurm_mem="0",
+                slurm_additional_parameters={"nodelist": machine.id},
             )
         file = self.folder / f"{secrets.token_hex(8)}.pickle"
         lock = build_root() / "fleet" / ".local.lock" if self.local else None
-        return machine, executor.submit(fill, file, call, lock), file
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return machine, executor.submit(fill, file, call, lock, devices), file
 
     def results(self, handle: tuple[Machine, Any, Path]) -> Generator[Any, None, None]:
         """See `protocol.Fleet`."""

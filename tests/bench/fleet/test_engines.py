@@ -185,6 +185,39 @@ def test_a_job_gives_what_it_yields_as_it_comes(jobs: Fleet, tmp_path: Path) -> 
     assert not list((tmp_path / "build" / "fleet" / "jobs").iterdir())
 
 
+@pytest.mark.parametrize("devices", [None, "1"])
+def test_a_job_sees_the_devices_that_its_driver_sees(
+    jobs: Fleet, monkeypatch: pytest.MonkeyPatch, devices: str | None
+) -> None:
+    if devices is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    call = functools.partial(node.once, os.getenv, "CUDA_VISIBLE_DEVICES", "all")
+    assert all_of(jobs, jobs.machines()[0], call) == [devices or "all"]
+
+
+def test_a_job_of_slurm_asks_for_its_node_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Doubles of sinfo, sbatch and srun: what is submitted, not what becomes of it."""
+    pytest.importorskip("submitit", reason="submitit is not installed: the extra `slurm`")
+    for name, says in (("sinfo", "n1|64|256000|amx|gpu:h100:8|idle"), ("srun", ""),
+                       ("sbatch", "Submitted batch job 12")):  # fmt: skip
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\necho '{says}'\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("ADDBENCH_BUILD", str(tmp_path / "build"))
+    fleet = engines.fleet_at("slurm:gpu")
+    (machine,) = select(fleet.machines(), "gpu=h100,amx=yes")
+    fleet.submit(machine, functools.partial(node.once, os.getpid), "RUN null-vae-b1-r0")
+    script, *_ = (tmp_path / "build").rglob("*.sh")  # as it was written, and as it was sent
+    asked = {line for line in script.read_text().splitlines() if line.startswith("#SBATCH")}
+    assert {"#SBATCH --partition=gpu", "#SBATCH --nodelist=n1", "#SBATCH --exclusive",
+            "#SBATCH --mem=0", "#SBATCH --cpus-per-task=64"} <= asked  # fmt: skip
+
+
 def test_a_job_that_is_killed_is_lost_and_keeps_what_it_gave(jobs: Fleet, tmp_path: Path) -> None:
     (machine,) = jobs.machines()
     file = tmp_path / "pid"
