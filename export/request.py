@@ -188,7 +188,7 @@ def find_place(text: str, flag: str, *, files: bool = False) -> Place:
     if files and path.is_file() and path.suffix in (*files_read(flag),):
         return Place("file", path=str(path.resolve()))
     match = HUB_ID.fullmatch(text)
-    if path.suffix in FILES and (match is None or not match["file"]):
+    if (path.suffix in FILES or path.is_file()) and (match is None or not match["file"]):
         raise CheckpointError(
             f"{flag} {text}: there is no such file"
             if not path.is_file()

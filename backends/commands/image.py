@@ -113,6 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_flags(args)
     check_prompts(args.prompt)
     seeds = check_seeds(args.seed, len(args.prompt))
+    if len(args.prompt) > 1 and not any(" " in prompt for prompt in args.prompt):
+        apart = ", ".join(f'"{prompt}"' for prompt in args.prompt)
+        print(f"note: {len(args.prompt)} prompts, an image each: {apart}; one of several words goes"
+              " in quotes", file=sys.stderr)  # fmt: skip
     status = Console(stderr=True).status(f"opening {args.model}")
     with (
         status,

@@ -280,6 +280,13 @@ def test_what_is_neither_folder_nor_hub_id_is_told(text: str) -> None:
         find_place(text, "--weights")
 
 
+def test_a_file_that_holds_no_weights_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("words")
+    with pytest.raises(CheckpointError, match="this file is not read"):
+        find_place(str(file), "--weights", files=True)
+
+
 def test_a_folder_that_is_no_sdxl_is_told(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a checkpoint in diffusers format"):
         infer_model(tmp_path)

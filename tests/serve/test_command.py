@@ -238,6 +238,8 @@ def test_an_open_address_says_so(tiny_bundle: Bundle) -> None:
         (["--model", "no-such-model"], "no-such-model"),
         (["--decoder", "tiny"], "no decoder called 'tiny'"),
         (["--backend", "ort", "--backend", "ort"], "stands twice"),
+        (["--backend", "nosuch"], "no backend called 'nosuch'"),
+        (["--backend", "ort:no=such"], "no"),
         (["--port", "70000"], "not a port"),
         (["--batch", "0"], "at least 1"),
         (["--batch-window", "-1"], "milliseconds"),
