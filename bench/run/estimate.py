@@ -174,19 +174,25 @@ def describe(plan: Plan, known: Past) -> None:
         f"{count_text(len(plan.work), 'cell')} in {count_text(len(turns), 'process', 'processes')},"
         " not measured now:"
     )
+    lines: dict[str, list[int]] = {}  # of the same words -> its rounds
     for round_, group in turns:
         candidate = plan.candidate(group[0])
         rule = plan.method.rule.of_round(round_)
         for cell in group:
-            line = f"  round {round_ + 1}  {cell}, {cell.numerics}: "
+            line = f"{cell}, {cell.numerics}: "
             if not candidate.found.usable:
-                print(f"{line}not on this machine: {candidate.found.what}")
+                line += f"not on this machine: {candidate.found.what}"
             elif candidate.modelled:
-                print(f"{line}modelled{', its images made on this CPU' * plan.images}")
+                line += f"modelled{', its images made on this CPU' * plan.images}"
             else:
                 guess = estimate(cell, rule, known.rows, plan.roofline or known.roofline)
                 judged = f", {rule.quality} captions judged" if rule.quality else ""
-                print(f"{line}{guess.words} ({guess.source}{judged})")
+                line += f"{guess.words} ({guess.source}{judged})"
+            lines.setdefault(line, []).append(round_ + 1)
+    for line, rounds in lines.items():
+        first, last = rounds[0], rounds[-1]
+        when = f"round {first}" if first == last else f"rounds {first} to {last}, each"
+        print(f"  {when}  {line}")
     whole = total(plan, known, plan.work)
     print(f"{whole.words} in all")
     if whole.bound and not (plan.roofline or known.roofline):

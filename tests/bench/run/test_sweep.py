@@ -249,6 +249,12 @@ def test_dry_run_measures_nothing(
     text = capsys.readouterr().out
     assert "2 cells in 1 process," in text
     assert "at least 3 s (no figure yet)" in text
+    assert sweep(tmp_path / "runs", *flags, "--rounds", "5") == 0
+    text = capsys.readouterr().out
+    assert "10 cells in 5 processes" in text
+    assert [line.split("  ")[1] for line in text.splitlines() if line.startswith("  ")] == (
+        ["rounds 1 to 5, each"] * 2
+    )
     assert not (tmp_path / "runs").exists()
     # With an earlier run on this machine there is a figure.
     assert sweep(faults.run.path.parent, *flags) == 0
