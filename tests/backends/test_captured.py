@@ -213,10 +213,10 @@ def test_a_replay_reads_new_prompts_and_seeds(
             assert image_distance(found.images[0], expected.images[0]).psnr_db > SAME_DB
             assert found.nfe == 2
         assert cuda.replays == 3
-        first = captured._slots[1, 2, 0, False].graph  # type: ignore[attr-defined]
+        first = captured._slots[1, 2, 0, False, False].graph  # type: ignore[attr-defined]
         captured("a star", steps=1)
-        assert captured._slots[1, 1, 0, False].graph is not first  # type: ignore[attr-defined]
-        assert captured._slots[1, 2, 0, False].graph is first  # type: ignore[attr-defined]
+        assert captured._slots[1, 1, 0, False, False].graph is not first  # type: ignore[attr-defined]
+        assert captured._slots[1, 2, 0, False, False].graph is first  # type: ignore[attr-defined]
 
 
 def test_a_replay_reads_new_pictures_and_negative_prompts(
@@ -271,7 +271,7 @@ def test_text_encoders_run_on_two_streams_that_wait_for_each_other(
             return run(part, **inputs)
 
         monkeypatch.setattr(captured, "run", noted)
-        captured._slots[1, 1, 0, False].graph = None  # type: ignore[attr-defined]
+        captured._slots[1, 1, 0, False, False].graph = None  # type: ignore[attr-defined]
         captured.capture = False  # type: ignore[attr-defined]
         captured("a star", steps=1)
     assert order == [

@@ -35,7 +35,7 @@ def asked(name: str) -> str:
     if not found.usable:
         pytest.skip(f"{name}: {found.what}")
     if name == "web":
-        pytest.skip("web draws one picture at a time, in a browser: test_web.py goes there")
+        pytest.skip("web draws one picture at a time, in a browser: test_web_backend.py goes there")
     if backend.interpreter is not None:
         pytest.skip(f"{name} runs in an environment of its own: test_{name}.py goes there")
     return ANY_BATCH.get(name, name)

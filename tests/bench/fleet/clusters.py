@@ -32,7 +32,7 @@ class Cluster:
             object_store_memory=MEMORY,
             resources={"addbench": 1},
             labels={"addbench/name": name, "addbench/device": f"cpu-{name}"},
-            env_vars={"RAY_worker_niceness": "0", "ADDBENCH_TEST_OF_NODE": name, **variables},
+            env_vars={"RAY_worker_niceness": "0", "TEST_OF_NODE": name, **variables},
         )
 
     def machine(self, name: str) -> Machine:

@@ -35,7 +35,7 @@ def where() -> Iterator[dict[str, Any]]:
         "niceness": os.getpriority(os.PRIO_PROCESS, 0),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "of_ray": [name for name in os.environ if name.startswith("RAY_")],
-        "mine": os.environ.get("ADDBENCH_TEST_OF_NODE"),
+        "mine": os.environ.get("TEST_OF_NODE"),
         "pid": os.getpid(),
     }
 
