@@ -169,7 +169,8 @@ def pictures(drawn: Drawn, name: str | None, results: str) -> str:
             f" {lines[0].cell.weights} weights; {', '.join(said)}; {each.hardware}; end to end,"
             " warm, medians.",
             *(["", f"![{each.label}: changes right, shift and latency over strength]"
-                   f"({results}/plots/{each.label}-strength.svg)"] if judged else []),
+                   f"({results}/plots/{each.label}-strength.svg)"]
+                  if judged and len({line.cell.strength for line in lines}) > 1 else []),
             "",
         ]))  # fmt: skip
     return "\n".join(pieces) or "No run that starts from a picture is published yet.\n"

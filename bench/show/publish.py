@@ -143,7 +143,7 @@ def derive(results: Path, into: Path) -> Drawn:
         write_atomic(into / "tables" / f"{label}.md", table.page(target, rows))
         write_atomic(into / "tables" / f"{label}.csv", table.csv(rows))
         latency.draw([(target, rows)], into / "plots" / label)
-        if any(map(strength.is_judged, rows)):
+        if strength.has_curve(rows):
             drawn_from = strength.figure(rows, quality.machine_of([target]))
             canvas.save(drawn_from, into / "plots" / f"{label}-strength")
         brief = table.markdown(target, rows, brief=True)

@@ -49,6 +49,11 @@ def is_judged(row: Row) -> bool:
     return bool(is_timed(row) and row["quality"] and Cell.of(row).encoder)
 
 
+def has_curve(rows: Sequence[Row]) -> bool:
+    """Whether judged rows have strengths enough for a line."""
+    return len({row["strength"] for row in rows if is_judged(row)}) > 1
+
+
 def series_of(rows: Sequence[Row]) -> dict[Key, list[CellRounds]]:
     """The judged cells that start from a picture, by everything but strength.
 
