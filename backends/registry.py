@@ -28,8 +28,11 @@ CARDS = {"qaic": "backends.modelled.backend:ModelledBackend"}
 devices.csv). It is modelled; an id is a card that is here, and neither stands in for the other."""
 
 
-def parse_backend(text: str) -> Backend:
-    """`name[:key=value,...]` -> an instance. A backend whose module fails to import says why."""
+def named_options(text: str) -> tuple[str, dict[str, str]]:
+    """`name[:key=value,...]` -> the name of a backend that there is, and options, not looked at.
+
+    No backend is imported.
+    """
     name, _, rest = text.partition(":")
     if name not in BACKENDS:
         raise PreconditionError(
@@ -47,6 +50,12 @@ def parse_backend(text: str) -> Backend:
                 f"write {name}:key=value,key=value",
             )
         options[key] = value
+    return name, options
+
+
+def parse_backend(text: str) -> Backend:
+    """`name[:key=value,...]` -> an instance. A backend whose module fails to import says why."""
+    name, options = named_options(text)
     named_card = name in CARDS and options.get("device") in devices()
     cls = backend_class(name, (CARDS if named_card else BACKENDS)[name])
     try:

@@ -144,12 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from serve.static import serve_static
 
         return serve_static(args.static.expanduser().absolute(), listener)
-    from backends.registry import parse_backend
+    from backends.registry import named_options
     from export.bundle import find_bundle
     from serve.model import served_model
 
     for backend in args.backend or ():
-        parse_backend(backend)  # a name or an option that there is not is refused at once
+        named_options(backend)  # a name that there is not is refused at once
     locked = follow(args) if args.recipe else None
     bundle = find_bundle(args.model or DEFAULT_MODEL, args.weights, args.dtype, args.size)
     model = served_model(bundle, tuple(args.decoder), args.scheduler, args.guidance)

@@ -239,7 +239,7 @@ def test_an_open_address_says_so(tiny_bundle: Bundle) -> None:
         (["--decoder", "tiny"], "no decoder called 'tiny'"),
         (["--backend", "ort", "--backend", "ort"], "stands twice"),
         (["--backend", "nosuch"], "no backend called 'nosuch'"),
-        (["--backend", "ort:no=such"], "no"),
+        (["--backend", "ort:fast"], "is not key=value"),
         (["--port", "70000"], "not a port"),
         (["--batch", "0"], "at least 1"),
         (["--batch-window", "-1"], "milliseconds"),
