@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from bench.rows.store import is_timed
 from bench.show.canvas import digits, scale_of
-from bench.show.series import AXES, Series
+from bench.show.series import AXES, Series, places_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,9 +27,12 @@ FIGURES_IN, DOTS_IN = 1.9, 4.6
 
 
 def one_place(columns: Mapping[int, Sequence[Series]]) -> bool:
-    """Whether series of several lie at a single step count, so that lines say nothing."""
+    """Whether each batch has a single step count, and series enough to be told apart by name."""
     several = max(len(each) for each in columns.values()) > 1
-    return several and all(len(series.lines) == 1 for each in columns.values() for series in each)
+    return several and all(
+        len(places_of(each)) == 1 and all(len(series.lines) == 1 for series in each)
+        for each in columns.values()
+    )
 
 
 def panels(columns: Mapping[int, Sequence[Series]], head_in: float) -> Figure:
@@ -77,7 +80,7 @@ def panel(axes: Axes, found: Sequence[Series], batch: int) -> None:
         axes.annotate(f"{digits(median / unit_ms)} {unit}, {pace}", (1, y), (8, 0),
                       xycoords=("axes fraction", "data"), textcoords="offset points",
                       va="center", fontsize=9, annotation_clip=False)  # fmt: skip
-    (place,) = {series.place(line) for series in found for line in series.lines}
+    (place,) = places_of(found)
     what = AXES[found[0].axis] if place != 1 else AXES[found[0].axis].replace("steps", "step", 1)
     modelled = ", modelled" if all(series.modelled for series in found) else ""
     axes.set_title(f"Latency ({unit}), {place} {what}, batch {batch}{modelled}", loc="left")

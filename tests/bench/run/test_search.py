@@ -291,8 +291,15 @@ def test_a_budget_holds_and_what_was_not_tried_is_said(
         (["--resume", "latest", "--within", "latency<=1s"], "--resume"),
         (["--within", "captions>=1%", "--backend", "null"], "does not judge"),
         (["--backend", "nul"], "no backend"),
+        (["--dry-run", "--save", "r.toml"], "--dry-run with --save"),
+        (["--dry-run", "--resume"], "--dry-run with --resume"),
+        (["latest", "--dry-run"], "--dry-run does not go with runs"),
+        (["--dry-run", "--backend", "null", "--steps", "2", "--strength", "0.5"],
+         "--strength does not go with a choice"),
+        (["--backend", "null", "--steps", "2", "--strength", "0.5"],
+         "--strength does not go with a choice"),
     ],
-)
+)  # fmt: skip
 def test_what_does_not_go_together_is_refused_before_anything_is_written(
     choose: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str],
     words: list[str], said: str,
@@ -326,27 +333,6 @@ def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(
     assert "left out once a faster one meets the limits" in lines[3]
     assert lines[4].startswith("about ")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [run.name]
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--dry-run", "--save", "r.toml"], "--dry-run with --save"),
-        (["--dry-run", "--resume"], "--dry-run with --resume"),
-        (["latest", "--dry-run"], "--dry-run does not go with runs"),
-        (["--dry-run", "--backend", "null", "--steps", "2", "--strength", "0.5"],
-         "--strength does not go with a choice"),
-        (["--backend", "null", "--steps", "2", "--strength", "0.5"],
-         "--strength does not go with a choice"),
-    ],
-)  # fmt: skip
-def test_other_tasks_and_other_ends_are_refused(
-    choose: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    words: list[str], said: str,
-) -> None:  # fmt: skip
-    assert choose(*words) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
 
 
 def test_a_sweep_is_no_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -265,6 +265,14 @@ def test_thousands_have_no_exponent() -> None:
     assert plot.fit_text(series) == "no line: its points ask for a fixed cost below zero"
 
 
+def test_backends_of_one_step_count_each_but_not_the_same_one_are_drawn(tmp_path: Path) -> None:
+    rows = [row(cell(steps=steps, backend=backend), [10.0 * steps] * 3)
+            for backend, steps in (("ort", 1), ("torch", 2))]  # fmt: skip
+    drawn = plot.figure([(make_run(tmp_path, rows), rows)])
+    assert drawn is not None
+    assert [tick.get_text() for tick in drawn.axes[0].get_xticklabels()] == ["0", "1", "2"]
+
+
 def test_a_plot_of_one_step_count_has_points_and_no_fit(tmp_path: Path) -> None:
     rows = [row(cell(), [1.0, 1.0, 1.0])]
     run = make_run(tmp_path, rows)
