@@ -31,6 +31,7 @@ from bench.run.request import Request
 from bench.run.resume import reopen
 from bench.run.runner import Runner, Seat, Side, sigterm_as_ctrl_c
 from core.amounts import count_text
+from core.cli import image_size
 from core.errors import AddbenchError, PreconditionError
 from export.bundle import Bundle, find_bundle
 
@@ -292,8 +293,8 @@ def not_understood(error: BaseException) -> AddbenchError:
 def bundle_of(run: Run, model: str | None) -> Bundle:
     """The driver's copy of the bundle that a run is of; machines look for one of equal content."""
     began: Mapping[str, Any] = run.header.bundle
-    width, height = (int(side) for side in run.plan[0].size.split("x"))
-    bundle = find_bundle(model or began["name"], began["weights"], began["dtype"], (width, height))
+    size = image_size(run.plan[0].size)
+    bundle = find_bundle(model or began["name"], began["weights"], began["dtype"], size)
     if bundle.hash != began["hash"]:
         raise PreconditionError(
             f"run {run.name} cannot be resumed",
