@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import io
 import os
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.errors import AddbenchError, PreconditionError
 from core.files import build_root, read_json, sha256_file, sha256_json, write_atomic, write_json
-from export.models import CONTEXT_PART, MODELS, PARTS, Model
+from export.models import CONTEXT_PART, MODELS, PARTS, Model, nearest_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -369,8 +368,7 @@ def find_bundle(
     advice = _export_command(model, weights, dtype, size)
     if model.split("+")[0] not in MODELS:
         why += f", and no model is called {model!r}"
-        near = difflib.get_close_matches(model, MODELS, 1)
-        advice = f"did you mean {near[0]}?" if near else f"known models: {', '.join(MODELS)}"
+        advice = nearest_model(model) or f"known models: {', '.join(MODELS)}"
         advice += "; a checkpoint's folder or file: addbench export --model PATH"
     raise PreconditionError(
         f"there is no bundle of {model}" + (f" at {size_text(size)}" if size else ""), why, advice

@@ -309,12 +309,16 @@ def default_weights(model: Model) -> str:
     return "random" if model.checkpoint is None else "hub"
 
 
+def nearest_model(name: str) -> str:
+    """The question whether a model of a like name was meant; "" where none is alike."""
+    return "".join(f"did you mean {near}?" for near in difflib.get_close_matches(name, MODELS, 1))
+
+
 def find_model(name: str) -> Model:
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, 1)
         raise PreconditionError(
             f"there is no model called {name!r}",
-            (f"did you mean {near[0]}? " if near else "") + f"known models: {', '.join(MODELS)}",
+            f"{nearest_model(name)} known models: {', '.join(MODELS)}".lstrip(),
             "pick one of these, or pass the folder of a checkpoint in diffusers format",
         )
     return MODELS[name]
